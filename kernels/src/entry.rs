@@ -1,0 +1,69 @@
+//! What the host needs to know about a compiled kernel entry.
+
+use crate::device::emu;
+
+/// One PTX entry together with its emulator twin. `A` is the argument struct that [`kernel!`](crate::kernel) made.
+pub struct Entry<A: 'static> {
+    /// Name of the op, which is also the name of its PTX file.
+    pub op: &'static str,
+    /// Name of the entry in the PTX: `op__kernel` or `op__kernel__variant`.
+    pub name: &'static str,
+    /// Threads per block the PTX was compiled for (`.maxntid`), 0 when it was left open.
+    pub max_threads: u32,
+    /// The body, called once per emulated thread.
+    pub run: fn(&A),
+}
+
+impl<A> Entry<A> {
+    /// Run the kernel on the CPU emulator; returns when every block has finished.
+    pub fn emulate(&'static self, config: &crate::launch::LaunchConfig, args: &A, options: &emu::Options) -> Result<(), emu::Fault>
+    where
+        A: Sync,
+    {
+        emu::launch(self.name, self.max_threads, config, options, &|| (self.run)(args))
+    }
+}
+
+/// Kernel arguments in the form the driver wants them: one 8-byte slot each.
+#[derive(Default)]
+pub struct Params {
+    slots: [u64; Self::MAX],
+    len: usize,
+}
+
+impl Params {
+    /// More than any kernel here takes.
+    pub const MAX: usize = 40;
+
+    /// Append one argument.
+    pub fn push<P: KernelParam>(&mut self, p: P) {
+        self.slots[self.len] = p.to_slot();
+        self.len += 1;
+    }
+
+    /// The slots in declaration order.
+    pub fn slots(&mut self) -> &mut [u64] {
+        &mut self.slots[..self.len]
+    }
+}
+
+/// An argument struct that can be turned into driver parameters.
+pub trait KernelArgs {
+    /// Append every field in declaration order.
+    fn pack(&self, params: &mut Params);
+}
+
+/// A type that may stand in a kernel's argument list: a thin pointer or a scalar of 4 or 8 bytes.
+pub trait KernelParam: Copy {
+    /// Little-endian bits, zero-extended to 8 bytes.
+    fn to_slot(self) -> u64;
+}
+
+macro_rules! scalar_param {
+    ($($t:ty => $as:ty),*) => { $(impl KernelParam for $t {
+        fn to_slot(self) -> u64 {
+            <$as>::from_ne_bytes(self.to_ne_bytes()) as u64
+        }
+    })* };
+}
+scalar_param!(u32 => u32, i32 => u32, f32 => u32, u64 => u64, i64 => u64);
