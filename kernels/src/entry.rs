@@ -1,6 +1,6 @@
 //! What the host needs to know about a compiled kernel entry.
 
-use crate::device::emu;
+use crate::device::{In, Out, emu};
 
 /// One PTX entry together with its emulator twin. `A` is the argument struct that [`kernel!`](crate::kernel) made.
 pub struct Entry<A: 'static> {
@@ -16,19 +16,33 @@ pub struct Entry<A: 'static> {
 
 impl<A> Entry<A> {
     /// Run the kernel on the CPU emulator; returns when every block has finished.
-    pub fn emulate(&'static self, config: &crate::launch::LaunchConfig, args: &A, options: &emu::Options) -> Result<(), emu::Fault>
+    pub fn emulate(
+        &'static self,
+        config: &crate::launch::LaunchConfig,
+        args: &A,
+        options: &emu::Options,
+    ) -> Result<(), emu::Fault>
     where
-        A: Sync,
+        A: Sync + KernelArgs,
     {
-        emu::launch(self.name, self.max_threads, config, options, &|| (self.run)(args))
+        let mut regions = Vec::new();
+        if options.checked {
+            args.regions(&mut regions);
+        }
+        emu::launch(self.name, self.max_threads, config, options, &regions, &|| (self.run)(args))
     }
 }
 
 /// Kernel arguments in the form the driver wants them: one 8-byte slot each.
-#[derive(Default)]
 pub struct Params {
     slots: [u64; Self::MAX],
     len: usize,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self { slots: [0; Self::MAX], len: 0 }
+    }
 }
 
 impl Params {
@@ -51,13 +65,33 @@ impl Params {
 pub trait KernelArgs {
     /// Append every field in declaration order.
     fn pack(&self, params: &mut Params);
+
+    /// Append the byte range of every pointer.
+    fn regions(&self, regions: &mut Vec<emu::memory::Region>);
 }
 
 /// A type that may stand in a kernel's argument list: a thin pointer or a scalar of 4 or 8 bytes.
 pub trait KernelParam: Copy {
     /// Little-endian bits, zero-extended to 8 bytes.
     fn to_slot(self) -> u64;
+
+    /// The bytes it may touch, if it is a pointer.
+    fn region(self) -> Option<emu::memory::Region> {
+        None
+    }
 }
+
+macro_rules! pointer_param {
+    ($($pointer:ident),*) => { $(impl<T> KernelParam for $pointer<T> {
+        fn to_slot(self) -> u64 {
+            self.address()
+        }
+        fn region(self) -> Option<emu::memory::Region> {
+            Some(self.region())
+        }
+    })* };
+}
+pointer_param!(In, Out);
 
 macro_rules! scalar_param {
     ($($t:ty => $as:ty),*) => { $(impl KernelParam for $t {

@@ -83,6 +83,10 @@ macro_rules! __kernel_args {
             fn pack(&self, params: &mut $crate::entry::Params) {
                 $(params.push(self.$arg);)*
             }
+
+            fn regions(&self, regions: &mut Vec<$crate::device::emu::memory::Region>) {
+                $(regions.extend($crate::entry::KernelParam::region(self.$arg));)*
+            }
         }
     };
 }
@@ -123,7 +127,7 @@ macro_rules! __kernel_entry {
             unsafe extern "ptx-kernel" fn entry($($arg: $ty),*) {
                 $call($($arg),*)
             }
-            $(::core::arch::global_asm!(concat!("// ferrotile.bounds ", $name, " ", $threads $(, " ", $blocks)?));)?
         };
+        $(::core::arch::global_asm!(concat!("// ferrotile.bounds ", $name, " ", $threads $(, " ", $blocks)?));)?
     };
 }

@@ -1,0 +1,71 @@
+//! Arithmetic beyond `+ - * /`, which are IEEE on both backends (`/` is `div.rn`; mul and add are never contracted).
+
+use super::backend;
+
+/// `a * b + c` with one rounding.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    backend::fma(a, b, c)
+}
+
+/// The larger value; NaN loses against a number.
+#[inline(always)]
+pub fn max_total(a: f32, b: f32) -> f32 {
+    backend::max(a, b)
+}
+
+/// The smaller value; NaN loses against a number.
+#[inline(always)]
+pub fn min_total(a: f32, b: f32) -> f32 {
+    backend::min(a, b)
+}
+
+/// Square root, correctly rounded.
+#[inline(always)]
+pub fn sqrt(v: f32) -> f32 {
+    backend::sqrt(v)
+}
+
+/// 2^v, relative error at most 2^-22; results below 2^-126 are 0. The emulator's is correctly rounded.
+#[inline(always)]
+pub fn fast_exp2(v: f32) -> f32 {
+    backend::ex2(v)
+}
+
+/// log2(v), absolute error at most 2^-22 near 1, else relative 2^-22; subnormal `v` counts as 0. The emulator's is correctly
+/// rounded.
+#[inline(always)]
+pub fn fast_log2(v: f32) -> f32 {
+    backend::lg2(v)
+}
+
+/// ln(v) from [`fast_log2`].
+#[inline(always)]
+pub fn fast_log(v: f32) -> f32 {
+    fast_log2(v) * core::f32::consts::LN_2
+}
+
+/// 1 / sqrt(v), relative error at most 2^-22.9; subnormal `v` gives infinity. The emulator's is correctly rounded.
+#[inline(always)]
+pub fn fast_rsqrt(v: f32) -> f32 {
+    backend::rsqrt(v)
+}
+
+/// 1 / v, at most 1 ulp off; subnormal `v` gives infinity. The emulator's is correctly rounded.
+#[inline(always)]
+pub fn fast_rcp(v: f32) -> f32 {
+    backend::rcp(v)
+}
+
+/// e^v as CUDA's single-precision `expf` computes it (2 ulp): the same bits as the peers' on a GPU. On the emulator the power
+/// of two inside is correctly rounded, which moves the last bit of one result in eight.
+#[inline(always)]
+pub fn exp(v: f32) -> f32 {
+    // Constants of the published sequence (quant.md 1.9): log2(e) split in two, and a magic number that rounds to integer.
+    let t = backend::saturate(fma(v, f32::from_bits(0x3BBB_989D), 0.5));
+    let j = backend::fma_toward_minus_inf(t, 252.0, f32::from_bits(0x4B40_0001));
+    let k = -(j + f32::from_bits(0xCB40_007F));
+    let q = fma(v, f32::from_bits(0x3FB8_AA3B), k);
+    let q = fma(v, f32::from_bits(0x32A5_7060), q);
+    fast_exp2(q) * f32::from_bits(j.to_bits() << 23)
+}

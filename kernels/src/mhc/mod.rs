@@ -1,0 +1,1 @@
+//! Manifold-constrained hyper-connections: `m` residual streams per token, mixed by small matrices.

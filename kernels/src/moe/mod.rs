@@ -1,0 +1,3 @@
+//! MoE gating and routing.
+//!
+//! Symbols: `t` tokens, `k` experts chosen per token (`num_topk`), `e` experts; `-1` means "no expert", "no row" or "padding".

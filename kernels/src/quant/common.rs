@@ -1,0 +1,99 @@
+//! What the casts share: formats, scale arithmetic and the layouts of scale factors.
+
+use crate::device::*;
+
+/// A format that data is quantised to.
+pub trait Target: Copy {
+    /// Largest finite magnitude.
+    const MAX: f32;
+    /// `amax` counts as at least this.
+    const AMAX_MIN: f32;
+    /// Bits of one value.
+    const BITS: u32;
+}
+
+/// 1 sign, 4 exponent, 3 mantissa bits, largest value 448, no infinity.
+#[derive(Clone, Copy)]
+pub struct E4m3;
+/// 1 sign, 2 exponent, 1 mantissa bit, largest value 6; two values a byte, even channel in the low nibble.
+#[derive(Clone, Copy)]
+pub struct E2m1;
+
+impl Target for E4m3 {
+    const MAX: f32 = 448.0;
+    const AMAX_MIN: f32 = 1e-4;
+    const BITS: u32 = 8;
+}
+impl Target for E2m1 {
+    const MAX: f32 = 6.0;
+    // 6 * 2^-126: the smallest amax whose scale is a normal number.
+    const AMAX_MIN: f32 = f32::from_bits(0x01C0_0000);
+    const BITS: u32 = 4;
+}
+
+/// Scale of a block: `sf` is stored and dequantises, `inv` is what the data is multiplied by.
+#[derive(Clone, Copy)]
+pub struct Scale {
+    /// Stored scale factor.
+    pub sf: f32,
+    /// Its inverse as the op defines it: `MAX / amax`, not `1 / sf`.
+    pub inv: f32,
+}
+
+/// Scale for a block whose largest magnitude is `amax`. With `ROUND` it is the power of two at or above `amax / MAX`, so that
+/// data never saturate (quant.md 2b); without, it is the exact quotient (2a).
+#[inline(always)]
+pub fn scale<T: Target, const ROUND: bool>(amax: f32) -> Scale {
+    let clamped = max_total(amax, T::AMAX_MIN);
+    if ROUND {
+        // The product with the rounded reciprocal lands in the same binade as the quotient for every legal `amax`.
+        let exponent = exponent_ceil(clamped * (1.0 / T::MAX));
+        Scale { sf: f32::from_bits(exponent << 23), inv: f32::from_bits((254 - exponent) << 23) }
+    } else {
+        Scale { sf: clamped / T::MAX, inv: T::MAX / clamped }
+    }
+}
+
+/// Biased exponent of the power of two at or above a positive normal `s`.
+#[inline(always)]
+pub fn exponent_ceil(s: f32) -> u32 {
+    (s.to_bits() + 0x7f_ffff) >> 23
+}
+
+/// The ue8m0 byte of a power of two.
+#[inline(always)]
+pub fn ue8m0(sf: f32) -> u32 {
+    sf.to_bits() >> 23
+}
+
+/// Scale factors in global memory: element `(m, k)` is the f32 at `m * row_stride + k * col_stride`, or packed the byte `k % 4`
+/// of the 32-bit word at `m * row_stride + k / 4 * col_stride`. Row-major, column-major and both packed forms differ only in
+/// the strides.
+#[derive(Clone, Copy)]
+pub struct SfLayout {
+    /// Elements from one block row to the next.
+    pub row_stride: u32,
+    /// Elements from one block column (packed: four block columns) to the next.
+    pub col_stride: u32,
+}
+
+impl SfLayout {
+    /// Index of the f32 scale.
+    #[inline(always)]
+    pub fn index(self, m: u32, k: u32) -> u32 {
+        m * self.row_stride + k * self.col_stride
+    }
+
+    /// Index of the byte of the packed scale.
+    #[inline(always)]
+    pub fn byte(self, m: u32, k: u32) -> u32 {
+        (m * self.row_stride + k / 4 * self.col_stride) * 4 + k % 4
+    }
+}
+
+/// Read a scale, packed or not.
+#[inline(always)]
+#[track_caller]
+pub fn load_sf<const PACKED: bool>(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
+    if PACKED { f32::from_bits((sf.get(layout.byte(m, k)) as u32) << 23) } else { sf.cast::<f32>().get(layout.index(m, k)) }
+}

@@ -1,0 +1,6 @@
+//! Quantisation: casts to and from FP8 and FP4 with scale factors per token, block or channel.
+//!
+//! A quantised tensor is a pair of data and scale factors `sf`, with `decoded = data * sf`. The scale of a block comes from its
+//! largest magnitude `amax`; [`common`] has the arithmetic, which is the same in every op.
+
+pub mod common;

@@ -1,0 +1,211 @@
+//! Checks ops on a device: `check [FILTER] --device emulator|cuda:0 --depth small|full --json FILE`.
+//!
+//! Prints progress per op, appends a JSON line per op to the file, and exits with 1 if any op failed.
+
+use clap::{Parser, ValueEnum};
+use ferrotile::Device;
+use ferrotile_tests::support::cases::Depth;
+use ferrotile_tests::support::suite::{self, Ctx, Suite};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// Check ops against their references.
+#[derive(Parser)]
+struct Cli {
+    /// Only ops whose name contains this; after a colon, only cases whose name contains that (`per_token_cast:h=576`).
+    filter: Option<String>,
+    /// Where to run: `emulator` (all its checks on) or `cuda:N`.
+    #[arg(long, default_value = "emulator")]
+    device: String,
+    /// How much; the default is small on the emulator and full on a GPU.
+    #[arg(long)]
+    depth: Option<Size>,
+    /// Append one JSON line per op to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Print the names of the ops and end.
+    #[arg(long)]
+    list: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Size {
+    /// A few small shapes.
+    Small,
+    /// The specifications' grids.
+    Full,
+}
+
+/// A line of the JSON file.
+#[derive(Serialize)]
+struct Line<'a> {
+    op: &'a str,
+    device: &'a str,
+    driver: &'a str,
+    depth: &'a str,
+    /// `null` where no PTX ran.
+    ptx_sha: Option<String>,
+    passed: bool,
+    cases: u64,
+    seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("check: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all chosen ops passed.
+fn run(cli: &Cli) -> Result<bool, String> {
+    let (op_filter, case_filter) = split_filter(cli.filter.as_deref().unwrap_or_default());
+    let suites: Vec<Suite> = ferrotile_tests::suites().into_iter().filter(|suite| suite.op.contains(op_filter)).collect();
+    if cli.list {
+        suites.iter().for_each(|suite| println!("{}", suite.op));
+        return Ok(true);
+    }
+    if suites.is_empty() {
+        return Err(format!("no op has `{op_filter}` in its name; --list shows all"));
+    }
+    if cli.json.is_some() && case_filter.is_some() {
+        // A line says that an op passed, so it must not stand for some of the cases.
+        return Err("--json records whole ops, so the filter can't choose cases".to_owned());
+    }
+    let device = suite::device(&cli.device)?;
+    let depth = match cli.depth {
+        Some(Size::Small) => Depth::Small,
+        Some(Size::Full) => Depth::Full,
+        None if device.is_emulator() => Depth::Small,
+        None => Depth::Full,
+    };
+    let mut json = cli.json.as_deref().map(open).transpose()?;
+    let (name, driver) = (device.name(), device.driver_version());
+    eprintln!("{} ops on {name}, driver {driver}", suites.len());
+
+    let mut failed = Vec::new();
+    for suite in &suites {
+        let checked = check(suite, &device, depth, case_filter);
+        let line = Line {
+            op: suite.op,
+            device: &name,
+            driver: &driver,
+            depth: if depth == Depth::Full { "full" } else { "small" },
+            ptx_sha: if device.is_emulator() { None } else { suite::ptx_sha(suite.op) },
+            passed: checked.result.is_ok(),
+            cases: checked.cases,
+            seconds: checked.seconds,
+            error: checked.result.as_ref().err().map(String::as_str),
+        };
+        match &checked.result {
+            Ok(notes) => {
+                println!("{}: passed, {} cases in {:.1} s", suite.op, checked.cases, checked.seconds);
+                notes.iter().for_each(|note| println!("  {note}"));
+            }
+            Err(error) => {
+                println!("{}: FAILED after {} cases in {:.1} s: {error}", suite.op, checked.cases, checked.seconds);
+                failed.push(suite.op);
+            }
+        }
+        // Written at once, so that the lines of finished ops survive whatever a later op does.
+        if let Some(file) = &mut json {
+            let line = serde_json::to_string(&line).map_err(suite::text)?;
+            writeln!(file, "{line}").map_err(|e| format!("writing the JSON file: {e}"))?;
+        }
+    }
+    println!("{} of {} ops passed on {name}", suites.len() - failed.len(), suites.len());
+    if !failed.is_empty() {
+        println!("failed: {}", failed.join(", "));
+    }
+    Ok(failed.is_empty())
+}
+
+/// Result of one op: the notes, or what is wrong.
+struct Checked {
+    result: Result<Vec<String>, String>,
+    cases: u64,
+    seconds: f64,
+}
+
+fn check(suite: &Suite, device: &Device, depth: Depth, case_filter: Option<&str>) -> Checked {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.set_style(
+        ProgressStyle::with_template("{spinner} {prefix} {pos} cases, {elapsed}: {wide_msg}")
+            .unwrap_or(ProgressStyle::default_spinner()),
+    );
+    bar.set_prefix(suite.op);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let shown = bar.clone();
+    let mut ctx = Ctx::new(device.clone(), depth).on_case(move |name| {
+        shown.set_message(name.to_owned());
+        shown.inc(1);
+    });
+    if let Some(filter) = case_filter {
+        ctx = ctx.with_filter(filter);
+    }
+    let start = Instant::now();
+    let result = suite.check(&ctx);
+    let seconds = start.elapsed().as_secs_f64();
+    bar.finish_and_clear();
+    // After a failure the context knows how far it came; a report may have counted more than the context's cases.
+    let cases = result.as_ref().map_or(ctx.report().cases, |report| report.cases);
+    Checked { result: result.map(|report| report.notes), cases, seconds }
+}
+
+/// Op and case part of a filter.
+fn split_filter(filter: &str) -> (&str, Option<&str>) {
+    filter.split_once(':').map_or((filter, None), |(op, case)| (op, Some(case)))
+}
+
+fn open(path: &Path) -> Result<File, String> {
+    OpenOptions::new().create(true).append(true).open(path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_name_ops_and_cases() {
+        assert_eq!(split_filter(""), ("", None));
+        assert_eq!(split_filter("cast"), ("cast", None));
+        assert_eq!(split_filter("cast:h=576,t=1"), ("cast", Some("h=576,t=1")));
+    }
+
+    #[test]
+    fn a_line_has_an_error_only_when_it_failed() {
+        let mut line = Line {
+            op: "cast",
+            device: "d",
+            driver: "580",
+            depth: "full",
+            ptx_sha: None,
+            passed: true,
+            cases: 3,
+            seconds: 0.5,
+            error: None,
+        };
+        let passed =
+            r#"{"op":"cast","device":"d","driver":"580","depth":"full","ptx_sha":null,"passed":true,"cases":3,"seconds":0.5}"#;
+        assert_eq!(serde_json::to_string(&line).unwrap(), passed);
+        line.error = Some("differs");
+        assert!(serde_json::to_string(&line).unwrap().ends_with(r#""error":"differs"}"#));
+    }
+
+    #[test]
+    fn command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,41 @@
+//! References, tests and benchmarks of ferrotile.
+//!
+//! One file per op, `src/<family>/<op>.rs`, with its reference, cases and checks, and its `SUITE`. [`suites`] lists them for the `check` binary,
+//! which runs on machines without Rust; `cargo test` runs the same functions on the emulator.
+
+pub mod device;
+pub mod support;
+
+use support::suite::Suite;
+
+/// The checks of every op.
+pub fn suites() -> Vec<Suite> {
+    vec![]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    /// An op's file without an entry in [`suites`](super::suites) would never run on a GPU.
+    #[test]
+    fn every_op_is_listed_once() {
+        let mut listed: Vec<&str> = super::suites().iter().map(|suite| suite.op).collect();
+        listed.sort_unstable();
+        let mut files = Vec::new();
+        for family in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap() {
+            let family = family.unwrap().path();
+            if !family.is_dir() || ["device", "support", "bin"].iter().any(|name| family.ends_with(name)) {
+                continue;
+            }
+            for file in std::fs::read_dir(family).unwrap() {
+                let stem = file.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned();
+                if stem != "mod" && !stem.starts_with("common") {
+                    files.push(stem);
+                }
+            }
+        }
+        files.sort_unstable();
+        assert_eq!(listed, files, "left: suites() in src/lib.rs, right: files");
+    }
+}

@@ -1,0 +1,8 @@
+//! What the tests and benchmarks of all ops share: inputs, case lists, comparisons, golden data, the suite runner.
+
+pub mod bytes;
+pub mod cases;
+pub mod compare;
+pub mod golden;
+pub mod rng;
+pub mod suite;
