@@ -21,6 +21,9 @@ pub type Here = &'static Location<'static>;
 
 const WARP: u32 = 32;
 
+/// The one warp operation that orders memory.
+pub const WARP_SYNC: &str = "warp_sync";
+
 /// Why a thread does not run.
 #[derive(Clone, Copy)]
 pub enum Wait {
@@ -262,15 +265,6 @@ impl Thread {
     pub fn acquire(&self) {
         self.block().acquired.set(true);
     }
-
-    /// The lanes of this warp have synchronised.
-    pub fn warp_synced(&self) {
-        // Every lane comes here once per synchronisation; the first one counts it.
-        if self.index.is_multiple_of(WARP) {
-            let epoch = &self.warp().epoch;
-            epoch.set(epoch.get() + 1);
-        }
-    }
 }
 
 impl Block {
@@ -462,6 +456,10 @@ impl Block {
                     }
                 }
             }
+            if op == WARP_SYNC {
+                let epoch = &self.warps[w].epoch;
+                epoch.set(epoch.get() + 1);
+            }
             self.threads[lanes.clone()].iter().for_each(|t| t.wait.set(Wait::Ready));
         }
     }
@@ -643,6 +641,12 @@ fn run_blocks(launch: &Launch<'_>, stacks: &mut StackPool) -> Result<(), Fault> 
                 }
                 Ok(State::Spinning(progressed)) => {
                     launch.progress.fetch_add(progressed as u64, Ordering::Relaxed);
+                }
+                Ok(State::AtGrid) if !launch.config.cooperative => {
+                    let thread = &block.threads[0];
+                    let other = "the launch is not cooperative".to_owned();
+                    let kind = FaultKind::MissedBarrier { op: "grid_sync", other };
+                    break 'run Err(thread.fault_at(kind, thread.wait.get().at()));
                 }
                 Ok(State::AtGrid) => {
                     launch.progress.fetch_add(1, Ordering::Relaxed);
