@@ -442,7 +442,7 @@ fn math(r: &Run) -> Result<(), String> {
         -110.0,
         126.0,
         -126.5,
-        1e-38,
+        2e-38,
         3e38,
         f32::INFINITY,
         f32::NEG_INFINITY,
