@@ -114,6 +114,7 @@ pub struct Block {
     warps: Vec<Warp>,
     coroutines: RefCell<Vec<Option<Routine>>>,
     epoch: Cell<u32>,
+    grid_epoch: Cell<u32>,
     acquired: Cell<bool>,
     shared: Vec<UnsafeCell<u128>>,
     shared_bytes: u32,
@@ -201,6 +202,7 @@ impl Thread {
             thread: self.index,
             block_epoch: block.epoch.get(),
             warp_epoch: self.warp().epoch.get(),
+            grid_epoch: block.grid_epoch.get(),
             releases,
             acquired: block.acquired.get(),
         }
@@ -286,6 +288,7 @@ impl Block {
                 .collect(),
             coroutines: RefCell::new((0..threads).map(|_| None).collect()),
             epoch: Cell::new(0),
+            grid_epoch: Cell::new(0),
             acquired: Cell::new(false),
             shared: (0..shared_bytes.div_ceil(16) + 64).map(|_| UnsafeCell::new(0)).collect(),
             shared_bytes,
@@ -660,8 +663,7 @@ fn run_blocks(launch: &Launch<'_>, stacks: &mut StackPool) -> Result<(), Fault> 
         }
         if live.len() as u64 == blocks && live.iter().all(|(_, _, at_grid)| *at_grid) {
             for (block, _, at_grid) in &mut live {
-                block.threads[0].release();
-                block.acquired.set(true);
+                block.grid_epoch.set(block.grid_epoch.get() + 1);
                 block.release_barrier();
                 *at_grid = false;
             }
