@@ -66,6 +66,10 @@ impl Record {
         )
     }
 
+    fn has(self, flag: u64) -> bool {
+        self.0 & flag != 0
+    }
+
     fn block(self) -> u32 {
         (self.0 >> 35) as u32 & 0xff_ffff
     }
