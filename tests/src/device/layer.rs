@@ -206,8 +206,9 @@ fn warp_ops(r: &Run) -> Result<(), String> {
                 v[31 - l],
                 permuted,
                 xor[l],
-                v[l],
-                v[l],
+                // 40 counts as 8.
+                v[if l >= 8 { l - 8 } else { l }],
+                v[if l + 8 < 32 { l + 8 } else { l }],
             ];
             for (op, &expected) in expected.iter().enumerate() {
                 let got = got[(w * 32 + l) * k::WARP_OPS as usize + op];
