@@ -15,7 +15,7 @@ use crate::quant::common::{Scale, Target, scale, ue8m0};
 pub const WARPS: u32 = 8;
 /// Vectors of a lane: 64 bytes in flight a thread, 64 to 128 KB an SM.
 pub const VECTORS: usize = 4;
-/// Most threads of a block of `rows`. A row of up to `VECTORS` vectors for each of them is read once.
+/// Most threads of a block of `rows`. Rows of up to [`VECTORS`] vectors for each of them are read once.
 pub const MAX_ROW_THREADS: u32 = 512;
 /// Warp tiles of one launch must stay below this, see [`Divisor`].
 pub const MAX_TILES: u64 = 1 << 31;
@@ -283,8 +283,8 @@ fn load_bytes(x: In<u8>, i: u32, bytes: u32) -> u32 {
 
 /// Bytes of `channels` channels of `bits` bits.
 #[inline(always)]
-fn bytes(channels: u32, bits: u32) -> u32 {
-    channels * bits / 8
+const fn bytes(channels: u32, bits: u32) -> u64 {
+    channels as u64 * bits as u64 / 8
 }
 
 /// A lane's vector at `channel`: whole if `WIDE`, where rows are whole numbers of aligned vectors, else as far as the row goes.
@@ -313,14 +313,54 @@ fn store<S: Source, T: Encode, const WIDE: bool>(out: Out<u8>, codes: [u32; 4], 
             _ => out.cast::<u16>().set(0, codes[0] as u16),
         }
     } else {
-        let left = bytes(hidden - channel, T::BITS);
+        let left = bytes((hidden - channel).min(S::CHANNELS), T::BITS);
         unroll!(i in 16 {
-            let at = i as u32;
-            if at < size && at < left {
-                out.set(at, (codes[i / 4] >> (i % 4 * 8)) as u8);
+            if i < size as usize && i < left as usize {
+                out.set(i as u32, (codes[i / 4] >> (i % 4 * 8)) as u8);
             }
         });
     }
+}
+
+/// How a launch of `cast`, `recast` or `apply` is cut into warp tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiling {
+    /// Tiles of the launch.
+    pub num_tiles: u32,
+    /// Tiles of a row, or of the rows of a tile.
+    pub row_tiles: u32,
+    /// Divides by `row_tiles`.
+    pub divisor: Divisor,
+}
+
+impl Tiling {
+    /// Tiles of `num_tokens` rows of `hidden` channels, at least 1; `None` when there are too many.
+    pub fn new<S: Source>(num_tokens: u32, hidden: u32) -> Option<Self> {
+        let vectors = VECTORS as u32 / S::ROWS;
+        let row_tiles = ceil_div(hidden, vectors * 32 * S::CHANNELS);
+        let num_tiles = ceil_div(num_tokens, S::ROWS) as u64 * row_tiles as u64;
+        let divisor = Divisor::new(row_tiles);
+        (num_tiles < MAX_TILES).then_some(Self { num_tiles: num_tiles as u32, row_tiles, divisor })
+    }
+
+    /// Grid and block.
+    pub const fn config(&self) -> LaunchConfig {
+        LaunchConfig::new(ceil_div(self.num_tiles, WARPS), WARPS * WARP_SIZE)
+    }
+}
+
+/// Grid and block of `rows`: so many threads that each holds [`VECTORS`] vectors of the row.
+pub fn rows_config<S: Source>(num_tokens: u32, hidden: u32) -> LaunchConfig {
+    let threads = ceil_div(ceil_div(hidden, S::CHANNELS), VECTORS as u32);
+    LaunchConfig::new(num_tokens, align_up(threads, WARP_SIZE).clamp(WARP_SIZE, MAX_ROW_THREADS)).shared(&rows_shared().0)
+}
+
+/// Shared memory of `rows`: one value a warp.
+#[inline(always)]
+fn rows_shared() -> (SharedLayout, Shared<f32>) {
+    let mut layout = SharedLayout::new();
+    let scratch = layout.array(WARP_SIZE);
+    (layout, scratch)
 }
 
 /// Where a warp tile's vectors lie, for one lane.
@@ -370,7 +410,7 @@ impl Tile {
     /// The address of this lane's vector `i` in rows of `stride` bytes, given that of vector 0: a constant away in the same row.
     #[inline(always)]
     fn step<S: Source>(i: u32, stride: u64, bits: u32) -> u64 {
-        if S::ROWS == 1 { i as u64 * bytes(32 * S::CHANNELS, bits) as u64 } else { i as u64 * stride }
+        if S::ROWS == 1 { i as u64 * bytes(32 * S::CHANNELS, bits) } else { i as u64 * stride }
     }
 }
 
@@ -378,7 +418,7 @@ impl Tile {
 #[inline(always)]
 #[track_caller]
 fn load_tile<S: Source, const WIDE: bool>(x: In<u8>, tile: Tile, num_tokens: u32, hidden: u32, stride: u64) -> [S::Raw; VECTORS] {
-    let first = x.at(tile.row::<S>(0) as u64 * stride + bytes(tile.channel::<S>(0), S::BITS) as u64);
+    let first = x.at(tile.row::<S>(0) as u64 * stride + bytes(tile.channel::<S>(0), S::BITS));
     core::array::from_fn(|i| {
         let i = i as u32;
         if tile.has_row::<S>(i, num_tokens) {
@@ -400,8 +440,8 @@ fn store_tile<S: Source, T: Encode, const SAFE: bool, const WIDE: bool>(
     num_tokens: u32,
     hidden: u32,
 ) {
-    let stride = bytes(hidden, T::BITS) as u64;
-    let first = out.at(tile.row::<S>(0) as u64 * stride + bytes(tile.channel::<S>(0), T::BITS) as u64);
+    let stride = bytes(hidden, T::BITS);
+    let first = out.at(tile.row::<S>(0) as u64 * stride + bytes(tile.channel::<S>(0), T::BITS));
     unroll!(i in VECTORS {
         let (j, channel) = (i as u32, tile.channel::<S>(i as u32));
         if tile.has_row::<S>(j, num_tokens) && channel < hidden {
@@ -590,14 +630,13 @@ kernel! {
     pub fn rows[S: Source, T: Encode, const ROUND: bool, const WIDE: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, x_stride: u64, hidden: u32, round: u32, sf_row_stride: u32, sf_packed: u32,
     ) {
-        let mut layout = SharedLayout::new();
-        let scratch = layout.array::<f32>(32);
+        let (_, scratch) = rows_shared();
         let round = rounds::<ROUND, WIDE>(round);
         let row = block_idx_x();
         let x = x.at(row as u64 * x_stride);
-        let out = out.at(row as u64 * bytes(hidden, T::BITS) as u64);
+        let out = out.at(row as u64 * bytes(hidden, T::BITS));
         let channel = |i: u32| (thread_idx() + i * block_dim()) * S::CHANNELS;
-        let read = |at: u32| load::<S, WIDE>(x.at(bytes(at.min(hidden), S::BITS) as u64), at, hidden);
+        let read = |at: u32| load::<S, WIDE>(x.at(bytes(at, S::BITS)), at, hidden);
         let held: [S::Raw; VECTORS] = core::array::from_fn(|i| read(channel(i as u32)));
         let mut amax = held.iter().fold(0.0, |m, raw| max_total(m, S::amax(*raw)));
         // A row that is longer than what the threads can hold is read twice, the second time from L2.
@@ -610,7 +649,7 @@ kernel! {
         let write = |raw: S::Raw, at: u32| {
             if at < hidden {
                 let codes = S::encode::<T, ROUND>(raw, scale.inv);
-                store::<S, T, WIDE>(out.at(bytes(at, T::BITS) as u64), codes, at, hidden);
+                store::<S, T, WIDE>(out.at(bytes(at, T::BITS)), codes, at, hidden);
             }
         };
         unroll!(i in VECTORS {
