@@ -62,7 +62,7 @@ pub struct PrecomputedArgs<'a> {
 /// With `amax` the largest magnitude of a group, `Q` the format's largest value and `c = max(amax, c_min)` (`c_min` 1e-4 for e4m3,
 /// `6 * 2^-126` for e2m1): `sf = c / Q` and `q = x * (Q / c)`; with `round_sf`, `sf` is the smallest power of two that is not below
 /// `c / Q` and `q = x / sf`. Each step is one f32 operation; `q` is rounded to nearest even and saturates. A last group of fewer than
-/// `npc` channels uses what there is. The sign of zero is kept. NaN does not count for a scale and becomes `0x7F` in e4m3, 6 in e2m1;
+/// `npc` channels uses what there is. The sign of zero is kept. NaN does not count for a scale and becomes `0x7F` in e4m3, 6 or -6 in e2m1;
 /// infinities are the caller's mistake. Unused bytes of a last packed word are written as 0; padding between columns of scales is
 /// not touched. A quantised input stands for `x * x_sf`, and `q = x * (x_sf * (Q / c))`. Source: the specification's sections 1 to 4
 /// and 5.1, row-major packed scales from 6.1.

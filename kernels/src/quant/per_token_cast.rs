@@ -7,9 +7,9 @@
 //! Cost  h * (4, 2, 1 or 1/2) bytes read and h * (1 or 1/2) written a token, and the scales; memory bound.
 
 use crate::device::*;
-use crate::{kernel, unroll};
 pub use crate::quant::common::{Divisor, E2m1, E4m3};
 use crate::quant::common::{Scale, Target, scale, ue8m0};
+use crate::{kernel, unroll};
 
 /// Warps of a block of `cast`, `recast` and `apply`.
 pub const WARPS: u32 = 8;
@@ -608,7 +608,8 @@ kernel! {
         let amax = group_max(core::array::from_fn(|i| S::amax(raw[i]) * x_sf[i]), lanes_log2);
         let to = SfOut { sf, row_stride: sf_row_stride, col_stride: sf_col_stride, packed: sf_packed != 0 };
         store_scales::<S, T>(to, amax, round, lanes_log2, tile, num_tokens, hidden);
-        let factor = |i: usize| x_sf[i] * scale_of::<T>(amax[i], round).inv;
+        // Zeros in a block of large scale: the factor may overflow, and zero times infinity would be NaN.
+        let factor = |i: usize| min_total(x_sf[i] * scale_of::<T>(amax[i], round).inv, f32::MAX);
         store_tile::<S, T, false, WIDE>(out, raw, factor, tile, num_tokens, hidden);
     }
     entries {

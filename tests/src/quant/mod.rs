@@ -1,0 +1,3 @@
+//! Quantisation ops.
+
+pub mod per_token_cast;
