@@ -1,7 +1,7 @@
 //! mhc_post_fwd: write a sub-layer's output into the `m` residual streams of each token and mix the streams.
 //!
 //! In   x bf16 [t, h]; residual bf16 [t, m, h]; post f32 [t, m]; comb f32 [t, m, m]      Out  out bf16 [t, m, h]
-//! out[o] = comb[0][o]·residual[0], then fma(post[o], x, ·), then fma(comb[i][o], residual[i], ·) for i = 1.., rounded once.
+//! `out[o] = comb[0][o]*residual[0]`, `fma(post[o], x, _)`, `fma(comb[i][o], residual[i], _)` for i = 1.., rounded to bf16 once.
 //! Map   one thread per VECTORS x 8 columns of a token and all its streams, in registers only; the mixes are broadcast loads.
 //! Cost  2·t·h·(2·m + 1) + 4·t·m·(m + 1) bytes; m·(m + 1) multiply-adds a column (40 flop for 18 bytes at m = 4): memory bound.
 
@@ -41,7 +41,7 @@ pub const fn any_config(num_tokens: u32, hidden: u32) -> LaunchConfig {
 fn load_f32s<const N: usize>(from: In<f32>) -> [f32; N] {
     // Twos are the only size that is not made of 16-byte vectors; those loads are merged by the compiler.
     core::array::from_fn(|i| {
-        let bits = if N % 4 == 0 { from.load16(i as u32 / 4 * 4)[i % 4] } else { from.load8(i as u32 / 2 * 2)[i % 2] };
+        let bits = if N.is_multiple_of(4) { from.load16(i as u32 / 4 * 4)[i % 4] } else { from.load8(i as u32 / 2 * 2)[i % 2] };
         f32::from_bits(bits)
     })
 }
@@ -151,7 +151,7 @@ fn mix_token<const M: usize, const VECTORS: usize>(thread: u32, tensors: Tensors
 kernel! {
     op = mhc_post_fwd;
     threads = 256, blocks = 3;
-    /// One vector of a token per thread; see [`mix_token`].
+    /// One vector of a token per thread; see `mix_token`.
     pub fn columns[const M: usize](
         x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32,
     ) {
@@ -163,7 +163,7 @@ kernel! {
 kernel! {
     op = mhc_post_fwd;
     threads = 128, blocks = 3;
-    /// More registers a thread, for many streams or several vectors of a token per thread; see [`mix_token`].
+    /// More registers a thread, for many streams or several vectors of a token per thread; see `mix_token`.
     pub fn wide[const M: usize, const VECTORS: usize](
         x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32,
     ) {

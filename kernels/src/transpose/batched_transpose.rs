@@ -117,12 +117,12 @@ pub fn transpose_cell<const V: usize>(rows: &[[u32; 4]; V]) -> [[u32; 4]; V] {
 fn cell_word<const V: usize>(rows: &[[u32; 4]; V], j: usize, w: usize) -> u32 {
     match V {
         4 => rows[w][j],
-        8 => byte_permute(rows[2 * w][j / 2], rows[2 * w + 1][j / 2], if j % 2 == 0 { 0x5410 } else { 0x7632 }),
+        8 => byte_permute(rows[2 * w][j / 2], rows[2 * w + 1][j / 2], if j.is_multiple_of(2) { 0x5410 } else { 0x7632 }),
         _ => {
             // Bytes 0 and 1, or 2 and 3, of two rows interleaved; then the lower or the upper half of two of those.
             let bytes = if j % 4 < 2 { 0x5140 } else { 0x7362 };
             let pair = |r: usize| byte_permute(rows[4 * w + r][j / 4], rows[4 * w + r + 1][j / 4], bytes);
-            byte_permute(pair(0), pair(2), if j % 2 == 0 { 0x5410 } else { 0x7632 })
+            byte_permute(pair(0), pair(2), if j.is_multiple_of(2) { 0x5410 } else { 0x7632 })
         }
     }
 }
@@ -160,16 +160,18 @@ fn transpose_tile<const V: usize, const ROWS: u32, const COLS: u32, const LOAD: 
     // Each step writes COLS output rows: ROWS neighbouring threads write the pieces of one.
     let (first, chunk) = (thread / ROWS, thread % ROWS);
     let (row, col) = (tile.col + first, tile.row + chunk * cell);
-    if col < m {
+    if col < m && row < n {
         let mut columns = [[0; 4]; V];
         unroll!(i in V {
-            columns[i] = shared.load16(tile_chunk::<V, ROWS>(first + i as u32 * COLS, chunk) * CHUNK);
+            // Beyond the edge the first row is read again, which costs less than a branch.
+            let step = if row + i as u32 * COLS < n { i as u32 * COLS } else { 0 };
+            columns[i] = shared.load16(tile_chunk::<V, ROWS>(first + step, chunk) * CHUNK);
         });
         let pitch = m as u64 * size as u64;
         let mut to = out.at((tile.batch as u64 * n as u64 + row as u64) * pitch + col as u64 * size as u64);
         unroll!(i in V {
             to = if i == 0 { to } else { to.at(COLS as u64 * pitch) };
-            if row + (i as u32) * COLS < n {
+            if row + i as u32 * COLS < n {
                 to.store16_stream(0, columns[i]);
             }
         });
@@ -179,7 +181,7 @@ fn transpose_tile<const V: usize, const ROWS: u32, const COLS: u32, const LOAD: 
 kernel! {
     op = batched_transpose;
     threads = 64, blocks = 8;
-    /// Tiles of [`Cells::SMALL`], see [`transpose_tile`].
+    /// Tiles of [`Cells::SMALL`], see `transpose_tile`.
     pub fn small[const V: usize, const LOAD: u32](
         x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64,
     ) {
@@ -191,7 +193,7 @@ kernel! {
 kernel! {
     op = batched_transpose;
     threads = 128, blocks = 5;
-    /// Tiles of [`Cells::MEDIUM`], see [`transpose_tile`].
+    /// Tiles of [`Cells::MEDIUM`], see `transpose_tile`.
     pub fn medium[const V: usize](x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64) {
         transpose_tile::<V, { Cells::MEDIUM.rows }, { Cells::MEDIUM.cols }, 16>((x, out), (m, n), (row_stride, batch_stride));
     }
@@ -201,7 +203,7 @@ kernel! {
 kernel! {
     op = batched_transpose;
     threads = 256, blocks = 2;
-    /// Tiles of [`Cells::LARGE`], see [`transpose_tile`].
+    /// Tiles of [`Cells::LARGE`], see `transpose_tile`.
     pub fn large[const V: usize](x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64) {
         transpose_tile::<V, { Cells::LARGE.rows }, { Cells::LARGE.cols }, 16>((x, out), (m, n), (row_stride, batch_stride));
     }
