@@ -1,0 +1,186 @@
+//! cast_back: quantised data times scale factors, back to bf16 or f32.
+//!
+//! In    x e4m3 [t, h] or e2m1 [t, h/2], rows any distance apart; sf f32 or ue8m0 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
+//! Exact `out = fp32(q) * sf`, one f32 multiplication, then to bf16 by round to nearest even; bitwise the specification's.
+//! Map   `wide`: 16 bytes of output a thread and step, items numbered through the whole tensor, so that every warp store is 512
+//!       bytes in a row; `per_channel` (npc = 1): a thread keeps the scales of its channels and goes down rows; `narrow`: one byte of x a step.
+//! Cost  h * (1 or 1/2) bytes read and h * (2 or 4) written a token, and the scales; memory bound.
+
+use crate::device::*;
+use crate::kernel;
+use crate::quant::common::{E2m1, E4m3, SfLayout, Target, load_sf};
+
+/// Threads of a block of `wide` and `narrow`: 8 such blocks fill an SM when a thread needs at most 32 registers.
+pub const THREADS: u32 = 256;
+/// Threads of a block of `per_channel`. 7168 channels are a whole number of such blocks for both outputs.
+pub const PER_CHANNEL_THREADS: u32 = 128;
+/// Items of a thread in `narrow`; `wide` has its own for each entry.
+pub const NARROW_ITEMS: u32 = 4;
+/// Rows of a thread in `per_channel`: scales are read once for so many rows.
+pub const ROWS: u32 = 8;
+/// Items of one launch must stay below this, see [`Divisor`].
+pub const MAX_ITEMS: u64 = 1 << 31;
+
+/// Division by a number that the host knows, as a product and a shift. Right for dividends below 2^31.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Divisor {
+    /// `floor(2^(31 + shift) / divisor) + 1`.
+    pub magic: u32,
+    /// Logarithm of the divisor, rounded up.
+    pub shift: u32,
+}
+
+impl Divisor {
+    /// `divisor` must lie in `1..=2^31`.
+    ///
+    /// The product `magic * divisor` exceeds `2^(31 + shift)` by at most `divisor <= 2^shift`, so for `n < 2^31` the quotient is
+    /// too large by less than `1 / divisor`, which the cut does not see.
+    pub const fn new(divisor: u32) -> Self {
+        let shift = 32 - divisor.wrapping_sub(1).leading_zeros();
+        let magic = match (1u64 << (31 + shift)).checked_div(divisor as u64) {
+            Some(quotient) => quotient as u32 + 1,
+            None => 0,
+        };
+        Self { magic, shift }
+    }
+
+    /// `n / divisor`.
+    #[inline(always)]
+    pub const fn divide(self, n: u32) -> u32 {
+        ((2 * n) as u64 * self.magic as u64 >> 32) as u32 >> self.shift
+    }
+}
+
+/// An element type of the output.
+pub trait Output {
+    /// Values in 16 bytes.
+    const VALUES: u32;
+
+    /// The first [`VALUES`](Self::VALUES) products as 16 bytes.
+    fn pack(values: [f32; 8]) -> [u32; 4];
+
+    /// Write one value as element `i`.
+    fn set(out: Out<u8>, i: u32, value: f32);
+}
+
+/// Output in bf16.
+pub struct Bf16;
+/// Output in f32.
+pub struct F32;
+
+impl Output for Bf16 {
+    const VALUES: u32 = 8;
+
+    #[inline(always)]
+    fn pack(v: [f32; 8]) -> [u32; 4] {
+        core::array::from_fn(|i| f32x2_to_bf16x2(v[2 * i], v[2 * i + 1]))
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn set(out: Out<u8>, i: u32, value: f32) {
+        out.cast::<u16>().set(i, f32x2_to_bf16x2(value, 0.0) as u16);
+    }
+}
+
+impl Output for F32 {
+    const VALUES: u32 = 4;
+
+    #[inline(always)]
+    fn pack(v: [f32; 8]) -> [u32; 4] {
+        core::array::from_fn(|i| v[i].to_bits())
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn set(out: Out<u8>, i: u32, value: f32) {
+        out.cast::<f32>().set(i, value);
+    }
+}
+
+/// A format of the input.
+pub trait Source: Target {
+    /// The quantised values of 16 bytes of output `O`: 2, 4 or 8 bytes, in the low end of 8.
+    fn load<O: Output>(x: In<u8>) -> [u32; 2];
+
+    /// Those values; only the first `O::VALUES` mean something.
+    fn decode(raw: [u32; 2]) -> [f32; 8];
+}
+
+impl Source for E4m3 {
+    #[inline(always)]
+    #[track_caller]
+    fn load<O: Output>(x: In<u8>) -> [u32; 2] {
+        if O::VALUES == 8 { x.load8_stream(0) } else { [x.load4_stream(0), 0] }
+    }
+
+    #[inline(always)]
+    fn decode(raw: [u32; 2]) -> [f32; 8] {
+        let (a, b) = (e4m3x4_to_f32(raw[0]), e4m3x4_to_f32(raw[1]));
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
+    }
+}
+
+impl Source for E2m1 {
+    #[inline(always)]
+    #[track_caller]
+    fn load<O: Output>(x: In<u8>) -> [u32; 2] {
+        [if O::VALUES == 8 { x.load4_stream(0) } else { x.cast::<u16>().get(0) as u32 }, 0]
+    }
+
+    #[inline(always)]
+    fn decode(raw: [u32; 2]) -> [f32; 8] {
+        e2m1x8_to_f32(raw[0])
+    }
+}
+
+#[inline(always)]
+#[track_caller]
+fn store<const STREAM: bool>(out: Out<u8>, value: [u32; 4]) {
+    if STREAM { out.store16_stream(0, value) } else { out.store16(0, value) }
+}
+
+kernel! {
+    op = cast_back;
+    threads = 256;
+    /// All rows of `x`, `sf` and `out` start at a multiple of what one item reads or writes. An item is 16 bytes of output; `num_items`
+    /// of them from row `first_row` on are this launch's. Strides count bytes of `x`, elements of `sf` (packed: words) and bytes
+    /// of `out`. `k_shift`: an item's number within its row, shifted by this, is its block column.
+    pub fn wide[F: Source, O: Output, const PACKED: bool, const ITEMS: u32, const STREAM: bool](
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, out_stride: u32,
+        first_row: u32, num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
+        let row_of = Divisor { magic: row_magic, shift: row_shift };
+        let block_of = Divisor { magic: npt_magic, shift: npt_shift };
+        let first = block_idx_x() * (THREADS * ITEMS) + thread_idx();
+        // Beyond the end the last item is read again, so that no load waits for a branch.
+        let held: [_; 8] = core::array::from_fn(|i| {
+            if i as u32 >= ITEMS {
+                return ([0; 2], 0.0, out);
+            }
+            let item = (first + i as u32 * THREADS).min(num_items - 1);
+            let row_in_launch = row_of.divide(item);
+            let column = item - row_in_launch * row_items;
+            let row = first_row + row_in_launch;
+            let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
+            let scale = load_sf::<PACKED>(sf, layout, block_of.divide(row), column >> k_shift);
+            (raw, scale, out.at(row as u64 * out_stride as u64 + column as u64 * 16))
+        });
+        for (i, (raw, scale, to)) in held.into_iter().enumerate() {
+            if (i as u32) < ITEMS && first + (i as u32) * THREADS < num_items {
+                store::<STREAM>(to, O::pack(F::decode(raw).map(|q| q * scale)));
+            }
+        }
+    }
+    entries {
+        e4m3_bf16_f32[E4m3, Bf16, false, 4, false], e4m3_f32_f32[E4m3, F32, false, 4, false],
+        e2m1_bf16_f32[E2m1, Bf16, false, 4, false], e2m1_f32_f32[E2m1, F32, false, 4, false],
+        e4m3_bf16_ue8m0[E4m3, Bf16, true, 4, false], e4m3_f32_ue8m0[E4m3, F32, true, 4, false],
+        e2m1_bf16_ue8m0[E2m1, Bf16, true, 4, false], e2m1_f32_ue8m0[E2m1, F32, true, 4, false],
+        e4m3_bf16_f32_v1[E4m3, Bf16, false, 4, true], e4m3_f32_f32_v1[E4m3, F32, false, 4, true],
+        e2m1_bf16_f32_v1[E2m1, Bf16, false, 4, true], e2m1_f32_f32_v1[E2m1, F32, false, 4, true],
+        e4m3_bf16_f32_v2[E4m3, Bf16, false, 8, false], e4m3_f32_f32_v2[E4m3, F32, false, 8, false],
+        e2m1_bf16_f32_v2[E2m1, Bf16, false, 8, false], e2m1_f32_f32_v2[E2m1, F32, false, 8, false],
+    }
+}
