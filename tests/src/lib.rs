@@ -6,11 +6,18 @@
 pub mod device;
 pub mod support;
 
+use support::bench::Row;
 use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![]
+    vec![device::layer::SUITE]
+}
+
+/// The benchmark rows of every op.
+pub fn benches() -> Vec<Row> {
+    let per_op: Vec<Vec<Row>> = vec![];
+    per_op.into_iter().flatten().collect()
 }
 
 #[cfg(test)]
@@ -20,7 +27,8 @@ mod tests {
     /// An op's file without an entry in [`suites`](super::suites) would never run on a GPU.
     #[test]
     fn every_op_is_listed_once() {
-        let mut listed: Vec<&str> = super::suites().iter().map(|suite| suite.op).collect();
+        // The device layer's own checks are listed too but are no op.
+        let mut listed: Vec<&str> = super::suites().iter().map(|suite| suite.op).filter(|op| *op != "selftest").collect();
         listed.sort_unstable();
         let mut files = Vec::new();
         for family in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap() {

@@ -42,7 +42,8 @@ macro_rules! pointer {
             #[inline(always)]
             #[must_use]
             pub fn at(self, elements: u64) -> Self {
-                Self::from_ptr(self.ptr.offset(elements * size_of::<T>() as u64))
+                // Wrapping, so that a wrong offset ends as an access out of bounds on both backends.
+                Self::from_ptr(self.ptr.offset(elements.wrapping_mul(size_of::<T>() as u64)))
             }
 
             /// The same address seen as another element type.

@@ -252,10 +252,6 @@ unsafe extern "C" {
     fn redux_sum(v: i32, mask: i32) -> i32;
     #[link_name = "llvm.fma.f32"]
     fn llvm_fma(a: f32, b: f32, c: f32) -> f32;
-    #[link_name = "llvm.nvvm.mma.m16n8k16.row.col.bf16"]
-    fn mma_m16n8k16_bf16(a0: i32, a1: i32, a2: i32, a3: i32, b0: i32, b1: i32, c0: f32, c1: f32, c2: f32, c3: f32) -> [f32; 4];
-    #[link_name = "llvm.nvvm.mma.m16n8k8.row.col.tf32"]
-    fn mma_m16n8k8_tf32(a0: i32, a1: i32, a2: i32, a3: i32, b0: i32, b1: i32, c0: f32, c1: f32, c2: f32, c3: f32) -> [f32; 4];
 }
 
 const FULL: i32 = -1;
@@ -599,14 +595,26 @@ pub fn rcp(v: f32) -> f32 {
     pure!("rcp.approx.ftz.f32 {0}, {1};", reg32 f32, reg32 v)
 }
 
+// LLVM's intrinsics return a struct of four floats, which Rust cannot declare, so these two are assembly. Without `pure` the
+// optimiser neither moves nor duplicates them.
 #[inline(always)]
 pub fn mma_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4], _: Here) -> [f32; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = c;
     unsafe {
-        mma_m16n8k16_bf16(a[0] as i32, a[1] as i32, a[2] as i32, a[3] as i32, b[0] as i32, b[1] as i32, c[0], c[1], c[2], c[3])
-    }
+        asm!("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0},{1},{2},{3}}}, {{{4},{5},{6},{7}}}, {{{8},{9}}}, {{{0},{1},{2},{3}}};",
+            inout(reg32) c0, inout(reg32) c1, inout(reg32) c2, inout(reg32) c3,
+            in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg32) b[0], in(reg32) b[1], options(nomem, nostack))
+    };
+    [c0, c1, c2, c3]
 }
 #[inline(always)]
 pub fn mma_tf32(a: [f32; 4], b: [f32; 2], c: [f32; 4], _: Here) -> [f32; 4] {
-    let bits = |v: f32| v.to_bits() as i32;
-    unsafe { mma_m16n8k8_tf32(bits(a[0]), bits(a[1]), bits(a[2]), bits(a[3]), bits(b[0]), bits(b[1]), c[0], c[1], c[2], c[3]) }
+    let [mut c0, mut c1, mut c2, mut c3] = c;
+    let (a, b) = (a.map(f32::to_bits), b.map(f32::to_bits));
+    unsafe {
+        asm!("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{0},{1},{2},{3}}}, {{{4},{5},{6},{7}}}, {{{8},{9}}}, {{{0},{1},{2},{3}}};",
+            inout(reg32) c0, inout(reg32) c1, inout(reg32) c2, inout(reg32) c3,
+            in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg32) b[0], in(reg32) b[1], options(nomem, nostack))
+    };
+    [c0, c1, c2, c3]
 }

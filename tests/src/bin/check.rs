@@ -147,7 +147,7 @@ fn check(suite: &Suite, device: &Device, depth: Depth, case_filter: Option<&str>
     bar.set_prefix(suite.op);
     bar.enable_steady_tick(Duration::from_millis(200));
     let shown = bar.clone();
-    let mut ctx = Ctx::new(device.clone(), depth).on_case(move |name| {
+    let mut ctx = Ctx::new(*device, depth).on_case(move |name| {
         shown.set_message(name.to_owned());
         shown.inc(1);
     });

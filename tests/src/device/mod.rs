@@ -1,3 +1,6 @@
 //! Tests of the device layer itself.
 
+pub mod layer;
 pub mod num;
+#[cfg(test)]
+mod planted;

@@ -1,5 +1,6 @@
 //! What the tests and benchmarks of all ops share: inputs, case lists, comparisons, golden data, the suite runner.
 
+pub mod bench;
 pub mod bytes;
 pub mod cases;
 pub mod compare;

@@ -91,8 +91,14 @@ pub fn ensure(condition: bool, error: impl FnOnce() -> String) -> Result<(), Str
 
 /// A device by name: `emulator` (all checks on) or `cuda:N`.
 pub fn device(name: &str) -> Result<Device, String> {
+    let device = device_unchecked(name)?;
+    Ok(if device.is_emulator() { device.checked() } else { device })
+}
+
+/// A device by name as its users have it: the emulator without checks.
+pub fn device_unchecked(name: &str) -> Result<Device, String> {
     if name == "emulator" {
-        return Ok(Device::emulator().checked());
+        return Ok(Device::emulator());
     }
     let ordinal = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
     let ordinal = ordinal.ok_or_else(|| format!("device {name} is neither `emulator` nor `cuda:N`"))?;

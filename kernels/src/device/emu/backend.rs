@@ -1,7 +1,7 @@
 //! What [`super::backend`] is on the emulator: the same functions as in `ptx.rs`.
 
 use super::atomic::{AtomicOp, Scope};
-use super::emu::{Access, Bulk, FaultKind, PendingCopy, Thread, Wait, current};
+use super::emu::{Access, Bulk, FaultKind, PendingCopy, Thread, WARP_SYNC, Wait, current};
 use super::num;
 use std::panic::Location;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -233,8 +233,7 @@ pub fn redux_add(v: u32, at: Here) -> u32 {
     current().exchange("warp_sum", v as u64, at).iter().fold(0, |s, &w| s.wrapping_add(w as u32))
 }
 pub fn warp_sync(at: Here) {
-    current().exchange("warp_sync", 0, at);
-    current().warp_synced();
+    current().exchange(WARP_SYNC, 0, at);
 }
 pub fn block_sync(at: Here) {
     current().wait_for(Wait::Block(at));

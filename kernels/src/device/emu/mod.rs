@@ -11,7 +11,7 @@ mod race;
 mod sched;
 mod stack;
 
-pub(super) use sched::{Access, Bulk, PendingCopy, Thread, Wait, current};
+pub(super) use sched::{Access, Bulk, PendingCopy, Thread, WARP_SYNC, Wait, current};
 
 use crate::launch::LaunchConfig;
 use memory::Region;

@@ -33,14 +33,16 @@ pub struct Who {
     pub thread: u32,
     pub block_epoch: u32,
     pub warp_epoch: u32,
+    /// Barriers over the whole launch so far.
+    pub grid_epoch: u32,
     /// Releases of this block so far.
     pub releases: u8,
     /// Whether this block has acquired anything.
     pub acquired: bool,
 }
 
-/// Packed: valid, atomic, many lanes of the warp, many warps, many blocks, then block 24, thread 10, block epoch 12,
-/// warp epoch 8, releases 5 bits.
+/// Packed: valid, atomic, many lanes of the warp, many warps, many blocks, then block 24, thread 10, block epoch 10,
+/// warp epoch 7, releases 5, grid epoch 3 bits.
 #[derive(Clone, Copy)]
 struct Record(u64);
 
@@ -57,9 +59,10 @@ impl Record {
                 | flags
                 | (who.block as u64 & 0xff_ffff) << 35
                 | (who.thread as u64 & 0x3ff) << 25
-                | (who.block_epoch as u64 & 0xfff) << 13
-                | (who.warp_epoch as u64 & 0xff) << 5
-                | (who.releases as u64 & 0x1f),
+                | (who.block_epoch as u64 & 0x3ff) << 15
+                | (who.warp_epoch as u64 & 0x7f) << 8
+                | (who.releases as u64 & 0x1f) << 3
+                | (who.grid_epoch as u64 & 7),
         )
     }
 
@@ -77,14 +80,17 @@ impl Record {
 
     /// Whether a barrier stands between this access and one by `who` now.
     fn ordered_before(self, who: Who, releases: &Releases) -> bool {
+        if self.0 as u32 & 7 != who.grid_epoch & 7 {
+            return true;
+        }
         if self.has(MANY_BLOCKS) {
-            return false;
+            // Which ones have released is not known, so a block that has acquired anything gets the benefit of the doubt.
+            return who.acquired;
         }
         if self.block() != who.block & 0xff_ffff {
-            // Signed distance modulo 32: the block has released since its access.
-            return who.acquired && releases.of(self.block()) & 0x1f != (self.0 & 0x1f) as u8;
+            return who.acquired && (releases.of(self.block()) as u32 ^ (self.0 >> 3) as u32) & 0x1f != 0;
         }
-        if (self.0 >> 13) as u32 & 0xfff != who.block_epoch & 0xfff {
+        if ((self.0 >> 15) as u32 ^ who.block_epoch) & 0x3ff != 0 {
             return true;
         }
         if self.has(MANY_WARPS) {
@@ -93,7 +99,7 @@ impl Record {
         if self.thread() == who.thread && !self.has(MANY_LANES) {
             return true;
         }
-        self.thread() / 32 == who.thread / 32 && (self.0 >> 5) as u32 & 0xff != who.warp_epoch & 0xff
+        self.thread() / 32 == who.thread / 32 && ((self.0 >> 8) as u32 ^ who.warp_epoch) & 0x7f != 0
     }
 
     /// This read record joined by one more reader.

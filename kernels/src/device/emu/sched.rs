@@ -21,6 +21,9 @@ pub type Here = &'static Location<'static>;
 
 const WARP: u32 = 32;
 
+/// The one warp operation that orders memory.
+pub const WARP_SYNC: &str = "warp_sync";
+
 /// Why a thread does not run.
 #[derive(Clone, Copy)]
 pub enum Wait {
@@ -111,6 +114,7 @@ pub struct Block {
     warps: Vec<Warp>,
     coroutines: RefCell<Vec<Option<Routine>>>,
     epoch: Cell<u32>,
+    grid_epoch: Cell<u32>,
     acquired: Cell<bool>,
     shared: Vec<UnsafeCell<u128>>,
     shared_bytes: u32,
@@ -198,6 +202,7 @@ impl Thread {
             thread: self.index,
             block_epoch: block.epoch.get(),
             warp_epoch: self.warp().epoch.get(),
+            grid_epoch: block.grid_epoch.get(),
             releases,
             acquired: block.acquired.get(),
         }
@@ -262,15 +267,6 @@ impl Thread {
     pub fn acquire(&self) {
         self.block().acquired.set(true);
     }
-
-    /// The lanes of this warp have synchronised.
-    pub fn warp_synced(&self) {
-        // Every lane comes here once per synchronisation; the first one counts it.
-        if self.index.is_multiple_of(WARP) {
-            let epoch = &self.warp().epoch;
-            epoch.set(epoch.get() + 1);
-        }
-    }
 }
 
 impl Block {
@@ -292,6 +288,7 @@ impl Block {
                 .collect(),
             coroutines: RefCell::new((0..threads).map(|_| None).collect()),
             epoch: Cell::new(0),
+            grid_epoch: Cell::new(0),
             acquired: Cell::new(false),
             shared: (0..shared_bytes.div_ceil(16) + 64).map(|_| UnsafeCell::new(0)).collect(),
             shared_bytes,
@@ -461,6 +458,10 @@ impl Block {
                         return Err(first.fault_at(FaultKind::MissedWarpOp { op, other: text }, at));
                     }
                 }
+            }
+            if op == WARP_SYNC {
+                let epoch = &self.warps[w].epoch;
+                epoch.set(epoch.get() + 1);
             }
             self.threads[lanes.clone()].iter().for_each(|t| t.wait.set(Wait::Ready));
         }
@@ -644,6 +645,12 @@ fn run_blocks(launch: &Launch<'_>, stacks: &mut StackPool) -> Result<(), Fault> 
                 Ok(State::Spinning(progressed)) => {
                     launch.progress.fetch_add(progressed as u64, Ordering::Relaxed);
                 }
+                Ok(State::AtGrid) if !launch.config.cooperative => {
+                    let thread = &block.threads[0];
+                    let other = "the launch is not cooperative".to_owned();
+                    let kind = FaultKind::MissedBarrier { op: "grid_sync", other };
+                    break 'run Err(thread.fault_at(kind, thread.wait.get().at()));
+                }
                 Ok(State::AtGrid) => {
                     launch.progress.fetch_add(1, Ordering::Relaxed);
                     *at_grid = true;
@@ -656,8 +663,7 @@ fn run_blocks(launch: &Launch<'_>, stacks: &mut StackPool) -> Result<(), Fault> 
         }
         if live.len() as u64 == blocks && live.iter().all(|(_, _, at_grid)| *at_grid) {
             for (block, _, at_grid) in &mut live {
-                block.threads[0].release();
-                block.acquired.set(true);
+                block.grid_epoch.set(block.grid_epoch.get() + 1);
                 block.release_barrier();
                 *at_grid = false;
             }

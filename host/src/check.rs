@@ -1,0 +1,236 @@
+//! Small checks that launchers share. Each returns a typed error that names op and argument; none allocates unless it fails.
+
+use crate::{DType, Device, Error, Result, Stream, View};
+use ferrotile_kernels::launch::LaunchConfig;
+use std::fmt::Display;
+
+/// Largest dynamic shared memory of a block on sm_90 and newer data-centre GPUs.
+pub const MAX_SHARED_BYTES: u32 = 227 * 1024;
+
+/// `t` has `n` dimensions.
+pub fn rank(op: &'static str, arg: &'static str, t: &View, n: usize) -> Result<()> {
+    if t.rank() == n {
+        return Ok(());
+    }
+    let plural = if n == 1 { "" } else { "s" };
+    Err(Error::Shape { op, arg, expected: format!("{n} dimension{plural}"), got: format!("{:?}", t.shape()) })
+}
+
+/// The element type of `t` is one of `allowed`.
+pub fn dtype(op: &'static str, arg: &'static str, t: &View, allowed: &[DType]) -> Result<()> {
+    if allowed.contains(&t.dtype()) {
+        return Ok(());
+    }
+    Err(Error::DType { op, arg, allowed: list(allowed), got: t.dtype() })
+}
+
+/// `t` has exactly this shape.
+pub fn shape(op: &'static str, arg: &'static str, t: &View, expected: &[u64]) -> Result<()> {
+    if t.shape() == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { op, arg, expected: format!("{expected:?}"), got: format!("{:?}", t.shape()) })
+}
+
+/// The elements of `t` lie one after the other.
+pub fn contiguous(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
+    if t.is_contiguous() {
+        return Ok(());
+    }
+    Err(Error::Layout { op, arg, expected: "contiguous".to_owned(), got: layout(t) })
+}
+
+/// Elements of the last dimension of `t` are neighbours in memory.
+pub fn last_stride_1(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
+    let fine = match (t.shape().last(), t.strides().last()) {
+        (Some(&n), Some(&stride)) => n <= 1 || stride == 1 || t.is_empty(),
+        _ => true,
+    };
+    if fine {
+        return Ok(());
+    }
+    Err(Error::Layout { op, arg, expected: "last dimension with stride 1".to_owned(), got: layout(t) })
+}
+
+/// The first element of `t`, and of each row of it, is at a multiple of `bytes`: vector accesses along the last dimension
+/// are then aligned. Strides of dimensions of size 1 do not count, nor does anything of an empty tensor.
+pub fn aligned(op: &'static str, arg: &'static str, t: &View, bytes: u64) -> Result<()> {
+    if t.is_empty() {
+        return Ok(());
+    }
+    let outer = t.rank().saturating_sub(1);
+    let rows = (0..outer).all(|i| t.dim(i) == 1 || (t.stride(i).wrapping_mul(t.dtype().size())).is_multiple_of(bytes));
+    if rows && t.ptr().is_multiple_of(bytes) {
+        return Ok(());
+    }
+    let got = format!("address {:#x}, {}", t.ptr(), layout(t));
+    Err(Error::Layout { op, arg, expected: format!("rows that start at multiples of {bytes} bytes"), got })
+}
+
+/// `value` is a multiple of `by`.
+pub fn divisible(op: &'static str, arg: &'static str, value: u64, by: u64) -> Result<()> {
+    if value.is_multiple_of(by) {
+        return Ok(());
+    }
+    Err(Error::Value { op, arg, allowed: format!("multiples of {by}"), got: value.to_string() })
+}
+
+/// `value` is one of `allowed`.
+pub fn one_of<T: PartialEq + Display>(op: &'static str, arg: &'static str, value: T, allowed: &[T]) -> Result<()> {
+    if allowed.contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Value { op, arg, allowed: list(allowed), got: value.to_string() })
+}
+
+/// `value` lies in `low..=high`.
+pub fn in_range(op: &'static str, arg: &'static str, value: u64, low: u64, high: u64) -> Result<()> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Value { op, arg, allowed: format!("{low} to {high}"), got: value.to_string() })
+}
+
+/// `value` as the 32-bit number that kernels count with.
+pub fn fits_u32(op: &'static str, arg: &'static str, value: u64) -> Result<u32> {
+    u32::try_from(value).map_err(|_| Error::Value { op, arg, allowed: format!("0 to {}", u32::MAX), got: value.to_string() })
+}
+
+/// Every tensor is on the device of `stream`.
+pub fn same_device(op: &'static str, stream: &Stream, tensors: &[(&'static str, &View)]) -> Result<()> {
+    tensors.iter().try_for_each(|(arg, t)| on_device(op, stream.device(), arg, t.device()))
+}
+
+/// The argument's device is the expected one.
+pub(crate) fn on_device(op: &'static str, expected: &Device, arg: &'static str, got: &Device) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::DeviceMismatch { op, arg, expected: expected.to_string(), got: got.to_string() })
+}
+
+/// The byte ranges of two tensors have nothing in common. Views that interleave within one range count as overlapping.
+pub fn no_overlap(op: &'static str, a: (&'static str, &View), b: (&'static str, &View)) -> Result<()> {
+    let (x, y) = (a.1, b.1);
+    let apart = x.ptr() + x.span_bytes() <= y.ptr() || y.ptr() + y.span_bytes() <= x.ptr();
+    if apart || x.span_bytes() == 0 || y.span_bytes() == 0 || x.device() != y.device() {
+        return Ok(());
+    }
+    Err(Error::Overlap { op, a: a.0, b: b.0 })
+}
+
+/// The configuration is one that the device and the compiled kernel allow.
+pub(crate) fn launch_config(op: &'static str, config: &LaunchConfig, max_threads: u32) -> Result<()> {
+    let most = if max_threads == 0 { 1024 } else { max_threads };
+    in_range(op, "threads of a block", config.threads.into(), 1, most.into())?;
+    in_range(op, "shared memory of a block", config.shared_bytes.into(), 0, MAX_SHARED_BYTES.into())?;
+    in_range(op, "grid x", config.grid[0].into(), 0, i32::MAX as u64)?;
+    in_range(op, "grid y", config.grid[1].into(), 0, 65535)?;
+    in_range(op, "grid z", config.grid[2].into(), 0, 65535)
+}
+
+fn layout(t: &View) -> String {
+    format!("shape {:?} with strides {:?}", t.shape(), t.strides())
+}
+
+fn list<T: Display>(values: &[T]) -> String {
+    let mut text = String::new();
+    for (i, value) in values.iter().enumerate() {
+        text.push_str(if i == 0 { "" } else { ", " });
+        text.push_str(&value.to_string());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Buffer, TensorRef};
+
+    const OP: &str = "some_op";
+
+    fn buffer(len: usize) -> Buffer<f32> {
+        Device::emulator().zeros(len).unwrap()
+    }
+
+    fn text(result: Result<()>) -> String {
+        result.expect_err("the check must refuse this").to_string()
+    }
+
+    #[test]
+    fn shapes_and_types() {
+        let b = buffer(12);
+        let t = b.tensor(&[3, 4]).unwrap();
+        rank(OP, "x", &t, 2).unwrap();
+        assert_eq!(text(rank(OP, "x", &t, 1)), "some_op: x has shape [3, 4], expected 1 dimension");
+        shape(OP, "x", &t, &[3, 4]).unwrap();
+        assert_eq!(text(shape(OP, "x", &t, &[4, 3])), "some_op: x has shape [3, 4], expected [4, 3]");
+        dtype(OP, "x", &t, &[DType::Bf16, DType::F32]).unwrap();
+        assert_eq!(text(dtype(OP, "x", &t, &[DType::Bf16, DType::E4m3])), "some_op: x is f32, allowed: bf16, e4m3");
+    }
+
+    #[test]
+    fn layouts() {
+        let b = buffer(64);
+        let rows = b.strided(&[3, 4], &[6, 1], 0).unwrap();
+        assert_eq!(
+            text(contiguous(OP, "x", &rows)),
+            "some_op: layout of x is shape [3, 4] with strides [6, 1], expected contiguous"
+        );
+        last_stride_1(OP, "x", &rows).unwrap();
+        let columns = b.strided(&[3, 4], &[1, 6], 0).unwrap();
+        assert!(matches!(last_stride_1(OP, "x", &columns), Err(Error::Layout { .. })));
+        // Row stride of 24 bytes: 8-byte vectors fit, 16-byte vectors do not.
+        aligned(OP, "x", &rows, 8).unwrap();
+        assert!(matches!(aligned(OP, "x", &rows, 16), Err(Error::Layout { .. })));
+        // A single row that starts in the middle of a 16-byte word.
+        assert!(matches!(aligned(OP, "x", &b.strided(&[1, 4], &[8, 1], 2).unwrap(), 16), Err(Error::Layout { .. })));
+        aligned(OP, "x", &b.strided(&[1, 4], &[7, 1], 4).unwrap(), 16).unwrap();
+        aligned(OP, "x", &b.strided(&[0, 4], &[7, 1], 1).unwrap(), 16).unwrap();
+    }
+
+    #[test]
+    fn values() {
+        divisible(OP, "hidden", 256, 64).unwrap();
+        assert_eq!(text(divisible(OP, "hidden", 100, 64)), "some_op: hidden is 100, allowed: multiples of 64");
+        one_of(OP, "group", 32u32, &[32, 64]).unwrap();
+        assert_eq!(text(one_of(OP, "group", 48u32, &[32, 64])), "some_op: group is 48, allowed: 32, 64");
+        assert_eq!(fits_u32(OP, "num_tokens", u32::MAX as u64).unwrap(), u32::MAX);
+        assert!(matches!(fits_u32(OP, "num_tokens", 1 << 32), Err(Error::Value { arg: "num_tokens", .. })));
+        assert!(matches!(in_range(OP, "k", 0, 1, 9), Err(Error::Value { arg: "k", .. })));
+    }
+
+    #[test]
+    fn devices_and_overlap() {
+        let (plain, checked) = (Device::emulator(), Device::emulator().checked());
+        let (a, b) = (plain.zeros::<f32>(8).unwrap(), checked.zeros::<f32>(8).unwrap());
+        let (x, y) = (a.tensor(&[8]).unwrap(), b.tensor(&[8]).unwrap());
+        same_device(OP, &plain.default_stream(), &[("x", &x)]).unwrap();
+        assert!(matches!(
+            same_device(OP, &plain.default_stream(), &[("x", &x), ("y", &y)]),
+            Err(Error::DeviceMismatch { arg: "y", .. })
+        ));
+
+        let (low, high): (TensorRef, TensorRef) = (a.strided(&[4], &[1], 0).unwrap(), a.strided(&[4], &[1], 4).unwrap());
+        no_overlap(OP, ("x", &low), ("out", &high)).unwrap();
+        let middle = a.strided(&[4], &[1], 3).unwrap();
+        assert_eq!(text(no_overlap(OP, ("x", &low), ("out", &middle))), "some_op: x and out overlap in memory");
+        no_overlap(OP, ("x", &low), ("out", &a.strided(&[0], &[1], 2).unwrap())).unwrap();
+    }
+
+    #[test]
+    fn launch_configurations() {
+        let fine = LaunchConfig::new(10, 256);
+        launch_config(OP, &fine, 0).unwrap();
+        launch_config(OP, &fine, 256).unwrap();
+        for (bad, max_threads) in [
+            (LaunchConfig::new(1, 0), 0),
+            (LaunchConfig::new(1, 1025), 0),
+            (LaunchConfig::new(1, 256), 128),
+            (LaunchConfig::grid([1, 65536, 1], 32), 0),
+            (LaunchConfig { shared_bytes: MAX_SHARED_BYTES + 1, ..fine }, 0),
+        ] {
+            assert!(matches!(launch_config(OP, &bad, max_threads), Err(Error::Value { op: OP, .. })), "{bad:?}");
+        }
+    }
+}

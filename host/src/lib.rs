@@ -1,0 +1,53 @@
+//! LLM tile kernels in Rust: quantisation, mixture-of-experts routing, transposes, hyper-connections.
+//!
+//! Every op is one function that takes a [`Stream`] and borrowed tensors. The kernels are written in Rust (crate
+//! `ferrotile-kernels`) and run on CUDA GPUs, as PTX that ships with this crate, and on a CPU emulator that needs nothing.
+//!
+//! ```
+//! use ferrotile::Device;
+//!
+//! let device = Device::cuda(0).unwrap_or(Device::emulator());
+//! let stream = device.stream()?;
+//! let mut x = device.upload(&[1.0f32; 8])?;
+//! stream.memset_zero(&mut x.strided_mut(&[2, 2], &[2, 1], 4)?)?;
+//! assert_eq!(x.to_vec()?, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+//! # Ok::<(), ferrotile::Error>(())
+//! ```
+//!
+//! | feature | brings |
+//! |---|---|
+//! | `cuda` (off) | [`Device::cuda`], through the `cust` crate; needs the NVIDIA driver at run time |
+//!
+//! Rules that hold for every op: outputs and workspace are given by the caller; nothing is printed, allocated or waited for, so
+//! that every op can be captured into a CUDA graph; wrong arguments are an [`Error`] that names op and argument, never a panic.
+//! [`TensorRef::from_raw`], [`TensorMut::from_raw`] and [`Stream::from_raw`] take memory and streams of other libraries.
+
+mod buffer;
+pub mod check;
+mod device;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(not(feature = "cuda"))]
+#[path = "driver_off.rs"]
+mod driver;
+mod dtype;
+mod emu;
+mod error;
+mod ptx;
+pub mod quant;
+mod stream;
+mod tensor;
+
+pub use buffer::Buffer;
+pub use device::Device;
+pub use dtype::{DType, E2m1x2, E4m3, E5m2, Element, Ue8m0x4};
+pub use error::{Error, Result};
+pub use stream::{Event, Graph, Stream};
+pub use tensor::{MAX_RANK, TensorMut, TensorRef, View};
+
+// For ferrotile-tests: PTX of the device layer's own tests, and the record of what was built.
+#[doc(hidden)]
+pub use ptx::{MANIFEST as PTX_MANIFEST, register as register_ptx};
+
+/// The 16-bit float types, so that users need not depend on `half` themselves.
+pub use half;

@@ -1,0 +1,314 @@
+//! Quantisation: casts to and from FP8 (e4m3) and FP4 (e2m1) with scale factors per token, block or channel.
+//!
+//! A quantised tensor is a pair: data, and scale factors `sf` with `decoded = data * sf`. A scaling block is `(npt, npc)`: that
+//! many tokens by that many channels share one scale. [`sf_shape`] says what to allocate for the scales of an output, [`Format`]
+//! what for its data.
+//!
+//! | layout of scales | tensor | element `(m, k)` |
+//! |---|---|---|
+//! | [`SfLayout::RowMajor`] | f32 `(M, K)`, strides `(K, 1)` | one f32 |
+//! | [`SfLayout::ColMajor`] | f32 `(M, K)`, strides `(1, align(M, 4))` | one f32 |
+//! | [`SfLayout::ColMajorPacked`] | ue8m0x4 `(M, ceil(K / 4))`, strides `(1, align(M, 4))` | byte `k % 4` of word `(m, k / 4)` |
+//! | [`SfLayout::RowMajorPacked`] | ue8m0x4 `(M, ceil(K / 4))`, strides `(ceil(K / 4), 1)` | byte `k % 4` of word `(m, k / 4)` |
+//!
+//! `M` and `K` count scaling blocks. Packed scales are powers of two, one exponent byte each; unused bytes of a last word are 0.
+
+use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
+use std::fmt;
+
+/// What data are quantised to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// FP8, largest value 448; one byte a value.
+    E4m3,
+    /// FP4, largest value 6; two values a byte, the even channel in the low nibble.
+    E2m1,
+}
+
+impl Format {
+    /// Element type of the data tensor.
+    pub const fn dtype(self) -> DType {
+        match self {
+            Format::E4m3 => DType::E4m3,
+            Format::E2m1 => DType::E2m1x2,
+        }
+    }
+
+    /// Columns of the data tensor for `hidden` channels, which must be even for FP4.
+    pub const fn columns(self, hidden: u64) -> u64 {
+        match self {
+            Format::E4m3 => hidden,
+            Format::E2m1 => hidden / 2,
+        }
+    }
+
+    /// The format of a data tensor of this element type.
+    pub const fn of(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::E4m3 => Some(Format::E4m3),
+            DType::E2m1x2 => Some(Format::E2m1),
+            _ => None,
+        }
+    }
+
+    /// The name used in error texts and in test and benchmark cases.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Format::E4m3 => "e4m3",
+            Format::E2m1 => "e2m1",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How the scale factors of a tensor lie in memory; see the table of this module.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SfLayout {
+    /// f32, the scales of a block row one after the other.
+    #[default]
+    RowMajor,
+    /// f32, the scales of a block column one after the other, each column 16-byte aligned (what TMA loads want).
+    ColMajor,
+    /// Exponent bytes of four block columns in a word, words column-major.
+    ColMajorPacked,
+    /// Exponent bytes of four block columns in a word, words row-major.
+    RowMajorPacked,
+}
+
+impl SfLayout {
+    /// Whether a word holds four exponent bytes.
+    pub const fn is_packed(self) -> bool {
+        matches!(self, SfLayout::ColMajorPacked | SfLayout::RowMajorPacked)
+    }
+
+    /// Whether block rows are neighbours in memory.
+    pub const fn is_col_major(self) -> bool {
+        matches!(self, SfLayout::ColMajor | SfLayout::ColMajorPacked)
+    }
+
+    /// Element type of the tensor.
+    pub const fn dtype(self) -> DType {
+        if self.is_packed() { DType::Ue8m0x4 } else { DType::F32 }
+    }
+
+    /// Columns of the tensor for `num_blocks` block columns.
+    pub const fn columns(self, num_blocks: u64) -> u64 {
+        if self.is_packed() { num_blocks.div_ceil(4) } else { num_blocks }
+    }
+
+    /// The name used in error texts and in test and benchmark cases.
+    pub const fn name(self) -> &'static str {
+        match self {
+            SfLayout::RowMajor => "row-major",
+            SfLayout::ColMajor => "col-major",
+            SfLayout::ColMajorPacked => "col-major packed",
+            SfLayout::RowMajorPacked => "row-major packed",
+        }
+    }
+}
+
+impl fmt::Display for SfLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What to allocate for scale factors, from [`sf_shape`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SfShape {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape of the tensor.
+    pub shape: [u64; 2],
+    /// Its strides in elements.
+    pub strides: [u64; 2],
+    /// Elements to allocate, with the padding of column-major layouts.
+    pub elements: u64,
+}
+
+/// Scale factors that an op writes for `(num_tokens, hidden)` with scaling blocks of `block = (npt, npc)`.
+///
+/// ```
+/// use ferrotile::quant::{SfLayout, sf_shape};
+///
+/// let sf = sf_shape(5, 576, (1, 128), SfLayout::ColMajorPacked);
+/// assert_eq!((sf.shape, sf.strides, sf.elements), ([5, 2], [1, 8], 16));
+/// ```
+pub fn sf_shape(num_tokens: u64, hidden: u64, block: (u32, u32), layout: SfLayout) -> SfShape {
+    let rows = num_tokens.div_ceil(block.0.max(1) as u64);
+    let columns = layout.columns(hidden.div_ceil(block.1.max(1) as u64));
+    let (strides, elements) = if layout.is_col_major() {
+        let pitch = rows.saturating_add(3) / 4 * 4;
+        ([1, pitch], columns.saturating_mul(pitch))
+    } else {
+        ([columns, 1], rows.saturating_mul(columns))
+    };
+    SfShape { dtype: layout.dtype(), shape: [rows, columns], strides, elements }
+}
+
+/// Scale factors that an op reads. Rows (column-major: columns) may lie any distance apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sf<'a> {
+    /// `(M, K)`, packed `(M, ceil(K / 4))`.
+    pub tensor: TensorRef<'a>,
+    /// How the strides are to be read.
+    pub layout: SfLayout,
+}
+
+/// Scale factors that an op writes. Rows may lie any distance apart, columns of column-major layouts any multiple of 16 bytes.
+#[derive(Debug, PartialEq)]
+pub struct SfMut<'a> {
+    /// `(M, K)`, packed `(M, ceil(K / 4))`.
+    pub tensor: TensorMut<'a>,
+    /// How the strides are to be read.
+    pub layout: SfLayout,
+}
+
+/// What a cast reads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Input<'a> {
+    /// bf16 or f32.
+    Plain(TensorRef<'a>),
+    /// A quantised tensor: `data` e4m3 `(T, H)` or e2m1x2 `(T, H / 2)`, with one scale for each `block = (npt, npc)`.
+    Quantised {
+        /// The quantised values.
+        data: TensorRef<'a>,
+        /// Their scale factors.
+        sf: Sf<'a>,
+        /// Tokens and channels that share a scale.
+        block: (u32, u32),
+    },
+}
+
+impl<'a> Input<'a> {
+    /// The tensor that is cast, without its scales.
+    pub fn data(&self) -> TensorRef<'a> {
+        match *self {
+            Input::Plain(data) | Input::Quantised { data, .. } => data,
+        }
+    }
+
+    /// Channels of the data: twice the columns of an e2m1x2 tensor.
+    pub fn hidden(&self) -> u64 {
+        let data = self.data();
+        let columns = data.dim(1);
+        if data.dtype() == DType::E2m1x2 { columns.saturating_mul(2) } else { columns }
+    }
+}
+
+/// Strides of scale factors as kernels take them: elements from one block row, and from one column of the tensor, to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SfStrides {
+    pub row: u32,
+    pub col: u32,
+}
+
+impl Sf<'_> {
+    /// Checks that these are the scales of `rows` by `columns` scaling blocks.
+    pub(crate) fn check(&self, op: &'static str, arg: &'static str, rows: u64, columns: u64) -> Result<SfStrides> {
+        check_sf(op, arg, &self.tensor, self.layout, rows, columns)
+    }
+}
+
+impl SfMut<'_> {
+    /// Checks that these are the scales of `rows` by `columns` scaling blocks, and the alignment of columns that others rely on.
+    pub(crate) fn check(&self, op: &'static str, arg: &'static str, rows: u64, columns: u64) -> Result<SfStrides> {
+        let strides = check_sf(op, arg, &self.tensor, self.layout, rows, columns)?;
+        let t: &View = &self.tensor;
+        // TMA reads columns of scales, which must start at multiples of 16 bytes.
+        let aligned = t.ptr().is_multiple_of(16) && (t.dim(1) <= 1 || t.stride(1).is_multiple_of(4));
+        if self.layout.is_col_major() && !t.is_empty() && !aligned {
+            let got = format!("address {:#x} with strides {:?}", t.ptr(), t.strides());
+            return Err(Error::Layout { op, arg, expected: "columns that start at multiples of 16 bytes".to_owned(), got });
+        }
+        Ok(strides)
+    }
+}
+
+fn check_sf(op: &'static str, arg: &'static str, t: &View, layout: SfLayout, rows: u64, columns: u64) -> Result<SfStrides> {
+    check::dtype(op, arg, t, &[layout.dtype()])?;
+    check::shape(op, arg, t, &[rows, layout.columns(columns)])?;
+    if t.is_empty() {
+        return Ok(SfStrides::default());
+    }
+    // The stride of a dimension of size 1 says nothing and is not used.
+    let (inner, outer) = if layout.is_col_major() { (0, 1) } else { (1, 0) };
+    let fine = (t.dim(inner) == 1 || t.stride(inner) == 1) && (t.dim(outer) == 1 || t.stride(outer) >= t.dim(inner));
+    if !fine {
+        let expected = match layout.is_col_major() {
+            true => format!("{layout}: strides [1, at least {rows}]"),
+            false => format!("{layout}: strides [at least {}, 1]", t.dim(1)),
+        };
+        return Err(Error::Layout { op, arg, expected, got: format!("strides {:?}", t.strides()) });
+    }
+    if !t.ptr().is_multiple_of(4) {
+        let got = format!("address {:#x}", t.ptr());
+        return Err(Error::Layout { op, arg, expected: "an address that is a multiple of 4".to_owned(), got });
+    }
+    // Kernels index scales, and bytes of packed ones, with 32 bits.
+    check::fits_u32(op, arg, t.span_bytes())?;
+    let stride = |i: usize| if t.dim(i) == 1 { 0 } else { t.stride(i) as u32 };
+    Ok(SfStrides { row: stride(0), col: stride(1) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+
+    const OP: &str = "some_cast";
+
+    #[test]
+    fn shapes_of_scales() {
+        let shape = |layout| {
+            let s = sf_shape(5, 576, (1, 128), layout);
+            (s.dtype, s.shape, s.strides, s.elements)
+        };
+        assert_eq!(shape(SfLayout::RowMajor), (DType::F32, [5, 5], [5, 1], 25));
+        assert_eq!(shape(SfLayout::ColMajor), (DType::F32, [5, 5], [1, 8], 40));
+        assert_eq!(shape(SfLayout::ColMajorPacked), (DType::Ue8m0x4, [5, 2], [1, 8], 16));
+        assert_eq!(shape(SfLayout::RowMajorPacked), (DType::Ue8m0x4, [5, 2], [2, 1], 10));
+        assert_eq!(sf_shape(0, 576, (1, 32), SfLayout::ColMajor).elements, 0);
+        assert_eq!(sf_shape(4001, 7168, (128, 128), SfLayout::RowMajor).shape, [32, 56]);
+        // No division by zero and no overflow for senseless arguments.
+        assert_eq!(sf_shape(u64::MAX, u64::MAX, (0, 0), SfLayout::ColMajor).elements, u64::MAX);
+    }
+
+    #[test]
+    fn strides_are_checked() {
+        let b = Device::emulator().zeros::<f32>(64).unwrap();
+        let sf = |shape: [u64; 2], strides: [u64; 2], layout| Sf { tensor: b.strided(&shape, &strides, 0).unwrap(), layout };
+        let row = sf([5, 3], [4, 1], SfLayout::RowMajor);
+        assert_eq!(row.check(OP, "sf", 5, 3).unwrap(), SfStrides { row: 4, col: 1 });
+        assert!(matches!(row.check(OP, "sf", 5, 4), Err(Error::Shape { arg: "sf", .. })));
+        // Inputs may have columns of any pitch, also one that is no multiple of 4.
+        let col = sf([5, 3], [1, 7], SfLayout::ColMajor);
+        assert_eq!(col.check(OP, "sf", 5, 3).unwrap(), SfStrides { row: 1, col: 7 });
+        for (strides, layout) in [([4, 1], SfLayout::ColMajor), ([1, 7], SfLayout::RowMajor), ([1, 4], SfLayout::ColMajor)] {
+            let wrong = sf([5, 3], strides, layout);
+            assert!(matches!(wrong.check(OP, "sf", 5, 3), Err(Error::Layout { arg: "sf", .. })), "{strides:?} {layout}");
+        }
+        let packed = sf([5, 3], [3, 1], SfLayout::RowMajorPacked);
+        assert!(matches!(packed.check(OP, "sf", 5, 9), Err(Error::DType { arg: "sf", .. })));
+        // One column: its stride says nothing.
+        assert_eq!(sf([5, 1], [1, 99], SfLayout::RowMajor).check(OP, "sf", 5, 1).unwrap(), SfStrides { row: 1, col: 0 });
+    }
+
+    #[test]
+    fn columns_of_outputs_are_aligned() {
+        let mut b = Device::emulator().zeros::<f32>(64).unwrap();
+        let mut check = |strides: [u64; 2], offset| {
+            let tensor = b.strided_mut(&[5, 3], &strides, offset).unwrap();
+            SfMut { tensor, layout: SfLayout::ColMajor }.check(OP, "sf", 5, 3).map(|s| s.col)
+        };
+        assert_eq!(check([1, 8], 0).unwrap(), 8);
+        assert_eq!(check([1, 8], 4).unwrap(), 8);
+        assert!(matches!(check([1, 7], 0), Err(Error::Layout { .. })));
+        assert!(matches!(check([1, 8], 2), Err(Error::Layout { .. })));
+    }
+}

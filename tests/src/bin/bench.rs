@@ -1,0 +1,108 @@
+//! Times ops on a device: `bench [FILTER] --device cuda:0|emulator --json FILE`.
+//!
+//! Prints a table and appends a JSON line per row to the file.
+
+use clap::Parser;
+use ferrotile_tests::support::bench::{Bench, Line, Row};
+use ferrotile_tests::support::suite;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::collections::HashSet;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Time ops.
+#[derive(Parser)]
+struct Cli {
+    /// Only rows whose `op case` contains this.
+    #[arg(default_value = "")]
+    filter: String,
+    /// Where to run: `cuda:N` or `emulator`.
+    #[arg(long, default_value = "cuda:0")]
+    device: String,
+    /// Append one JSON line per row to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Print the rows and end.
+    #[arg(long)]
+    list: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(failed) => {
+            eprintln!("bench: {failed} rows failed");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// How many rows failed.
+fn run(cli: &Cli) -> Result<usize, String> {
+    let rows: Vec<Row> =
+        ferrotile_tests::benches().into_iter().filter(|row| format!("{} {}", row.op, row.case).contains(&cli.filter)).collect();
+    if cli.list {
+        rows.iter().for_each(|row| println!("{} {}", row.op, row.case));
+        return Ok(0);
+    }
+    if rows.is_empty() {
+        return Err(format!("no row contains `{}`; --list shows all", cli.filter));
+    }
+    let device = suite::device_unchecked(&cli.device)?;
+    let mut file = match &cli.json {
+        Some(path) => {
+            let open = OpenOptions::new().create(true).append(true).open(path);
+            Some(open.map_err(|e| format!("{}: {e}", path.display()))?)
+        }
+        None => None,
+    };
+    println!("{} rows on {}, driver {}", rows.len(), device.name(), device.driver_version());
+    println!("{:<28} {:<62} {:>9} {:>7}  fastest to slowest", "op", "case", "us", "GB/s");
+    let mut emit = |line: &Line| -> Result<(), String> {
+        let gbs = line.gbs.map_or(String::new(), |gbs| format!("{gbs:.0}"));
+        println!("{:<28} {:<62} {:>9.2} {gbs:>7}  {} to {}", line.op, line.case, line.us, line.spread[0], line.spread[1]);
+        if let Some(file) = &mut file {
+            let text = serde_json::to_string(line).map_err(suite::text)?;
+            writeln!(file, "{text}").map_err(|e| format!("writing the JSON file: {e}"))?;
+        }
+        Ok(())
+    };
+
+    let mut bench = Bench::new(&device)?;
+    let mut failed = 0;
+    // First, because "first launch" is first only once per op and process.
+    let mut launched = HashSet::new();
+    for row in &rows {
+        if launched.insert(row.op) {
+            match bench.first_launch(row) {
+                Ok(lines) => lines.iter().try_for_each(&mut emit)?,
+                Err(error) => {
+                    failed += 1;
+                    println!("{:<28} {:<62} FAILED: {error}", row.op, "first launch");
+                }
+            }
+        }
+    }
+    bench.limits()?.iter().try_for_each(&mut emit)?;
+    let bar = ProgressBar::with_draw_target(Some(rows.len() as u64), ProgressDrawTarget::stderr());
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {wide_msg}").unwrap_or(ProgressStyle::default_bar()));
+    for row in &rows {
+        bar.set_message(format!("{} {}", row.op, row.case));
+        match bench.row(row) {
+            Ok(line) => emit(&line)?,
+            Err(error) => {
+                failed += 1;
+                println!("{:<28} {:<62} FAILED: {error}", row.op, row.case);
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(failed)
+}

@@ -1,0 +1,156 @@
+//! The benchmark: one row per op and case, timed the way the peers are timed.
+//!
+//! Method (`../shared/peer/README.md`): a 512 MiB buffer is zeroed before every call, so inputs start outside L2 and the host runs
+//! ahead of the device; an event is recorded on either side of the call; the median counts. What an empty pair of events reads, and the
+//! time of a 1 GiB copy, are rows of the same run.
+
+use super::bytes::gbs;
+use super::suite::{ptx_sha, text};
+use ferrotile::{Buffer, Device, Event, Stream};
+use serde::Serialize;
+use std::time::Instant;
+
+/// Launches an op once on the stream.
+pub type Launch = Box<dyn FnMut(&Stream) -> ferrotile::Result<()>>;
+
+/// One line of the benchmark.
+pub struct Row {
+    /// Name of the op.
+    pub op: &'static str,
+    /// The case, spelled as the peers spell it: `key=value` in alphabetical order, joined by commas.
+    pub case: String,
+    /// Bytes that must move: every input and output once.
+    pub bytes: u64,
+    /// Allocates and fills the tensors and returns what launches the op.
+    #[allow(clippy::type_complexity)]
+    pub build: Box<dyn Fn(&Device, &Stream) -> Result<Launch, String>>,
+}
+
+/// A result, as it stands in the JSON file.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// Name of the op.
+    pub op: String,
+    /// The case.
+    pub case: String,
+    /// Median time of a call in microseconds.
+    pub us: f64,
+    /// Bytes over time; absent where bytes mean nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gbs: Option<f64>,
+    /// Fastest and slowest call in microseconds.
+    pub spread: [f64; 2],
+    /// Device name.
+    pub device: String,
+    /// Driver version.
+    pub driver: String,
+    /// SHA-256 of the op's PTX.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ptx_sha: Option<String>,
+}
+
+/// Times rows on one device.
+pub struct Bench {
+    device: Device,
+    stream: Stream,
+    flush: Buffer<u8>,
+    repeats: usize,
+}
+
+/// Zeroed before every call; ten times an H100's L2.
+const FLUSH_BYTES: usize = 512 << 20;
+const REPEATS: usize = 31;
+
+impl Bench {
+    /// On a GPU with the method above; on the emulator with a few calls and nothing to flush.
+    pub fn new(device: &Device) -> Result<Self, String> {
+        let (flush, repeats) = if device.is_emulator() { (0, 3) } else { (FLUSH_BYTES, REPEATS) };
+        let stream = device.stream().map_err(text)?;
+        Ok(Self { device: *device, stream, flush: device.alloc(flush).map_err(text)?, repeats })
+    }
+
+    fn line(&self, op: &str, case: &str, bytes: u64, mut times: Vec<f64>) -> Line {
+        times.sort_by(f64::total_cmp);
+        let us = times[times.len() / 2];
+        let round = |us: f64| (us * 100.0).round() / 100.0;
+        Line {
+            op: op.to_owned(),
+            case: case.to_owned(),
+            us: round(us),
+            gbs: (bytes > 0).then(|| gbs(bytes, us).round()),
+            spread: [round(times[0]), round(times[times.len() - 1])],
+            device: self.device.name(),
+            driver: self.device.driver_version(),
+            ptx_sha: if self.device.is_emulator() { None } else { ptx_sha(op) },
+        }
+    }
+
+    /// Times of the calls of `launch`, each with a cold L2.
+    fn measure(&mut self, launch: &mut dyn FnMut(&Stream) -> ferrotile::Result<()>) -> ferrotile::Result<Vec<f64>> {
+        for _ in 0..2 {
+            launch(&self.stream)?;
+        }
+        self.stream.synchronize()?;
+        let (start, end) = (Event::new(&self.device)?, Event::new(&self.device)?);
+        let mut times = Vec::with_capacity(self.repeats);
+        for _ in 0..self.repeats {
+            let len = self.flush.len() as u64;
+            self.stream.memset_zero(&mut self.flush.tensor_mut(&[len])?)?;
+            start.record(&self.stream)?;
+            launch(&self.stream)?;
+            end.record(&self.stream)?;
+            self.stream.synchronize()?;
+            times.push(end.elapsed_us_since(&start)?);
+        }
+        Ok(times)
+    }
+
+    /// What an empty pair of events reads, and a copy of 1 GiB.
+    pub fn limits(&mut self) -> Result<Vec<Line>, String> {
+        let empty = self.measure(&mut |_| Ok(())).map_err(text)?;
+        let mut lines = vec![self.line("events", "", 0, empty)];
+        let bytes = if self.device.is_emulator() { 64 << 20 } else { 1usize << 30 };
+        let from: Buffer<u8> = self.device.zeros(bytes).map_err(text)?;
+        let mut to: Buffer<u8> = self.device.alloc(bytes).map_err(text)?;
+        let times = self.measure(&mut |stream| {
+            let len = bytes as u64;
+            stream.copy(&mut to.tensor_mut(&[len])?, &from.tensor(&[len])?)
+        });
+        lines.push(self.line(
+            "copy",
+            if self.device.is_emulator() { "bytes=64MiB" } else { "bytes=1GiB" },
+            2 * bytes as u64,
+            times.map_err(text)?,
+        ));
+        Ok(lines)
+    }
+
+    /// Time one row.
+    pub fn row(&mut self, row: &Row) -> Result<Line, String> {
+        let mut launch = (row.build)(&self.device, &self.stream)?;
+        let times = self.measure(&mut launch).map_err(text)?;
+        Ok(self.line(row.op, &row.case, row.bytes, times))
+    }
+
+    /// The first launch of an op in this process, driver JIT included, and the host time of a later one.
+    pub fn first_launch(&mut self, row: &Row) -> Result<Vec<Line>, String> {
+        let mut launch = (row.build)(&self.device, &self.stream)?;
+        self.stream.synchronize().map_err(text)?;
+        let start = Instant::now();
+        launch(&self.stream).map_err(text)?;
+        let submitted = start.elapsed().as_secs_f64() * 1e6;
+        self.stream.synchronize().map_err(text)?;
+        // Few enough that the queue never fills: what is timed is the host's work alone.
+        let mut times = Vec::new();
+        for _ in 0..200 {
+            let start = Instant::now();
+            launch(&self.stream).map_err(text)?;
+            times.push(start.elapsed().as_secs_f64() * 1e6);
+        }
+        self.stream.synchronize().map_err(text)?;
+        Ok(vec![
+            self.line("first_launch", &format!("op={}", row.op), 0, vec![submitted]),
+            self.line("host_time_of_a_launch", &format!("op={}", row.op), 0, times),
+        ])
+    }
+}
