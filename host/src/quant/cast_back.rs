@@ -105,7 +105,8 @@ pub fn per_token_cast_back(stream: &Stream, args: PerTokenArgs<'_>) -> Result<()
     launch(op, stream, Args { x: args.x, sf: args.sf, block: (1, args.npc), out: args.out }, 0)
 }
 
-/// [`cast_back`] with another way to go about it, for the benchmark: 1 streams its stores, 2 has twice as many items a thread.
+/// [`cast_back`] with another way to go about it, for tests and the benchmark: 1 streams its stores, 2 has twice as many items a thread, 3 is
+/// the usual way; all three with blocks of full size, however small the tensor.
 #[doc(hidden)]
 pub fn cast_back_variant(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> {
     launch("cast_back", stream, args, variant)
@@ -266,7 +267,11 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, variant: u32) -> Re
             };
             stream.launch(op, narrow_entry(&plan), &config, &args)?;
         } else {
-            let tile = k::tile(num_items, if variant == 2 { 2 * k::ITEMS } else { k::ITEMS });
+            let tile = match variant {
+                0 => k::tile(num_items, k::ITEMS),
+                2 => k::THREADS * k::ITEMS * 2,
+                _ => k::THREADS * k::ITEMS,
+            };
             let config = k::config(num_items, tile);
             let args = k::wide::Args {
                 x,

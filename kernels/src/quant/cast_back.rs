@@ -7,8 +7,8 @@
 //! Cost  h * (1 or 1/2) bytes read and h * (2 or 4) written a token, and the scales; memory bound.
 
 use crate::device::*;
-use crate::{kernel, unroll};
 use crate::quant::common::{E2m1, E4m3, SfLayout, Target, load_sf};
+use crate::{kernel, unroll};
 
 /// Threads of a block of `wide` and `narrow`: 8 such blocks fill an SM when a thread needs at most 32 registers.
 pub const THREADS: u32 = 256;
@@ -60,7 +60,7 @@ impl Divisor {
     /// `n / divisor`.
     #[inline(always)]
     pub const fn divide(self, n: u32) -> u32 {
-        ((2 * n) as u64 * self.magic as u64 >> 32) as u32 >> self.shift
+        (((2 * n) as u64 * self.magic as u64) >> 32) as u32 >> self.shift
     }
 }
 
@@ -218,12 +218,14 @@ kernel! {
     ) {
         let down = Divisor { magic: columns_magic, shift: columns_shift }.divide(block_idx_x());
         let item = (block_idx_x() - down * columns) * PER_CHANNEL_THREADS + thread_idx();
-        if item >= row_items {
+        let block = Divisor { magic: tiles_magic, shift: tiles_shift }.divide(down);
+        let row_in_block = (down - block * tiles) * ROWS;
+        let first = block * npt + row_in_block;
+        // The last scaling block may have fewer row groups than the others.
+        if item >= row_items || first >= num_tokens {
             return;
         }
-        let block = Divisor { magic: tiles_magic, shift: tiles_shift }.divide(down);
-        let first = block * npt + (down - block * tiles) * ROWS;
-        let rows = (npt - (down - block * tiles) * ROWS).min(num_tokens - first);
+        let rows = (npt - row_in_block).min(num_tokens - first);
 
         // Rows beyond the end are the last one again, so that all loads are in flight together.
         const N: usize = ROWS as usize;
