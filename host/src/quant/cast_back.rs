@@ -37,16 +37,17 @@ pub struct PerTokenArgs<'a> {
 /// | tensor | dtype | shape | layout |
 /// |---|---|---|---|
 /// | `x` | e4m3, or e2m1x2 with two values a byte | `(T, H)`, or `(T, H / 2)` | last stride 1, any row stride |
-/// | `sf` | f32, or ue8m0x4 in a packed layout | `(M, K)`, or `(M, ceil(K / 4))`, with `M = ceil(T / npt)`, `K = ceil(H / npc)` | see [`SfLayout`](super::SfLayout), any pitch |
+/// | `sf` | f32, or packed ue8m0x4 | `(M, K)`, or `(M, ceil(K / 4))` | [`SfLayout`](super::SfLayout), any pitch |
 /// | `out` | bf16 or f32 | `(T, H)` | contiguous |
 ///
-/// A ragged last block (`T % npt != 0`, `H % npc != 0`) uses its scale for what there is. NaN of `x` stays NaN. Any alignment works; it
-/// is fast when rows of `x` start at multiples of 8 bytes, `out` at one of 16 and `H` is a multiple of 8. Source: the specification's sections 2
-/// (dequantisation), 3 and 5.7. Asynchronous; allocates nothing; an empty `out` launches nothing.
+/// `M = ceil(T / npt)` and `K = ceil(H / npc)`: a ragged last block uses its scale for what there is. NaN of `x` stays NaN. Any
+/// alignment works; it is fast when rows of `x` start at multiples of 8 bytes, `out` at one of 16 and `H` is a multiple of 8.
+/// Source: quant.md 2 (dequantisation), 3 and 5.7. Asynchronous; allocates nothing; an empty `out` launches nothing.
 ///
 /// # Errors
-/// [`Shape`](crate::Error::Shape) when shapes do not belong together, [`DType`](crate::Error::DType), [`Layout`](crate::Error::Layout) for strides,
-/// [`Value`](crate::Error::Value) for `block` or a size beyond 32 bits, [`DeviceMismatch`](crate::Error::DeviceMismatch),
+/// [`Shape`](crate::Error::Shape) when shapes do not belong together, [`DType`](crate::Error::DType),
+/// [`Layout`](crate::Error::Layout) for strides, [`Value`](crate::Error::Value) for `block` or a size beyond 32 bits,
+/// [`DeviceMismatch`](crate::Error::DeviceMismatch),
 /// [`Overlap`](crate::Error::Overlap) of `out` with an input, [`Driver`](crate::Error::Driver). `out` is untouched then.
 ///
 /// ```
@@ -105,8 +106,8 @@ pub fn per_token_cast_back(stream: &Stream, args: PerTokenArgs<'_>) -> Result<()
     launch(op, stream, Args { x: args.x, sf: args.sf, block: (1, args.npc), out: args.out }, 0)
 }
 
-/// [`cast_back`] with another way to go about it, for tests and the benchmark: 1 streams its stores, 2 has twice as many items a thread, 3 is
-/// the usual way; all three with blocks of full size, however small the tensor.
+/// [`cast_back`] with another way to go about it, for tests and the benchmark: 1 streams its stores, 2 has twice as many items a
+/// thread, 3 is the usual way; all three with blocks of full size, however small the tensor.
 #[doc(hidden)]
 pub fn cast_back_variant(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> {
     launch("cast_back", stream, args, variant)

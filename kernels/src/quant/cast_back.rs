@@ -1,9 +1,10 @@
 //! cast_back: quantised data times scale factors, back to bf16 or f32.
 //!
-//! In    x e4m3 [t, h] or e2m1 [t, h/2], rows any distance apart; sf f32 or ue8m0 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
+//! In    x e4m3 [t, h] or e2m1 [t, h/2], any row stride; sf f32 or ue8m0 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
 //! Exact `out = fp32(q) * sf`, one f32 multiplication, then to bf16 by round to nearest even; bitwise the specification's.
 //! Map   `wide`: 16 bytes of output a thread and step, items numbered through the whole tensor, so that every warp store is 512
-//!       bytes in a row; `per_channel` (npc = 1): a thread keeps the scales of its channels and goes down rows; `narrow`: one byte of x a step.
+//!       bytes in a row; `per_channel` (npc = 1): a thread keeps the scales of its channels and goes down rows; `narrow`: one
+//!       byte of x a step, whatever its alignment.
 //! Cost  h * (1 or 1/2) bytes read and h * (2 or 4) written a token, and the scales; memory bound.
 
 use crate::device::*;
@@ -14,7 +15,7 @@ use crate::{kernel, unroll};
 pub const THREADS: u32 = 256;
 /// Threads of a block of `per_channel`. 7168 channels are a whole number of such blocks for both outputs.
 pub const PER_CHANNEL_THREADS: u32 = 128;
-/// Items of a thread in the usual entries of `wide`: with 8 bytes of `x` and a scale each, 64 warps have 48 KB in flight.
+/// Items of a thread in the usual entries of `wide`: at 8 bytes of `x` each, the 64 warps of an SM have 64 KB in flight.
 pub const ITEMS: u32 = 4;
 /// Items of a thread in `narrow`.
 pub const NARROW_ITEMS: u32 = 4;
@@ -23,8 +24,8 @@ pub const ROWS: u32 = 8;
 /// Items of one launch must stay below this, see [`Divisor`].
 pub const MAX_ITEMS: u64 = 1 << 31;
 
-/// Items of a block of `wide` whose threads have `items` each: a tensor that does not fill the GPU once (132 SMs, 8 blocks each) gets
-/// blocks with one item a thread, so that it is spread over as many SMs as possible.
+/// Items of a block of `wide` whose threads have `items` each: a tensor that does not fill the GPU once (132 SMs, 8 blocks
+/// each) gets blocks with one item a thread, so that it is spread over as many SMs as possible.
 pub const fn tile(num_items: u32, items: u32) -> u32 {
     if num_items <= 132 * 8 * THREADS { THREADS } else { THREADS * items }
 }
@@ -159,12 +160,12 @@ kernel! {
     op = cast_back;
     threads = 256;
     /// Rows of `x` start at a multiple of what an item reads, `out` is contiguous and 16-byte aligned. An item is 16 bytes of
-    /// output; `num_items` of them from token `first_token` on are this launch's, at the start of `x` and `out`. `x_stride` counts bytes,
-    /// the strides of `sf` its elements (packed: words). An item's number within its row, shifted by `k_shift`, is its block column.
-    /// A block has `tile` items: `THREADS * ITEMS`, or fewer so that a small tensor is spread over more blocks.
+    /// output; `num_items` of them from token `first_token` on are this launch's, at the start of `x` and `out`. `x_stride`
+    /// counts bytes, the strides of `sf` its elements (packed: words). An item's number within its row, shifted by `k_shift`, is
+    /// its block column. A block has `tile` items: `THREADS * ITEMS`, or fewer so that a small tensor is spread over more blocks.
     pub fn wide[F: Source, O: Output, const PACKED: bool, const ITEMS: usize, const STREAM: bool](
-        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, first_token: u32, num_items: u32,
-        row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32, tile: u32,
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, first_token: u32,
+        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32, tile: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
         let row_of = Divisor { magic: row_magic, shift: row_shift };
@@ -209,7 +210,7 @@ kernel! {
 kernel! {
     op = cast_back;
     threads = 128;
-    /// Blocks of one channel (npc = 1) with row-major f32 scales, everything as aligned as `wide` wants it and `sf` in 16-byte steps.
+    /// Blocks of one channel (npc = 1) with row-major f32 scales; aligned as for `wide`, and `sf` for 16-byte loads.
     /// A thread has one item of a row and goes down [`ROWS`] rows of one scaling block. `tiles` is the number of such row
     /// groups in a scaling block, `columns` of grid blocks across a row.
     pub fn per_channel[F: Source, O: Output](
@@ -240,7 +241,8 @@ kernel! {
         unroll!(i in N {
             if (i as u32) < rows {
                 let values = F::decode(held[i]);
-                out.at(i as u64 * row_items as u64 * 16).store16(0, O::pack(core::array::from_fn(|j| values[j] * scales[j])));
+                let products = core::array::from_fn(|j| values[j] * scales[j]);
+                out.at(i as u64 * row_items as u64 * 16).store16(0, O::pack(products));
             }
         });
     }
@@ -253,8 +255,8 @@ kernel! {
     /// Any alignment, any hidden size, blocks of any width. An item is one byte of `x`; strides as in `wide`. An e4m3's number
     /// within its row, an e2m1's too, shifted by `k_shift`, is its block column.
     pub fn narrow[F: Source, O: Output, const PACKED: bool](
-        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, first_token: u32, num_items: u32,
-        row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32,
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, first_token: u32,
+        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
         let values_per_item = 8 / F::BITS;
