@@ -5,6 +5,7 @@
 
 pub mod device;
 pub mod mhc;
+pub mod quant;
 pub mod support;
 pub mod transpose;
 
@@ -13,12 +14,13 @@ use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE, mhc::mhc_post_fwd::SUITE, transpose::batched_transpose::SUITE]
+    vec![device::layer::SUITE, mhc::mhc_post_fwd::SUITE, quant::cast_back::SUITE, transpose::batched_transpose::SUITE]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![mhc::mhc_post_fwd::bench(), transpose::batched_transpose::bench()];
+    let per_op: Vec<Vec<Row>> =
+        vec![mhc::mhc_post_fwd::bench(), quant::cast_back::bench(), transpose::batched_transpose::bench()];
     per_op.into_iter().flatten().collect()
 }
 
