@@ -548,7 +548,8 @@ kernel! {
     /// row `i / row_tiles`.
     pub fn cast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32, round: u32,
-        with_data: u32, sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32, row_magic: u32, row_shift: u32,
+        with_data: u32, sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32,
+        row_magic: u32, row_shift: u32,
     ) {
         let Some(tile) = Tile::of_warp(num_tiles, row_tiles, Divisor { magic: row_magic, shift: row_shift }) else { return };
         let round = rounds::<ROUND, WIDE>(round);
@@ -579,8 +580,8 @@ kernel! {
     /// Quantised input with a scale for each `2^npt_log2` rows by `2^npc_log2` channels, at least 16 of them. Strides of `x_sf` count
     /// words, which hold one scale, or four if packed. Warp tile `i` is part `i % row_tiles` of rows `4 * (i / row_tiles)` and on.
     pub fn recast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool](
-        x: In<u8>, x_sf: In<u32>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32, round: u32,
-        x_sf_row_stride: u32, x_sf_col_stride: u32, x_sf_packed: u32, npt_log2: u32, npc_log2: u32,
+        x: In<u8>, x_sf: In<u32>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32,
+        round: u32, x_sf_row_stride: u32, x_sf_col_stride: u32, x_sf_packed: u32, npt_log2: u32, npc_log2: u32,
         sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32, row_magic: u32, row_shift: u32,
     ) {
         let Some(tile) = Tile::of_warp(num_tiles, row_tiles, Divisor { magic: row_magic, shift: row_shift }) else { return };

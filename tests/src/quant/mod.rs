@@ -1,3 +1,4 @@
-//! Quantisation ops.
+//! Quantisation.
 
+pub mod cast_back;
 pub mod per_token_cast;
