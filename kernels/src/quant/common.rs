@@ -124,6 +124,6 @@ impl Divisor {
     /// `n / divisor`.
     #[inline(always)]
     pub const fn divide(self, n: u32) -> u32 {
-        ((2 * n) as u64 * self.magic as u64 >> 32) as u32 >> self.shift
+        (((2 * n) as u64 * self.magic as u64) >> 32) as u32 >> self.shift
     }
 }
