@@ -303,13 +303,16 @@ fn load<S: Source, const WIDE: bool>(x: In<u8>, channel: u32, hidden: u32) -> S:
 /// Write the codes of a lane's vector, see [`load`].
 #[inline(always)]
 #[track_caller]
-fn store<S: Source, T: Encode, const WIDE: bool>(out: Out<u8>, codes: [u32; 4], channel: u32, hidden: u32) {
+fn store<S: Source, T: Encode, const WIDE: bool, const STREAM: bool>(out: Out<u8>, codes: [u32; 4], channel: u32, hidden: u32) {
     let size = bytes(S::CHANNELS, T::BITS);
     if WIDE {
-        match size {
-            16 => out.store16(0, codes),
-            8 => out.store8(0, [codes[0], codes[1]]),
-            4 => out.store4(0, codes[0]),
+        match (size, STREAM) {
+            (16, false) => out.store16(0, codes),
+            (16, true) => out.store16_stream(0, codes),
+            (8, false) => out.store8(0, [codes[0], codes[1]]),
+            (8, true) => out.store8_stream(0, [codes[0], codes[1]]),
+            (4, false) => out.store4(0, codes[0]),
+            (4, true) => out.store4_stream(0, codes[0]),
             _ => out.cast::<u16>().set(0, codes[0] as u16),
         }
     } else {
@@ -432,7 +435,7 @@ fn load_tile<S: Source, const WIDE: bool>(x: In<u8>, tile: Tile, num_tokens: u32
 /// Quantise and write this lane's four vectors; `factor` gives that of each.
 #[inline(always)]
 #[track_caller]
-fn store_tile<S: Source, T: Encode, const SAFE: bool, const WIDE: bool>(
+fn store_tile<S: Source, T: Encode, const SAFE: bool, const WIDE: bool, const STREAM: bool>(
     out: Out<u8>,
     raw: [S::Raw; VECTORS],
     factor: impl Fn(usize) -> f32,
@@ -446,7 +449,7 @@ fn store_tile<S: Source, T: Encode, const SAFE: bool, const WIDE: bool>(
         let (j, channel) = (i as u32, tile.channel::<S>(i as u32));
         if tile.has_row::<S>(j, num_tokens) && channel < hidden {
             let codes = S::encode::<T, SAFE>(raw[i], factor(i));
-            store::<S, T, WIDE>(first.at(Tile::step::<S>(j, stride, T::BITS)), codes, channel, hidden);
+            store::<S, T, WIDE, STREAM>(first.at(Tile::step::<S>(j, stride, T::BITS)), codes, channel, hidden);
         }
     });
 }
@@ -544,9 +547,9 @@ kernel! {
     op = per_token_cast;
     threads = 256, blocks = 6;
     /// Plain input. `x_stride` counts bytes. A group of `2^lanes_log2` lanes shares a scale. `round`, only looked at by narrow
-    /// entries: scales are powers of two. `with_data = 0`: only the scales are written. Warp tile `i` is part `i % row_tiles` of
+    /// entries: scales are powers of two. `STREAM`: data are written to leave the caches first. `with_data = 0`: only the scales are written. Warp tile `i` is part `i % row_tiles` of
     /// row `i / row_tiles`.
-    pub fn cast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool](
+    pub fn cast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool, const STREAM: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32, round: u32,
         with_data: u32, sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32,
         row_magic: u32, row_shift: u32,
@@ -559,18 +562,20 @@ kernel! {
         store_scales::<S, T>(to, amax, round, lanes_log2, tile, num_tokens, hidden);
         if with_data != 0 {
             // Each scale is made where it is used, which saves registers.
-            store_tile::<S, T, ROUND, WIDE>(out, raw, |i| scale_of::<T>(amax[i], round).inv, tile, num_tokens, hidden);
+            store_tile::<S, T, ROUND, WIDE, STREAM>(out, raw, |i| scale_of::<T>(amax[i], round).inv, tile, num_tokens, hidden);
         }
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, false, true], bf16_e4m3_round[Bf16, E4m3, true, true],
-        bf16_e2m1[Bf16, E2m1, false, true], bf16_e2m1_round[Bf16, E2m1, true, true],
-        f32_e4m3[F32, E4m3, false, true], f32_e4m3_round[F32, E4m3, true, true],
-        f32_e2m1[F32, E2m1, false, true], f32_e2m1_round[F32, E2m1, true, true],
-        bf16_e4m3_narrow[Bf16, E4m3, false, false],
-        bf16_e2m1_narrow[Bf16, E2m1, false, false],
-        f32_e4m3_narrow[F32, E4m3, false, false],
-        f32_e2m1_narrow[F32, E2m1, false, false],
+        bf16_e4m3[Bf16, E4m3, false, true, false], bf16_e4m3_round[Bf16, E4m3, true, true, false],
+        bf16_e2m1[Bf16, E2m1, false, true, false], bf16_e2m1_round[Bf16, E2m1, true, true, false],
+        f32_e4m3[F32, E4m3, false, true, false], f32_e4m3_round[F32, E4m3, true, true, false],
+        f32_e2m1[F32, E2m1, false, true, false], f32_e2m1_round[F32, E2m1, true, true, false],
+        bf16_e4m3_narrow[Bf16, E4m3, false, false, false],
+        bf16_e2m1_narrow[Bf16, E2m1, false, false, false],
+        f32_e4m3_narrow[F32, E4m3, false, false, false],
+        f32_e2m1_narrow[F32, E2m1, false, false, false],
+        bf16_e4m3_round_stream[Bf16, E4m3, true, true, true], f32_e4m3_round_stream[F32, E4m3, true, true, true],
+        bf16_e2m1_round_stream[Bf16, E2m1, true, true, true],
     }
 }
 
@@ -579,7 +584,7 @@ kernel! {
     threads = 256, blocks = 4;
     /// Quantised input with a scale for each `2^npt_log2` rows by `2^npc_log2` channels, at least 16 of them. Strides of `x_sf` count
     /// words, which hold one scale, or four if packed. Warp tile `i` is part `i % row_tiles` of rows `4 * (i / row_tiles)` and on.
-    pub fn recast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool](
+    pub fn recast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool, const STREAM: bool](
         x: In<u8>, x_sf: In<u32>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32,
         round: u32, x_sf_row_stride: u32, x_sf_col_stride: u32, x_sf_packed: u32, npt_log2: u32, npc_log2: u32,
         sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32, row_magic: u32, row_shift: u32,
@@ -611,17 +616,18 @@ kernel! {
         store_scales::<S, T>(to, amax, round, lanes_log2, tile, num_tokens, hidden);
         // Zeros in a block of large scale: the factor may overflow, and zero times infinity would be NaN.
         let factor = |i: usize| min_total(x_sf[i] * scale_of::<T>(amax[i], round).inv, f32::MAX);
-        store_tile::<S, T, false, WIDE>(out, raw, factor, tile, num_tokens, hidden);
+        store_tile::<S, T, false, WIDE, STREAM>(out, raw, factor, tile, num_tokens, hidden);
     }
     entries {
-        e4m3_e4m3[E4m3, E4m3, false, true], e4m3_e4m3_round[E4m3, E4m3, true, true],
-        e4m3_e2m1[E4m3, E2m1, false, true], e4m3_e2m1_round[E4m3, E2m1, true, true],
-        e2m1_e4m3[E2m1, E4m3, false, true], e2m1_e4m3_round[E2m1, E4m3, true, true],
-        e2m1_e2m1[E2m1, E2m1, false, true], e2m1_e2m1_round[E2m1, E2m1, true, true],
-        e4m3_e4m3_narrow[E4m3, E4m3, false, false],
-        e4m3_e2m1_narrow[E4m3, E2m1, false, false],
-        e2m1_e4m3_narrow[E2m1, E4m3, false, false],
-        e2m1_e2m1_narrow[E2m1, E2m1, false, false],
+        e4m3_e4m3[E4m3, E4m3, false, true, false], e4m3_e4m3_round[E4m3, E4m3, true, true, false],
+        e4m3_e2m1[E4m3, E2m1, false, true, false], e4m3_e2m1_round[E4m3, E2m1, true, true, false],
+        e2m1_e4m3[E2m1, E4m3, false, true, false], e2m1_e4m3_round[E2m1, E4m3, true, true, false],
+        e2m1_e2m1[E2m1, E2m1, false, true, false], e2m1_e2m1_round[E2m1, E2m1, true, true, false],
+        e4m3_e4m3_narrow[E4m3, E4m3, false, false, false],
+        e4m3_e2m1_narrow[E4m3, E2m1, false, false, false],
+        e2m1_e4m3_narrow[E2m1, E4m3, false, false, false],
+        e2m1_e2m1_narrow[E2m1, E2m1, false, false, false],
+        e4m3_e4m3_round_stream[E4m3, E4m3, true, true, true], e2m1_e4m3_round_stream[E2m1, E4m3, true, true, true],
     }
 }
 
@@ -651,7 +657,7 @@ kernel! {
         let write = |raw: S::Raw, at: u32| {
             if at < hidden {
                 let codes = S::encode::<T, ROUND>(raw, scale.inv);
-                store::<S, T, WIDE>(out.at(bytes(at, T::BITS)), codes, at, hidden);
+                store::<S, T, WIDE, false>(out.at(bytes(at, T::BITS)), codes, at, hidden);
             }
         };
         unroll!(i in VECTORS {
@@ -693,7 +699,7 @@ kernel! {
             let channel = tile.channel::<S>(i as u32);
             if channel < hidden { sf.get(tile.row * sf_row_stride + (channel >> npc_log2) * sf_col_stride) } else { 1.0 }
         });
-        store_tile::<S, T, false, WIDE>(out, raw, |i| 1.0 / sf[i], tile, num_tokens, hidden);
+        store_tile::<S, T, false, WIDE, false>(out, raw, |i| 1.0 / sf[i], tile, num_tokens, hidden);
     }
     entries {
         bf16_e4m3[Bf16, E4m3, true], bf16_e2m1[Bf16, E2m1, true], f32_e4m3[F32, E4m3, true], f32_e2m1[F32, E2m1, true],

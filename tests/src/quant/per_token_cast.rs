@@ -538,9 +538,14 @@ impl Outputs {
     }
 
     fn cast(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
+        self.call(stream, x, npc, round_sf, false)
+    }
+
+    fn call(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool, streaming: bool) -> ferrotile::Result<()> {
         let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?.reinterpret(self.format.dtype())?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
-        op::per_token_cast(stream, Args { x, npc, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } })
+        let args = Args { x, npc, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } };
+        if streaming { op::per_token_cast_streaming(stream, args) } else { op::per_token_cast(stream, args) }
     }
 
     fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
@@ -640,6 +645,10 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
                     }
                     out.check_sf(&name, &words)?;
                     out.check_data(&name, &expected.data)?;
+                    if round && ctx.depth == Depth::Small {
+                        out.call(&stream, source.input().map_err(text)?, npc, round, true).map_err(text)?;
+                        out.check_data(&name, &expected.data)?;
+                    }
                     if let Some(exact) = plan.bias.filter(|_| layout == SfLayout::RowMajor) {
                         let scales = Some(BlockScales { sf: expected.sf.clone(), block: (1, npc) });
                         let back = Values { values: decode(&expected.data, format), hidden: hidden as usize, scales };
@@ -924,6 +933,7 @@ fn row(
     let x_sf = block.map_or(0, |block| sf_shape(t, h, block, SfLayout::ColMajorPacked).shape.iter().product());
     let x_columns = if input == DType::E2m1x2 { h / 2 } else { h };
     let bytes = t * x_columns * input.size() + 4 * x_sf + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
+    let row_case = case.clone();
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let name = format!("per_token_cast benchmark {t} {h}");
         let source = match (block, Format::of(input)) {
@@ -934,9 +944,15 @@ fn row(
             _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
         };
         let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
-        Ok(Box::new(move |stream| out.cast(stream, source.input()?, npc, true)))
+        let streaming = streaming(&row_case);
+        Ok(Box::new(move |stream| out.call(stream, source.input()?, npc, true, streaming)))
     };
     Row { op: "per_token_cast", case, bytes, build: Box::new(build) }
+}
+
+/// Whether the case asks for the entry that writes data past the caches.
+fn streaming(case: &str) -> bool {
+    case.ends_with(",stores=stream")
 }
 
 /// The peers' cases, shapes of 1.0.0's own benchmark (8001 tokens), whole rows, and small inputs.
@@ -982,6 +998,20 @@ pub fn bench() -> Vec<Row> {
             packed,
             Some((128, 128)),
         ));
+    }
+    // Two ways to store, of which the faster one stays.
+    let stream = |case: String| case + ",stores=stream";
+    for npc in [32, 128] {
+        for (dtype, input, format) in
+            [(DType::Bf16, "bf16", Format::E4m3), (DType::F32, "f32", Format::E4m3), (DType::Bf16, "bf16", Format::E2m1)]
+        {
+            let case = stream(case(format, 7168, input, npc, 8064));
+            rows.push(row(case, dtype, (8064, 7168), format, npc, packed, None));
+        }
+        for (dtype, input) in [(DType::E4m3, "e4m3,128x128"), (DType::E2m1x2, "e2m1,128x128")] {
+            let case = stream(case(Format::E4m3, 7168, input, npc, 8001));
+            rows.push(row(case, dtype, (8001, 7168), Format::E4m3, npc, packed, Some((128, 128))));
+        }
     }
     rows
 }
