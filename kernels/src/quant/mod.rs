@@ -4,3 +4,4 @@
 //! largest magnitude `amax`; [`common`] has the arithmetic, which is the same in every op.
 
 pub mod common;
+pub mod per_block_cast;

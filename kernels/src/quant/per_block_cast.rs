@@ -1,0 +1,321 @@
+//! per_block_cast: quantise to e4m3 or e2m1 with one scale factor for each block of `npt` tokens by `npc` channels.
+//!
+//! In   x  bf16, f32 [t, h], any row stride      Out  data  e4m3 [t, h], e2m1 [t, h/2];  sf  f32, ue8m0 [ceil(t/npt), ceil(h/npc)]
+//! Exact  bit for bit, quant.md 2; blocks at the edges take what there is; NaN does not count for a scale.
+//! Map   a block of 8 warps per 128 x 128 tile, 16 rows a warp, held in registers between maximum and conversion.
+//! Cost  x read once, data and sf written once; about 4 (e4m3) or 8 (e2m1) instructions a value: memory bound.
+
+use super::common::{E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale, ue8m0};
+use crate::device::*;
+use crate::kernel;
+
+/// Rows and columns of a tile: the largest scaling block, and a multiple of all.
+pub const TILE: u32 = 128;
+/// Threads of a block.
+pub const THREADS: u32 = 256;
+/// Rows of a tile that a warp holds.
+const WARP_ROWS: u32 = TILE / (THREADS / WARP_SIZE);
+/// The smallest scaling block; maxima are exchanged in this unit of columns.
+const GROUP: u32 = 32;
+/// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
+const GRID_Y: u32 = 1 << 15;
+
+/// One block a tile, columns first: neighbours in x share DRAM pages.
+pub fn config(num_tokens: u32, hidden: u32) -> LaunchConfig {
+    let rows = ceil_div(num_tokens, TILE);
+    let y = if rows < GRID_Y { rows } else { GRID_Y };
+    let z = if y == 0 { 0 } else { ceil_div(rows, y) };
+    LaunchConfig::grid([ceil_div(hidden, TILE), y, z], THREADS).shared(&shared().0)
+}
+
+/// Largest magnitudes of 16 rows by 32 columns: 4 groups of columns for each of 8 warps.
+#[inline(always)]
+fn shared() -> (SharedLayout, Shared<u32>) {
+    let mut layout = SharedLayout::new();
+    let maxima = layout.array(WARP_SIZE);
+    (layout, maxima)
+}
+
+/// An element type that can be cast. A lane holds `N` vectors of 16 bytes.
+trait Source: Copy {
+    /// Bytes of an element.
+    const BYTES: u32;
+    /// Four words from elements that need not be aligned to 16 bytes.
+    fn gather(x: In<u8>, i: u32) -> [u32; 4];
+    /// Bits of the largest magnitude.
+    fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32;
+    /// Quantise and store the vectors whose rows exist.
+    fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32);
+}
+
+#[derive(Clone, Copy)]
+struct Bf16;
+#[derive(Clone, Copy)]
+struct F32;
+
+/// Where the vectors of a lane are: the first row and its distance to the next, and the first channel.
+#[derive(Clone, Copy)]
+struct Place {
+    row: u32,
+    step: u32,
+    col: u32,
+}
+
+impl Place {
+    /// Of the calling lane in its tile: neighbouring lanes take neighbouring vectors of a row.
+    #[inline(always)]
+    fn new<X: Source>() -> Self {
+        let per_vector = 16 / X::BYTES;
+        let lanes = TILE / per_vector;
+        let tile_row = (block_idx_z() * grid_dim_y() + block_idx_y()) * TILE;
+        Self {
+            row: tile_row + warp_id() * WARP_ROWS + lane_id() / lanes,
+            step: WARP_SIZE / lanes,
+            col: block_idx_x() * TILE + lane_id() % lanes * per_vector,
+        }
+    }
+
+    /// Row of vector `i`.
+    #[inline(always)]
+    fn row(self, i: usize) -> u32 {
+        self.row + i as u32 * self.step
+    }
+
+    /// Block row and block column of all the lane's vectors. `npt` and `npc` are given as powers of two.
+    #[inline(always)]
+    fn block(self, npt: u32, npc: u32) -> (u32, u32) {
+        (self.row >> npt, self.col >> npc)
+    }
+}
+
+/// All vectors of a lane. Rows and columns outside of the tensor are replaced by its last ones: those are in the same scaling
+/// block, or in one that does not exist, so the maxima stay right and no load needs a condition.
+#[inline(always)]
+fn load<X: Source, const N: usize, const ALIGNED: bool>(x: In<u8>, stride: u32, at: Place, h: u32, t: u32) -> [[u32; 4]; N] {
+    let per_vector = 16 / X::BYTES;
+    let col = if at.col < h { at.col } else { h - per_vector };
+    core::array::from_fn(|i| {
+        let row = if at.row(i) < t { at.row(i) } else { t - 1 };
+        let from = x.at((row as u64 * stride as u64 + col as u64) * X::BYTES as u64);
+        if ALIGNED { from.load16_stream(0) } else { X::gather(from, 0) }
+    })
+}
+
+impl Source for Bf16 {
+    const BYTES: u32 = 2;
+
+    #[inline(always)]
+    fn gather(x: In<u8>, i: u32) -> [u32; 4] {
+        let x = x.cast::<u16>();
+        core::array::from_fn(|w| {
+            let w = i + 2 * w as u32;
+            x.get(w) as u32 | (x.get(w + 1) as u32) << 16
+        })
+    }
+
+    #[inline(always)]
+    fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32 {
+        // Four chains, one for each word of a vector. They start from a number, so no NaN is left.
+        let mut max = [0; 4];
+        for v in held {
+            max = core::array::from_fn(|w| bf16x2_max_abs(max[w], v[w]));
+        }
+        let [a, b, c, d] = max;
+        let max = bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d));
+        let (low, high) = (max << 16 & 0x7FFF_0000, max & 0x7FFF_0000);
+        if low > high { low } else { high }
+    }
+
+    #[inline(always)]
+    fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32) {
+        for (i, v) in held.iter().enumerate() {
+            let row = at.row(i);
+            if row >= t {
+                return;
+            }
+            let (a, b, c, d) = (bf16x2_to_f32(v[0]), bf16x2_to_f32(v[1]), bf16x2_to_f32(v[2]), bf16x2_to_f32(v[3]));
+            let q = [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]].map(|v| v * inv);
+            let to = row as u64 * h as u64 + at.col as u64;
+            if T::BITS == 8 {
+                let (low, high) = ([q[0], q[1], q[2], q[3]], [q[4], q[5], q[6], q[7]]);
+                out.at(to).store8_stream(0, [f32x4_to_e4m3x4(low), f32x4_to_e4m3x4(high)]);
+            } else {
+                out.at(to / 2).store4_stream(0, f32x8_to_e2m1x8(q));
+            }
+        }
+    }
+}
+
+impl Source for F32 {
+    const BYTES: u32 = 4;
+
+    #[inline(always)]
+    fn gather(x: In<u8>, i: u32) -> [u32; 4] {
+        let x = x.cast::<u32>();
+        core::array::from_fn(|w| x.get(i + w as u32))
+    }
+
+    #[inline(always)]
+    fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32 {
+        let mut max = [0.0f32; 4];
+        for v in held {
+            max = core::array::from_fn(|w| max_total(max[w], f32::from_bits(v[w]).abs()));
+        }
+        let [a, b, c, d] = max;
+        max_total(max_total(a, b), max_total(c, d)).to_bits()
+    }
+
+    #[inline(always)]
+    fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32) {
+        // Two rows at a time, because eight e2m1 are encoded together.
+        for i in 0..N / 2 {
+            let row = at.row(2 * i);
+            if row >= t {
+                return;
+            }
+            let q = [held[2 * i], held[2 * i + 1]].map(|v| v.map(|bits| f32::from_bits(bits) * inv));
+            let to = row as u64 * h as u64 + at.col as u64;
+            let next = to + at.step as u64 * h as u64;
+            if T::BITS == 8 {
+                out.at(to).store4_stream(0, f32x4_to_e4m3x4(q[0]));
+                if row + at.step < t {
+                    out.at(next).store4_stream(0, f32x4_to_e4m3x4(q[1]));
+                }
+            } else {
+                let [[a, b, c, d], [e, f, g, h]] = q;
+                let codes = f32x8_to_e2m1x8([a, b, c, d, e, f, g, h]);
+                out.at(to / 2).cast::<u16>().set_stream(0, codes as u16);
+                if row + at.step < t {
+                    out.at(next / 2).cast::<u16>().set_stream(0, (codes >> 16) as u16);
+                }
+            }
+        }
+    }
+}
+
+/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it.
+#[inline(always)]
+fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], npt: u32, npc: u32, round: bool) -> Scale {
+    let max = |a: u32, b: u32| if a > b { a } else { b };
+    let maxima = shared().1;
+    // 32 columns by the warp's rows: magnitudes are compared as integers.
+    let lanes_per_group = GROUP * X::BYTES / 16;
+    let lanes_per_row = TILE * X::BYTES / 16;
+    let mut amax = X::amax(held);
+    let mut mask = 1;
+    while mask < WARP_SIZE {
+        if mask < lanes_per_group || mask >= lanes_per_row {
+            amax = max(amax, warp_shuffle_xor(amax, mask));
+        }
+        mask *= 2;
+    }
+    let group = lane_id() % lanes_per_row / lanes_per_group;
+    if lane_id() % lanes_per_group == 0 && lane_id() < lanes_per_row {
+        maxima.set(warp_id() * 4 + group, amax);
+    }
+    block_sync();
+    // Lane `4 * w + g` takes group `g` of warp `w`. A distance of 0 leaves what need not be joined.
+    let mut amax = maxima.get(lane_id());
+    let (wide, tall) = ((npc == 7) as u32, (npt == 7) as u32);
+    amax = max(amax, warp_shuffle_xor(amax, wide));
+    amax = max(amax, warp_shuffle_xor(amax, 2 * wide));
+    // Two warps hold the 32 rows of the smaller block.
+    amax = max(amax, warp_shuffle_xor(amax, 4));
+    amax = max(amax, warp_shuffle_xor(amax, 8 * tall));
+    amax = max(amax, warp_shuffle_xor(amax, 16 * tall));
+    let amax = f32::from_bits(warp_shuffle(amax, warp_id() * 4 + group));
+    if round { scale::<T, true>(amax) } else { scale::<T, false>(amax) }
+}
+
+/// The lane that holds the first element of a scaling block writes its scale, and zeros into what is left of a last packed word.
+#[inline(always)]
+fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, npt: u32, npc: u32, h: u32, t: u32) {
+    let first = at.row & ((1 << npt) - 1) == 0 && at.col & ((1 << npc) - 1) == 0;
+    if !first || at.row >= t || at.col >= h {
+        return;
+    }
+    let (m, k) = at.block(npt, npc);
+    if packed {
+        sf.set(layout.byte(m, k), ue8m0(value) as u8);
+        if at.col + (1 << npc) >= h {
+            let mut unused = k + 1;
+            while unused % 4 != 0 {
+                sf.set(layout.byte(m, unused), 0);
+                unused += 1;
+            }
+        }
+    } else {
+        sf.cast::<f32>().set(layout.index(m, k), value);
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 256;
+    /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two.
+    pub fn cast[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let at = Place::new::<X>();
+        // Blocks of the last z that have no rows: all threads of a block leave together.
+        if at.row & !(TILE - 1) >= t { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, h, t);
+        let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, npt, npc, round != 0);
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        store_sf(sf, layout, packed != 0, value, at, npt, npc, h, t);
+        if at.col >= h { return; }
+        X::store::<T, N>(&held, inv, out, at, h, t);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
+        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 256;
+    /// The scales alone.
+    pub fn sf_only[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let at = Place::new::<X>();
+        if at.row & !(TILE - 1) >= t { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, h, t);
+        let scale = block_scale::<X, T, N>(&held, npt, npc, round != 0);
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        store_sf(sf, layout, packed != 0, scale.sf, at, npt, npc, h, t);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
+        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 256;
+    /// The data alone, with given row-major f32 scales.
+    pub fn precomputed[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: In<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32, npt: u32, npc: u32,
+    ) {
+        let at = Place::new::<X>();
+        if at.row >= t || at.col >= h { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, h, t);
+        let (m, k) = at.block(npt, npc);
+        let sf = load_sf::<false>(sf, SfLayout { row_stride: sf_row, col_stride: sf_col }, m, k);
+        X::store::<T, N>(&held, 1.0 / sf, out, at, h, t);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
+        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+    }
+}
