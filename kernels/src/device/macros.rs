@@ -35,13 +35,10 @@ macro_rules! kernel {
             #[allow(unused_imports)]
             use super::*;
             $crate::__kernel_args!($($arg: $ty),*);
-            $(
-                $crate::__kernel_entry! {
-                    concat!(stringify!($op), "__", stringify!($kernel), "__", stringify!($entry));
-                    $op; $entry; ($($threads $(, $blocks)?)?);
-                    super::$kernel::<$($choice)*>; ($($arg: $ty),*)
-                }
-            )*
+            // Bounds and arguments go along as one token each: they may not repeat inside the repetition of entries.
+            $crate::__kernel_entries! {
+                $op; $kernel; ($($threads $(, $blocks)?)?); ($($arg: $ty),*); $($entry[$($choice)*]),*
+            }
         }
     };
     (
@@ -66,6 +63,18 @@ macro_rules! kernel {
             }
         }
     };
+}
+
+/// Part of [`kernel!`]: the entries of a generic kernel.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __kernel_entries {
+    ($op:ident; $kernel:ident; $bounds:tt; $args:tt; $($entry:ident[$($choice:tt)*]),*) => { $(
+        $crate::__kernel_entry! {
+            concat!(stringify!($op), "__", stringify!($kernel), "__", stringify!($entry));
+            $op; $entry; $bounds; super::$kernel::<$($choice)*>; $args
+        }
+    )* };
 }
 
 /// Part of [`kernel!`]: the argument struct (host side only).
@@ -130,4 +139,19 @@ macro_rules! __kernel_entry {
         };
         $(::core::arch::global_asm!(concat!("// ferrotile.bounds ", $name, " ", $threads $(, " ", $blocks)?));)?
     };
+}
+
+/// Write a block once per index below a constant that is at most 16: `unroll!(i in N { ... })`.
+///
+/// For bodies that are too large for the compiler's own unrolling: an array that is indexed in a loop that stays a loop would be
+/// put into local memory. The body is repeated as text, so nest through functions.
+#[macro_export]
+macro_rules! unroll {
+    ($i:ident in $n:tt $body:block) => {
+        $crate::unroll!(@each $i, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@each $i:ident, $n:tt, $body:block, $($at:literal)*) => { $({
+        let $i: usize = $at;
+        if $i < $n $body
+    })* };
 }
