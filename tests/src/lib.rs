@@ -4,6 +4,7 @@
 //! which runs on machines without Rust; `cargo test` runs the same functions on the emulator.
 
 pub mod device;
+pub mod quant;
 pub mod support;
 
 use support::bench::Row;
@@ -11,12 +12,12 @@ use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE]
+    vec![device::layer::SUITE, quant::per_block_cast::SUITE]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![];
+    let per_op: Vec<Vec<Row>> = vec![quant::per_block_cast::bench()];
     per_op.into_iter().flatten().collect()
 }
 

@@ -7,7 +7,7 @@
 
 use super::common::{E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale, ue8m0};
 use crate::device::*;
-use crate::kernel;
+use crate::{kernel, unroll};
 
 /// Rows and columns of a tile: the largest scaling block, and a multiple of all.
 pub const TILE: u32 = 128;
@@ -128,7 +128,8 @@ impl Source for Bf16 {
 
     #[inline(always)]
     fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32) {
-        for (i, v) in held.iter().enumerate() {
+        unroll!(i in N {
+            let v = held[i];
             let row = at.row(i);
             if row >= t {
                 return;
@@ -142,7 +143,7 @@ impl Source for Bf16 {
             } else {
                 out.at(to / 2).store4_stream(0, f32x8_to_e2m1x8(q));
             }
-        }
+        });
     }
 }
 
@@ -168,7 +169,7 @@ impl Source for F32 {
     #[inline(always)]
     fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32) {
         // Two rows at a time, because eight e2m1 are encoded together.
-        for i in 0..N / 2 {
+        unroll!(i in (N / 2) {
             let row = at.row(2 * i);
             if row >= t {
                 return;
@@ -189,7 +190,7 @@ impl Source for F32 {
                     out.at(next / 2).cast::<u16>().set_stream(0, (codes >> 16) as u16);
                 }
             }
-        }
+        });
     }
 }
 

@@ -1,0 +1,3 @@
+//! Quantisation ops.
+
+pub mod per_block_cast;
