@@ -41,11 +41,20 @@ trait Source: Copy {
     /// Bytes of an element.
     const BYTES: u32;
     /// Four words from elements that need not be aligned to 16 bytes.
-    fn gather(x: In<u8>, i: u32) -> [u32; 4];
+    fn gather(x: In<u8>) -> [u32; 4];
     /// Bits of the largest magnitude.
     fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32;
-    /// Quantise and store the vectors whose rows exist.
-    fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32);
+    /// Quantise and store the vectors whose rows exist. `SAFE`: `inv` is a power of two and no product exceeds the largest value.
+    fn store<T: Target, const N: usize, const SAFE: bool>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, shape: Shape);
+}
+
+/// Sizes of the tensor, and of its scaling blocks as powers of two.
+#[derive(Clone, Copy)]
+struct Shape {
+    t: u32,
+    h: u32,
+    npt: u32,
+    npc: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -81,23 +90,29 @@ impl Place {
         self.row + i as u32 * self.step
     }
 
-    /// Block row and block column of all the lane's vectors. `npt` and `npc` are given as powers of two.
+    /// Block row and block column of all the lane's vectors.
     #[inline(always)]
-    fn block(self, npt: u32, npc: u32) -> (u32, u32) {
-        (self.row >> npt, self.col >> npc)
+    fn block(self, shape: Shape) -> (u32, u32) {
+        (self.row >> shape.npt, self.col >> shape.npc)
+    }
+
+    /// First row of the tile.
+    #[inline(always)]
+    fn tile_row(self) -> u32 {
+        self.row & !(TILE - 1)
     }
 }
 
 /// All vectors of a lane. Rows and columns outside of the tensor are replaced by its last ones: those are in the same scaling
 /// block, or in one that does not exist, so the maxima stay right and no load needs a condition.
 #[inline(always)]
-fn load<X: Source, const N: usize, const ALIGNED: bool>(x: In<u8>, stride: u32, at: Place, h: u32, t: u32) -> [[u32; 4]; N] {
-    let per_vector = 16 / X::BYTES;
-    let col = if at.col < h { at.col } else { h - per_vector };
+fn load<X: Source, const N: usize, const ALIGNED: bool>(x: In<u8>, stride: u32, at: Place, shape: Shape) -> [[u32; 4]; N] {
+    let last_col = shape.h - 16 / X::BYTES;
+    let col = if at.col < last_col { at.col } else { last_col };
     core::array::from_fn(|i| {
-        let row = if at.row(i) < t { at.row(i) } else { t - 1 };
+        let row = if at.row(i) < shape.t { at.row(i) } else { shape.t - 1 };
         let from = x.at((row as u64 * stride as u64 + col as u64) * X::BYTES as u64);
-        if ALIGNED { from.load16_stream(0) } else { X::gather(from, 0) }
+        if ALIGNED { from.load16_stream(0) } else { X::gather(from) }
     })
 }
 
@@ -105,12 +120,9 @@ impl Source for Bf16 {
     const BYTES: u32 = 2;
 
     #[inline(always)]
-    fn gather(x: In<u8>, i: u32) -> [u32; 4] {
+    fn gather(x: In<u8>) -> [u32; 4] {
         let x = x.cast::<u16>();
-        core::array::from_fn(|w| {
-            let w = i + 2 * w as u32;
-            x.get(w) as u32 | (x.get(w + 1) as u32) << 16
-        })
+        core::array::from_fn(|w| x.get(2 * w as u32) as u32 | (x.get(2 * w as u32 + 1) as u32) << 16)
     }
 
     #[inline(always)]
@@ -127,21 +139,24 @@ impl Source for Bf16 {
     }
 
     #[inline(always)]
-    fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32) {
+    fn store<T: Target, const N: usize, const SAFE: bool>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, shape: Shape) {
         unroll!(i in N {
-            let v = held[i];
             let row = at.row(i);
-            if row >= t {
+            if row >= shape.t {
                 return;
             }
-            let (a, b, c, d) = (bf16x2_to_f32(v[0]), bf16x2_to_f32(v[1]), bf16x2_to_f32(v[2]), bf16x2_to_f32(v[3]));
-            let q = [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]].map(|v| v * inv);
-            let to = row as u64 * h as u64 + at.col as u64;
+            let to = row as u64 * shape.h as u64 + at.col as u64;
+            let [a, b, c, d] = held[i].map(bf16x2_to_f32).map(|pair| pair.map(|v| v * inv));
             if T::BITS == 8 {
-                let (low, high) = ([q[0], q[1], q[2], q[3]], [q[4], q[5], q[6], q[7]]);
+                let (low, high) = ([a[0], a[1], b[0], b[1]], [c[0], c[1], d[0], d[1]]);
                 out.at(to).store8_stream(0, [f32x4_to_e4m3x4(low), f32x4_to_e4m3x4(high)]);
             } else {
-                out.at(to / 2).store4_stream(0, f32x8_to_e2m1x8(q));
+                let codes = if SAFE {
+                    bf16x8_to_e2m1x8(held[i], inv)
+                } else {
+                    f32x8_to_e2m1x8([a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]])
+                };
+                out.at(to / 2).store4_stream(0, codes);
             }
         });
     }
@@ -151,9 +166,8 @@ impl Source for F32 {
     const BYTES: u32 = 4;
 
     #[inline(always)]
-    fn gather(x: In<u8>, i: u32) -> [u32; 4] {
-        let x = x.cast::<u32>();
-        core::array::from_fn(|w| x.get(i + w as u32))
+    fn gather(x: In<u8>) -> [u32; 4] {
+        core::array::from_fn(|w| x.cast::<u32>().get(w as u32))
     }
 
     #[inline(always)]
@@ -167,26 +181,26 @@ impl Source for F32 {
     }
 
     #[inline(always)]
-    fn store<T: Target, const N: usize>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, h: u32, t: u32) {
+    fn store<T: Target, const N: usize, const SAFE: bool>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, shape: Shape) {
         // Two rows at a time, because eight e2m1 are encoded together.
         unroll!(i in (N / 2) {
             let row = at.row(2 * i);
-            if row >= t {
+            if row >= shape.t {
                 return;
             }
-            let q = [held[2 * i], held[2 * i + 1]].map(|v| v.map(|bits| f32::from_bits(bits) * inv));
-            let to = row as u64 * h as u64 + at.col as u64;
-            let next = to + at.step as u64 * h as u64;
+            let more = row + at.step < shape.t;
+            let to = row as u64 * shape.h as u64 + at.col as u64;
+            let next = to + at.step as u64 * shape.h as u64;
+            let [[a, b, c, d], [e, f, g, h]] = [held[2 * i], held[2 * i + 1]].map(|v| v.map(|bits| f32::from_bits(bits) * inv));
             if T::BITS == 8 {
-                out.at(to).store4_stream(0, f32x4_to_e4m3x4(q[0]));
-                if row + at.step < t {
-                    out.at(next).store4_stream(0, f32x4_to_e4m3x4(q[1]));
+                out.at(to).store4_stream(0, f32x4_to_e4m3x4([a, b, c, d]));
+                if more {
+                    out.at(next).store4_stream(0, f32x4_to_e4m3x4([e, f, g, h]));
                 }
             } else {
-                let [[a, b, c, d], [e, f, g, h]] = q;
                 let codes = f32x8_to_e2m1x8([a, b, c, d, e, f, g, h]);
                 out.at(to / 2).cast::<u16>().set_stream(0, codes as u16);
-                if row + at.step < t {
+                if more {
                     out.at(next / 2).cast::<u16>().set_stream(0, (codes >> 16) as u16);
                 }
             }
@@ -196,7 +210,7 @@ impl Source for F32 {
 
 /// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it.
 #[inline(always)]
-fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], npt: u32, npc: u32, round: bool) -> Scale {
+fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], shape: Shape, round: bool) -> Scale {
     let max = |a: u32, b: u32| if a > b { a } else { b };
     let maxima = shared().1;
     // 32 columns by the warp's rows: magnitudes are compared as integers.
@@ -211,13 +225,13 @@ fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], npt: 
         mask *= 2;
     }
     let group = lane_id() % lanes_per_row / lanes_per_group;
-    if lane_id() % lanes_per_group == 0 && lane_id() < lanes_per_row {
+    if lane_id().is_multiple_of(lanes_per_group) && lane_id() < lanes_per_row {
         maxima.set(warp_id() * 4 + group, amax);
     }
     block_sync();
     // Lane `4 * w + g` takes group `g` of warp `w`. A distance of 0 leaves what need not be joined.
     let mut amax = maxima.get(lane_id());
-    let (wide, tall) = ((npc == 7) as u32, (npt == 7) as u32);
+    let (wide, tall) = ((shape.npc == 7) as u32, (shape.npt == 7) as u32);
     amax = max(amax, warp_shuffle_xor(amax, wide));
     amax = max(amax, warp_shuffle_xor(amax, 2 * wide));
     // Two warps hold the 32 rows of the smaller block.
@@ -230,17 +244,17 @@ fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], npt: 
 
 /// The lane that holds the first element of a scaling block writes its scale, and zeros into what is left of a last packed word.
 #[inline(always)]
-fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, npt: u32, npc: u32, h: u32, t: u32) {
-    let first = at.row & ((1 << npt) - 1) == 0 && at.col & ((1 << npc) - 1) == 0;
-    if !first || at.row >= t || at.col >= h {
+fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, shape: Shape) {
+    let first = at.row & ((1 << shape.npt) - 1) == 0 && at.col & ((1 << shape.npc) - 1) == 0;
+    if !first || at.row >= shape.t || at.col >= shape.h {
         return;
     }
-    let (m, k) = at.block(npt, npc);
+    let (m, k) = at.block(shape);
     if packed {
         sf.set(layout.byte(m, k), ue8m0(value) as u8);
-        if at.col + (1 << npc) >= h {
+        if at.col + (1 << shape.npc) >= shape.h {
             let mut unused = k + 1;
-            while unused % 4 != 0 {
+            while !unused.is_multiple_of(4) {
                 sf.set(layout.byte(m, unused), 0);
                 unused += 1;
             }
@@ -258,15 +272,20 @@ kernel! {
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
-        let at = Place::new::<X>();
+        let (at, shape) = (Place::new::<X>(), Shape { t, h, npt, npc });
         // Blocks of the last z that have no rows: all threads of a block leave together.
-        if at.row & !(TILE - 1) >= t { return; }
-        let held = load::<X, N, ALIGNED>(x, x_stride, at, h, t);
-        let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, npt, npc, round != 0);
+        if at.tile_row() >= t { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+        let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        store_sf(sf, layout, packed != 0, value, at, npt, npc, h, t);
+        store_sf(sf, layout, packed != 0, value, at, shape);
         if at.col >= h { return; }
-        X::store::<T, N>(&held, inv, out, at, h, t);
+        // Only bf16 to e2m1 has a shorter way, so only it is there twice.
+        if X::BYTES == 2 && T::BITS == 4 && round != 0 {
+            X::store::<T, N, true>(&held, inv, out, at, shape);
+        } else {
+            X::store::<T, N, false>(&held, inv, out, at, shape);
+        }
     }
     entries {
         bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
@@ -284,12 +303,12 @@ kernel! {
         x: In<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
-        let at = Place::new::<X>();
-        if at.row & !(TILE - 1) >= t { return; }
-        let held = load::<X, N, ALIGNED>(x, x_stride, at, h, t);
-        let scale = block_scale::<X, T, N>(&held, npt, npc, round != 0);
+        let (at, shape) = (Place::new::<X>(), Shape { t, h, npt, npc });
+        if at.tile_row() >= t { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+        let scale = block_scale::<X, T, N>(&held, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        store_sf(sf, layout, packed != 0, scale.sf, at, npt, npc, h, t);
+        store_sf(sf, layout, packed != 0, scale.sf, at, shape);
     }
     entries {
         bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
@@ -306,12 +325,12 @@ kernel! {
     pub fn precomputed[X: Source, T: Target, const N: usize, const ALIGNED: bool](
         x: In<u8>, out: Out<u8>, sf: In<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32, npt: u32, npc: u32,
     ) {
-        let at = Place::new::<X>();
+        let (at, shape) = (Place::new::<X>(), Shape { t, h, npt, npc });
         if at.row >= t || at.col >= h { return; }
-        let held = load::<X, N, ALIGNED>(x, x_stride, at, h, t);
-        let (m, k) = at.block(npt, npc);
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+        let (m, k) = at.block(shape);
         let sf = load_sf::<false>(sf, SfLayout { row_stride: sf_row, col_stride: sf_col }, m, k);
-        X::store::<T, N>(&held, 1.0 / sf, out, at, h, t);
+        X::store::<T, N, false>(&held, 1.0 / sf, out, at, shape);
     }
     entries {
         bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
