@@ -2,6 +2,8 @@
 
 use super::{Format, Sf, SfLayout, SfMut, SfStrides};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
+use ferrotile_kernels::entry::Entry;
+use ferrotile_kernels::launch::LaunchConfig;
 use ferrotile_kernels::quant::per_block_cast as k;
 
 /// Arguments of [`per_block_cast`].
@@ -115,6 +117,16 @@ macro_rules! entries {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
+    cast(stream, args, false)
+}
+
+/// [`per_block_cast`] with blocks of 512 threads where `x` is aligned, for the benchmark.
+#[doc(hidden)]
+pub fn per_block_cast_512(stream: &Stream, args: Args<'_>) -> Result<()> {
+    cast(stream, args, true)
+}
+
+fn cast(stream: &Stream, args: Args<'_>, threads_512: bool) -> Result<()> {
     let op = "per_block_cast";
     let plan = Plan::new(op, &args.x, args.block)?;
     let format = plan.check_out(op, &args.out)?;
@@ -140,7 +152,18 @@ pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
         round: args.round_sf.into(),
         packed: args.sf.layout.is_packed().into(),
     };
-    stream.launch(op, plan.pick(entries!(k::cast), format), &k::config(plan.num_tokens, plan.hidden), &kernel_args)
+    if threads_512 && plan.aligned {
+        let entry: &'static Entry<k::cast_512::Args> = match (plan.bf16, format) {
+            (true, Format::E4m3) => &k::cast_512::bf16_e4m3,
+            (true, Format::E2m1) => &k::cast_512::bf16_e2m1,
+            (false, Format::E4m3) => &k::cast_512::f32_e4m3,
+            (false, Format::E2m1) => &k::cast_512::f32_e2m1,
+        };
+        let k::cast::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed } = kernel_args;
+        let kernel_args = k::cast_512::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed };
+        return stream.launch(op, entry, &k::config(plan.num_tokens, plan.hidden, k::THREADS_512), &kernel_args);
+    }
+    stream.launch(op, plan.pick(entries!(k::cast), format), &plan.config(), &kernel_args)
 }
 
 /// The scale factors that [`per_block_cast`] would store, without the data.
@@ -192,7 +215,7 @@ pub fn per_block_cast_with_sf_only(stream: &Stream, args: SfOnlyArgs<'_>) -> Res
         round: args.round_sf.into(),
         packed: args.sf.layout.is_packed().into(),
     };
-    stream.launch(op, plan.pick(entries!(k::sf_only), args.format), &k::config(plan.num_tokens, plan.hidden), &kernel_args)
+    stream.launch(op, plan.pick(entries!(k::sf_only), args.format), &plan.config(), &kernel_args)
 }
 
 /// Quantise with given scale factors: `q = x * (1 / sf)`, the quotient and the product rounded to f32, then rounded and saturated as by
@@ -252,7 +275,7 @@ pub fn per_block_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         npt: plan.npt,
         npc: plan.npc,
     };
-    stream.launch(op, plan.pick(entries!(k::precomputed), format), &k::config(plan.num_tokens, plan.hidden), &kernel_args)
+    stream.launch(op, plan.pick(entries!(k::precomputed), format), &plan.config(), &kernel_args)
 }
 
 /// What the checks of input and block found out.
@@ -295,6 +318,10 @@ impl Plan {
             bf16: x.dtype() == DType::Bf16,
             aligned: x.ptr().is_multiple_of(16) && (x_stride as u64 * x.dtype().size()).is_multiple_of(16),
         })
+    }
+
+    fn config(&self) -> LaunchConfig {
+        k::config(self.num_tokens, self.hidden, k::THREADS)
     }
 
     fn check_out(&self, op: &'static str, out: &View) -> Result<Format> {

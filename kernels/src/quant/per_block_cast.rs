@@ -11,28 +11,28 @@ use crate::{kernel, unroll};
 
 /// Rows and columns of a tile: the largest scaling block, and a multiple of all.
 pub const TILE: u32 = 128;
-/// Threads of a block.
+/// Threads of a block: with 128 (bf16) or 256 (f32) bytes of `x` a thread, 128 KB are in flight on an SM.
 pub const THREADS: u32 = 256;
-/// Rows of a tile that a warp holds.
-const WARP_ROWS: u32 = TILE / (THREADS / WARP_SIZE);
-/// The smallest scaling block; maxima are exchanged in this unit of columns.
-const GROUP: u32 = 32;
+/// Threads of a block of `cast_512`, which hold half as much.
+pub const THREADS_512: u32 = 512;
+/// Sides of the smallest scaling block, the unit in which maxima are exchanged: a tile has 4 by 4 of them.
+const UNIT: u32 = 32;
 /// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
 const GRID_Y: u32 = 1 << 15;
 
 /// One block a tile, columns first: neighbours in x share DRAM pages.
-pub fn config(num_tokens: u32, hidden: u32) -> LaunchConfig {
+pub fn config(num_tokens: u32, hidden: u32, threads: u32) -> LaunchConfig {
     let rows = ceil_div(num_tokens, TILE);
     let y = if rows < GRID_Y { rows } else { GRID_Y };
     let z = if y == 0 { 0 } else { ceil_div(rows, y) };
-    LaunchConfig::grid([ceil_div(hidden, TILE), y, z], THREADS).shared(&shared().0)
+    LaunchConfig::grid([ceil_div(hidden, TILE), y, z], threads).shared(&shared().0)
 }
 
-/// Largest magnitudes of 16 rows by 32 columns: 4 groups of columns for each of 8 warps.
+/// Largest magnitudes, one from each of the up to 4 warps that share a unit of rows, for each of 16 units.
 #[inline(always)]
 fn shared() -> (SharedLayout, Shared<u32>) {
     let mut layout = SharedLayout::new();
-    let maxima = layout.array(WARP_SIZE);
+    let maxima = layout.array(4 * 16);
     (layout, maxima)
 }
 
@@ -62,6 +62,12 @@ struct Bf16;
 #[derive(Clone, Copy)]
 struct F32;
 
+/// Rows of a tile that a warp holds: 16, or 8 in a block of 512 threads.
+#[inline(always)]
+const fn warp_rows<X: Source, const N: usize>() -> u32 {
+    N as u32 * WARP_SIZE * 16 / X::BYTES / TILE
+}
+
 /// Where the vectors of a lane are: the first row and its distance to the next, and the first channel.
 #[derive(Clone, Copy)]
 struct Place {
@@ -73,12 +79,12 @@ struct Place {
 impl Place {
     /// Of the calling lane in its tile: neighbouring lanes take neighbouring vectors of a row.
     #[inline(always)]
-    fn new<X: Source>() -> Self {
+    fn new<X: Source, const N: usize>() -> Self {
         let per_vector = 16 / X::BYTES;
         let lanes = TILE / per_vector;
         let tile_row = (block_idx_z() * grid_dim_y() + block_idx_y()) * TILE;
         Self {
-            row: tile_row + warp_id() * WARP_ROWS + lane_id() / lanes,
+            row: tile_row + warp_id() * warp_rows::<X, N>() + lane_id() / lanes,
             step: WARP_SIZE / lanes,
             col: block_idx_x() * TILE + lane_id() % lanes * per_vector,
         }
@@ -214,31 +220,34 @@ fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], shape
     let max = |a: u32, b: u32| if a > b { a } else { b };
     let maxima = shared().1;
     // 32 columns by the warp's rows: magnitudes are compared as integers.
-    let lanes_per_group = GROUP * X::BYTES / 16;
+    let lanes_per_unit = UNIT * X::BYTES / 16;
     let lanes_per_row = TILE * X::BYTES / 16;
     let mut amax = X::amax(held);
     let mut mask = 1;
     while mask < WARP_SIZE {
-        if mask < lanes_per_group || mask >= lanes_per_row {
+        if mask < lanes_per_unit || mask >= lanes_per_row {
             amax = max(amax, warp_shuffle_xor(amax, mask));
         }
         mask *= 2;
     }
-    let group = lane_id() % lanes_per_row / lanes_per_group;
-    if lane_id().is_multiple_of(lanes_per_group) && lane_id() < lanes_per_row {
-        maxima.set(warp_id() * 4 + group, amax);
+    let warps = UNIT / warp_rows::<X, N>();
+    let unit = warp_id() / warps * 4 + lane_id() % lanes_per_row / lanes_per_unit;
+    if lane_id().is_multiple_of(lanes_per_unit) && lane_id() < lanes_per_row {
+        maxima.set(warp_id() % warps * 16 + unit, amax);
     }
     block_sync();
-    // Lane `4 * w + g` takes group `g` of warp `w`. A distance of 0 leaves what need not be joined.
+    // Lane `l` takes unit `l % 16`, from half of its warps. A distance of 0 leaves what need not be joined.
     let mut amax = maxima.get(lane_id());
+    if warps == 4 {
+        amax = max(amax, maxima.get(WARP_SIZE + lane_id()));
+    }
     let (wide, tall) = ((shape.npc == 7) as u32, (shape.npt == 7) as u32);
+    amax = max(amax, warp_shuffle_xor(amax, 16));
     amax = max(amax, warp_shuffle_xor(amax, wide));
     amax = max(amax, warp_shuffle_xor(amax, 2 * wide));
-    // Two warps hold the 32 rows of the smaller block.
-    amax = max(amax, warp_shuffle_xor(amax, 4));
+    amax = max(amax, warp_shuffle_xor(amax, 4 * tall));
     amax = max(amax, warp_shuffle_xor(amax, 8 * tall));
-    amax = max(amax, warp_shuffle_xor(amax, 16 * tall));
-    let amax = f32::from_bits(warp_shuffle(amax, warp_id() * 4 + group));
+    let amax = f32::from_bits(warp_shuffle(amax, unit));
     if round { scale::<T, true>(amax) } else { scale::<T, false>(amax) }
 }
 
@@ -264,6 +273,38 @@ fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, 
     }
 }
 
+/// The body of [`cast`] and [`cast_512`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn cast_tile<X: Source, T: Target, const N: usize, const ALIGNED: bool>(
+    x: In<u8>,
+    out: Out<u8>,
+    sf: Out<u8>,
+    layout: SfLayout,
+    x_stride: u32,
+    shape: Shape,
+    round: bool,
+    packed: bool,
+) {
+    let at = Place::new::<X, N>();
+    // Blocks of the last z that have no rows: all threads of a block leave together.
+    if at.tile_row() >= shape.t {
+        return;
+    }
+    let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+    let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, shape, round);
+    store_sf(sf, layout, packed, value, at, shape);
+    if at.col >= shape.h {
+        return;
+    }
+    // Only bf16 to e2m1 has a shorter way, so only it is there twice.
+    if X::BYTES == 2 && T::BITS == 4 && round {
+        X::store::<T, N, true>(&held, inv, out, at, shape);
+    } else {
+        X::store::<T, N, false>(&held, inv, out, at, shape);
+    }
+}
+
 kernel! {
     op = per_block_cast;
     threads = 256;
@@ -272,20 +313,8 @@ kernel! {
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
-        let (at, shape) = (Place::new::<X>(), Shape { t, h, npt, npc });
-        // Blocks of the last z that have no rows: all threads of a block leave together.
-        if at.tile_row() >= t { return; }
-        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
-        let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        store_sf(sf, layout, packed != 0, value, at, shape);
-        if at.col >= h { return; }
-        // Only bf16 to e2m1 has a shorter way, so only it is there twice.
-        if X::BYTES == 2 && T::BITS == 4 && round != 0 {
-            X::store::<T, N, true>(&held, inv, out, at, shape);
-        } else {
-            X::store::<T, N, false>(&held, inv, out, at, shape);
-        }
+        cast_tile::<X, T, N, ALIGNED>(x, out, sf, layout, x_stride, Shape { t, h, npt, npc }, round != 0, packed != 0);
     }
     entries {
         bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
@@ -297,13 +326,30 @@ kernel! {
 
 kernel! {
     op = per_block_cast;
+    threads = 512;
+    /// `cast` with blocks of 512 threads, for comparison.
+    pub fn cast_512[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        cast_tile::<X, T, N, ALIGNED>(x, out, sf, layout, x_stride, Shape { t, h, npt, npc }, round != 0, packed != 0);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 4, true], bf16_e2m1[Bf16, E2m1, 4, true],
+        f32_e4m3[F32, E4m3, 8, true], f32_e2m1[F32, E2m1, 8, true],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
     threads = 256;
     /// The scales alone.
     pub fn sf_only[X: Source, T: Target, const N: usize, const ALIGNED: bool](
         x: In<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
-        let (at, shape) = (Place::new::<X>(), Shape { t, h, npt, npc });
+        let (at, shape) = (Place::new::<X, N>(), Shape { t, h, npt, npc });
         if at.tile_row() >= t { return; }
         let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
         let scale = block_scale::<X, T, N>(&held, shape, round != 0);
@@ -325,7 +371,7 @@ kernel! {
     pub fn precomputed[X: Source, T: Target, const N: usize, const ALIGNED: bool](
         x: In<u8>, out: Out<u8>, sf: In<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32, npt: u32, npc: u32,
     ) {
-        let (at, shape) = (Place::new::<X>(), Shape { t, h, npt, npc });
+        let (at, shape) = (Place::new::<X, N>(), Shape { t, h, npt, npc });
         if at.row >= t || at.col >= h { return; }
         let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
         let (m, k) = at.block(shape);
