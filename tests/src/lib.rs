@@ -4,20 +4,28 @@
 //! which runs on machines without Rust; `cargo test` runs the same functions on the emulator.
 
 pub mod device;
+pub mod mhc;
 pub mod quant;
 pub mod support;
+pub mod transpose;
 
 use support::bench::Row;
 use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE, quant::per_block_cast::SUITE]
+    vec![
+        device::layer::SUITE,
+        mhc::mhc_post_fwd::SUITE,
+        quant::per_block_cast::SUITE,
+        transpose::batched_transpose::SUITE,
+    ]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![quant::per_block_cast::bench()];
+    let per_op: Vec<Vec<Row>> =
+        vec![mhc::mhc_post_fwd::bench(), quant::per_block_cast::bench(), transpose::batched_transpose::bench()];
     per_op.into_iter().flatten().collect()
 }
 
