@@ -14,12 +14,7 @@ use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![
-        device::layer::SUITE,
-        mhc::mhc_post_fwd::SUITE,
-        quant::per_block_cast::SUITE,
-        transpose::batched_transpose::SUITE,
-    ]
+    vec![device::layer::SUITE, mhc::mhc_post_fwd::SUITE, quant::per_block_cast::SUITE, transpose::batched_transpose::SUITE]
 }
 
 /// The benchmark rows of every op.
