@@ -14,13 +14,23 @@ use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE, mhc::mhc_post_fwd::SUITE, quant::cast_back::SUITE, transpose::batched_transpose::SUITE]
+    vec![
+        device::layer::SUITE,
+        mhc::mhc_post_fwd::SUITE,
+        quant::cast_back::SUITE,
+        quant::per_block_cast::SUITE,
+        transpose::batched_transpose::SUITE,
+    ]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> =
-        vec![mhc::mhc_post_fwd::bench(), quant::cast_back::bench(), transpose::batched_transpose::bench()];
+    let per_op: Vec<Vec<Row>> = vec![
+        mhc::mhc_post_fwd::bench(),
+        quant::cast_back::bench(),
+        quant::per_block_cast::bench(),
+        transpose::batched_transpose::bench(),
+    ];
     per_op.into_iter().flatten().collect()
 }
 

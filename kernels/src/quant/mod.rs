@@ -5,3 +5,4 @@
 
 pub mod cast_back;
 pub mod common;
+pub mod per_block_cast;
