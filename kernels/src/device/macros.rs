@@ -35,13 +35,10 @@ macro_rules! kernel {
             #[allow(unused_imports)]
             use super::*;
             $crate::__kernel_args!($($arg: $ty),*);
-            $(
-                $crate::__kernel_entry! {
-                    concat!(stringify!($op), "__", stringify!($kernel), "__", stringify!($entry));
-                    $op; $entry; ($($threads $(, $blocks)?)?);
-                    super::$kernel::<$($choice)*>; ($($arg: $ty),*)
-                }
-            )*
+            // Bounds and arguments go along as one token each: they may not repeat inside the repetition of entries.
+            $crate::__kernel_entries! {
+                $op; $kernel; ($($threads $(, $blocks)?)?); ($($arg: $ty),*); $($entry[$($choice)*]),*
+            }
         }
     };
     (
@@ -66,6 +63,18 @@ macro_rules! kernel {
             }
         }
     };
+}
+
+/// Part of [`kernel!`]: the entries of a generic kernel.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __kernel_entries {
+    ($op:ident; $kernel:ident; $bounds:tt; $args:tt; $($entry:ident[$($choice:tt)*]),*) => { $(
+        $crate::__kernel_entry! {
+            concat!(stringify!($op), "__", stringify!($kernel), "__", stringify!($entry));
+            $op; $entry; $bounds; super::$kernel::<$($choice)*>; $args
+        }
+    )* };
 }
 
 /// Part of [`kernel!`]: the argument struct (host side only).
