@@ -76,12 +76,56 @@ pub fn e5m2x2_to_f32(v: u32) -> [f32; 2] {
     f16x2_to_f32((v & 0xff) << 8 | (v & 0xff00) << 16)
 }
 
-/// Eight f32 to e2m1, round to nearest even, saturating at 6, first in the low nibble.
+/// Eight f32 to e2m1, round to nearest even, saturating at 6, first in the low nibble. The sign is kept, for zeros too; NaN
+/// gives +6, as the instruction of sm_100 does.
 #[inline(always)]
 pub fn f32x8_to_e2m1x8(v: [f32; 8]) -> u32 {
-    // No instruction before sm_100. Pairs are joined as a tree, which keeps the dependency chain short.
-    let pair = |i: usize| num::f32_to_e2m1(v[i]) as u32 | (num::f32_to_e2m1(v[i + 1]) as u32) << 4;
-    (pair(0) | pair(2) << 8) | (pair(4) | pair(6) << 8) << 16
+    if backend::PACKED_E2M1 { f32x8_to_e2m1x8_packed(v) } else { num::pack_e2m1(v.map(num::f32_to_e2m1)) }
+}
+
+/// [`f32x8_to_e2m1x8`] by f16 arithmetic on two values at a time: five instructions a value, of which three and a half compete
+/// for the integer pipe.
+///
+/// 1. A factor 2^-14 moves 1, the smallest normal e2m1, to the smallest normal f16: the subnormals of both formats then coincide,
+///    and the spacing of e2m1 is `2^9` times that of f16 everywhere.
+/// 2. Rounding to f16 and then to e2m1 could turn a value next to a halfway point into a tie. So a factor 513/512 goes in first.
+///    It moves every halfway point `(2k+1)/2` of e2m1 (mantissas 1, 1.25, 1.5 and 1.75) to one of f16, whose even neighbour is on
+///    the side that ties of e2m1 go to: 256.5 steps of f16 for 0.25 (down, to 256), 769.5 for 0.75 (up, to 770), 1282.5 for
+///    1.25 (down), 1795.5 for 1.75 (up), and the same mantissas in the binades above. The rounding to f16 decides everything.
+/// 3. `M` is a power of two whose unit in the last place is the spacing of e2m1 in this binade, so the sum `h * 511/512 + M`
+///    rounds to e2m1 (511/512 takes the factor back; no tie is left). Its low bits count steps, its exponent the binade;
+///    `M` has 4 extra units so that `sum + (sum >> 9)` is the code in the low three bits, with the sign in bit 6.
+#[doc(hidden)]
+#[inline(always)]
+pub fn f32x8_to_e2m1x8_packed(v: [f32; 8]) -> u32 {
+    const SCALE: f32 = 513.0 / 512.0 / 16384.0;
+    // 2^-14 and 6 * 2^-14; all exponent bits and the sign; 2^9 with 4 units; 511/512.
+    const ONE: u32 = 0x0400_0400;
+    const SIX: u32 = 0x0E00_0E00;
+    const BINADE: u32 = 0xFC00_FC00;
+    const MAGIC: u32 = 0x6004_6004;
+    const BACK: u32 = 0x3BFC_3BFC;
+    let pair = |lo: f32, hi: f32| {
+        // NaN loses against 6.
+        let h = backend::min_abs_f16x2(backend::cvt_f16x2(lo * SCALE, hi * SCALE), SIX);
+        let m = backend::mul_f16x2(backend::max_abs_f16x2(h & BINADE, ONE), MAGIC);
+        let sum = backend::fma_f16x2(h, BACK, m);
+        sum.wrapping_add(sum >> 9)
+    };
+    // The low bytes of each half: sign in bit 6, code in bits 0 to 2, in between whatever.
+    let even = backend::byte_permute(pair(v[0], v[2]), pair(v[4], v[6]), 0x6420);
+    let odd = backend::byte_permute(pair(v[1], v[3]), pair(v[5], v[7]), 0x6420);
+    // Where the mask has ones `a`, else `b`: one instruction.
+    let select = |mask: u32, a: u32, b: u32| (a & mask) | (b & !mask);
+    let low = select(0x0707_0707, even, even >> 3);
+    let high = select(0x7070_7070, odd << 4, odd << 1);
+    select(0x0F0F_0F0F, low, high)
+}
+
+/// The larger magnitude of two pairs of bf16, per half; NaN loses against a number. The sign bits of the result mean nothing.
+#[inline(always)]
+pub fn bf16x2_max_abs(a: u32, b: u32) -> u32 {
+    backend::max_abs_bf16x2(a, b)
 }
 
 /// Eight e2m1 to f32 (exact), low nibble first.

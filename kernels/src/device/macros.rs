@@ -140,3 +140,18 @@ macro_rules! __kernel_entry {
         $(::core::arch::global_asm!(concat!("// ferrotile.bounds ", $name, " ", $threads $(, " ", $blocks)?));)?
     };
 }
+
+/// Write a block once per index below a constant that is at most 16: `unroll!(i in N { ... })`.
+///
+/// For bodies that are too large for the compiler's own unrolling: an array that is indexed in a loop that stays a loop would be
+/// put into local memory. The body is repeated as text, so nest through functions.
+#[macro_export]
+macro_rules! unroll {
+    ($i:ident in $n:tt $body:block) => {
+        $crate::unroll!(@each $i, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@each $i:ident, $n:tt, $body:block, $($at:literal)*) => { $({
+        let $i: usize = $at;
+        if $i < $n $body
+    })* };
+}

@@ -166,12 +166,13 @@ pub const fn e5m2_to_f32(c: u8) -> f32 {
 
 // e2m1 (FP4).
 
-/// f32 to e2m1 in the low 4 bits, round to nearest even, saturating to 6. The sign is kept, for zeros too; NaN becomes 6 with its
-/// sign (the hardware of sm_100 gives +6 there).
+/// f32 to e2m1 in the low 4 bits, round to nearest even, saturating to 6. The sign is kept, for zeros too; NaN becomes +6, as
+/// `cvt.rn.satfinite.e2m1x2.f32` of sm_100 has it.
 #[inline(always)]
 pub const fn f32_to_e2m1(v: f32) -> u8 {
     let bits = v.to_bits();
-    (round_nearest::<1, 127>(min(bits & MAGNITUDE, 6f32.to_bits())) | ((bits >> 28) & 8)) as u8
+    let a = bits & MAGNITUDE;
+    nan_or(a, 7, round_nearest::<1, 127>(min(a, 6f32.to_bits())) | ((bits >> 28) & 8)) as u8
 }
 
 /// The low 4 bits, an e2m1, to f32, exact.

@@ -554,6 +554,25 @@ pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
     pure!("prmt.b32 {0}, {1}, {2}, {3};", reg32 u32, reg32 a, reg32 b, reg32 selector)
 }
 
+/// The FP4 conversion has no instruction before sm_100; [`super::convert`] builds it from packed f16 arithmetic.
+pub const PACKED_E2M1: bool = true;
+
+macro_rules! packed {
+    ($($name:ident $text:literal ($($v:ident),*);)*) => { $(
+        #[inline(always)]
+        pub fn $name($($v: u32),*) -> u32 {
+            pure!($text, reg32 u32, $(reg32 $v),*)
+        }
+    )* };
+}
+packed! {
+    mul_f16x2 "mul.rn.f16x2 {0}, {1}, {2};" (a, b);
+    fma_f16x2 "fma.rn.f16x2 {0}, {1}, {2}, {3};" (a, b, c);
+    min_abs_f16x2 "min.xorsign.abs.f16x2 {0}, {1}, {2};" (a, b);
+    max_abs_f16x2 "max.xorsign.abs.f16x2 {0}, {1}, {2};" (a, b);
+    max_abs_bf16x2 "max.xorsign.abs.bf16x2 {0}, {1}, {2};" (a, b);
+}
+
 #[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     unsafe { llvm_fma(a, b, c) }

@@ -480,6 +480,60 @@ pub fn cvt_e5m2x2(lo: f32, hi: f32) -> u32 {
 pub fn cvt_f16x2_e4m3x2(v: u32) -> u32 {
     cvt_f16x2(num::e4m3_to_f32(v as u8), num::e4m3_to_f32((v >> 8) as u8))
 }
+/// The integer code is the faster way here; tests still run the packed one, see [`super::convert`].
+pub const PACKED_E2M1: bool = false;
+
+/// Apply to the low and to the high half of words.
+fn halves<const N: usize>(words: [u32; N], f: impl Fn([u16; N]) -> u16) -> u32 {
+    f(words.map(|w| w as u16)) as u32 | (f(words.map(|w| (w >> 16) as u16)) as u32) << 16
+}
+pub fn mul_f16x2(a: u32, b: u32) -> u32 {
+    // Exact in f32, so there is one rounding.
+    halves([a, b], |[a, b]| num::f32_to_f16(num::f16_to_f32(a) * num::f16_to_f32(b)))
+}
+/// `a * b + c` with one rounding.
+pub fn fma_f16x2(a: u32, b: u32, c: u32) -> u32 {
+    halves([a, b, c], |[a, b, c]| {
+        // The product and, as f16 spans 2^-24 to 2^16, also the sum are exact in f64.
+        let exact = num::f16_to_f32(a) as f64 * num::f16_to_f32(b) as f64 + num::f16_to_f32(c) as f64;
+        num::f32_to_f16(round_to_odd(exact))
+    })
+}
+/// f64 to f32, inexact values to the neighbour with an odd last bit: a rounding to fewer bits afterwards is then the rounding
+/// of the f64.
+fn round_to_odd(v: f64) -> f32 {
+    let near = v as f32;
+    if near as f64 == v || near.is_nan() {
+        return near;
+    }
+    let bits = near.to_bits();
+    // Even: the odd neighbour on the other side of `v`. Bits of one sign order by magnitude.
+    let away = (near as f64).abs() > v.abs();
+    f32::from_bits(if bits & 1 == 1 { bits } else if away { bits - 1 } else { bits + 1 })
+}
+fn pick_abs(a: f32, b: f32, a_first: bool) -> f32 {
+    let sign = (a.to_bits() ^ b.to_bits()) & 0x8000_0000;
+    let magnitude = if a.is_nan() { b } else if b.is_nan() || a_first { a } else { b };
+    f32::from_bits(magnitude.abs().to_bits() | sign)
+}
+pub fn min_abs_f16x2(a: u32, b: u32) -> u32 {
+    halves([a, b], |[a, b]| {
+        let (a, b) = (num::f16_to_f32(a), num::f16_to_f32(b));
+        num::f32_to_f16(pick_abs(a, b, a.abs() <= b.abs()))
+    })
+}
+pub fn max_abs_f16x2(a: u32, b: u32) -> u32 {
+    halves([a, b], |[a, b]| {
+        let (a, b) = (num::f16_to_f32(a), num::f16_to_f32(b));
+        num::f32_to_f16(pick_abs(a, b, a.abs() >= b.abs()))
+    })
+}
+pub fn max_abs_bf16x2(a: u32, b: u32) -> u32 {
+    halves([a, b], |[a, b]| {
+        let (a, b) = (num::bf16_to_f32(a), num::bf16_to_f32(b));
+        num::f32_to_bf16(pick_abs(a, b, a.abs() >= b.abs()))
+    })
+}
 pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = (b as u64) << 32 | a as u64;
     (0..4).fold(0, |word, n| {
