@@ -33,6 +33,7 @@ mod driver;
 mod dtype;
 mod emu;
 mod error;
+pub mod moe;
 mod ptx;
 pub mod quant;
 mod stream;

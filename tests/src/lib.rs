@@ -4,6 +4,7 @@
 //! which runs on machines without Rust; `cargo test` runs the same functions on the emulator.
 
 pub mod device;
+pub mod moe;
 pub mod support;
 
 use support::bench::Row;
@@ -11,12 +12,12 @@ use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE]
+    vec![device::layer::SUITE, moe::get_fused_mapping::SUITE, moe::topk_gate::SUITE]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![];
+    let per_op: Vec<Vec<Row>> = vec![moe::get_fused_mapping::bench(), moe::topk_gate::bench()];
     per_op.into_iter().flatten().collect()
 }
 

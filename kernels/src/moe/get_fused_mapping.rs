@@ -328,9 +328,8 @@ impl Sums {
             while row < blocks {
                 // Rows of this round that are there, and those of them before this block.
                 let (there, earlier) = ((blocks - row - 1) >> shift, this.wrapping_sub(row + 1) as i32 >> shift);
-                let of: [u32; Self::UNROLL] = core::array::from_fn(|i| {
-                    if i as u32 <= there { count((row + i as u32 * step) * e + expert) } else { 0 }
-                });
+                let of: [u32; Self::UNROLL] =
+                    core::array::from_fn(|i| if i as u32 <= there { count((row + i as u32 * step) * e + expert) } else { 0 });
                 for (i, n) in of.iter().enumerate() {
                     total += n;
                     before += if i as i32 <= earlier { *n } else { 0 };

@@ -32,7 +32,7 @@ kernel! {
     op = topk_gate;
     threads = 256;
     /// A lane holds `RUNS` runs of `V` neighbouring experts, 32 runs beside each other; the first `FULL` runs of every lane are
-    /// within the row. `V` is 4 for rows that are 16-byte aligned and a multiple of 4 long, else 1.
+    /// within the row. `V` is 4 for rows that are 16-byte aligned and a multiple of 4 long, else 1. `RUNS` = 0: any length, slowly.
     pub fn gate[const RUNS: usize, const FULL: usize, const V: usize](
         scores: In<f32>, idx: Out<i64>, t: u32, e: u32, k: u32, row_stride: u64,
     ) {
@@ -41,6 +41,10 @@ kernel! {
             return;
         }
         let (row, idx) = (scores.at(token as u64 * row_stride), idx.at(token as u64 * k as u64));
+        if RUNS == 0 {
+            select(row, idx, e, k);
+            return;
+        }
         let lane = lane_id();
 
         // Load. Experts beyond the row are NaN, which is never a candidate.
@@ -118,19 +122,7 @@ kernel! {
     entries {
         r1[1, 0, 1], r2[2, 1, 1], r3[3, 2, 1], r4[4, 3, 1], r6[6, 4, 1], r8[8, 6, 1], r12[12, 8, 1], r16[16, 12, 1], r32[32, 16, 1],
         r1v4[1, 0, 4], r2v4[2, 1, 4], r3v4[3, 2, 4], r4v4[4, 3, 4], r8v4[8, 4, 4],
-    }
-}
-
-kernel! {
-    op = topk_gate;
-    threads = 256;
-    /// Rows that are too long to be held in registers.
-    pub fn long(scores: In<f32>, idx: Out<i64>, t: u32, e: u32, k: u32, row_stride: u64) {
-        let token = block_idx_x() * WARPS + warp_id();
-        if token >= t {
-            return;
-        }
-        select(scores.at(token as u64 * row_stride), idx.at(token as u64 * k as u64), e, k);
+        any[0, 0, 1],
     }
 }
 
