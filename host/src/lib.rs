@@ -33,11 +33,13 @@ mod driver;
 mod dtype;
 mod emu;
 mod error;
+pub mod mhc;
 pub mod moe;
 mod ptx;
 pub mod quant;
 mod stream;
 mod tensor;
+pub mod transpose;
 
 pub use buffer::Buffer;
 pub use device::Device;

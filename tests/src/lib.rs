@@ -4,20 +4,33 @@
 //! which runs on machines without Rust; `cargo test` runs the same functions on the emulator.
 
 pub mod device;
+pub mod mhc;
 pub mod moe;
 pub mod support;
+pub mod transpose;
 
 use support::bench::Row;
 use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE, moe::get_fused_mapping::SUITE, moe::topk_gate::SUITE]
+    vec![
+        device::layer::SUITE,
+        mhc::mhc_post_fwd::SUITE,
+        moe::get_fused_mapping::SUITE,
+        moe::topk_gate::SUITE,
+        transpose::batched_transpose::SUITE,
+    ]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![moe::get_fused_mapping::bench(), moe::topk_gate::bench()];
+    let per_op: Vec<Vec<Row>> = vec![
+        mhc::mhc_post_fwd::bench(),
+        moe::get_fused_mapping::bench(),
+        moe::topk_gate::bench(),
+        transpose::batched_transpose::bench(),
+    ];
     per_op.into_iter().flatten().collect()
 }
 
