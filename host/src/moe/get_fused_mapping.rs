@@ -29,7 +29,8 @@ pub struct Args<'a> {
     pub expert_end: TensorMut<'a>,
     /// Rows of each expert, padding included, i32 `[num_experts]`.
     pub num_tokens_per_expert: TensorMut<'a>,
-    /// Scratch, u8 `[n]` with `n` at least [`workspace_bytes`], contiguous, 4-byte aligned. Its contents do not matter.
+    /// Scratch, u8 `[n]` with `n` at least [`workspace_bytes`], contiguous, 4-byte aligned. Its contents do not matter;
+    /// calls that may run at the same time need one each.
     pub workspace: TensorMut<'a>,
 }
 

@@ -460,7 +460,7 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotile::{DType, Error, TensorMut};
+    use ferrotile::{DType, Error, TensorMut, View};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 
     #[test]
@@ -529,57 +529,73 @@ mod tests {
         error
     }
 
+    /// `len` words that start `offset` bytes into another tensor.
+    fn over<'a>(t: &View, offset: u64, len: u64) -> ferrotile::Result<TensorMut<'a>> {
+        // SAFETY: the call that gets it is refused before anything is written.
+        unsafe { TensorMut::from_raw(t.device(), t.ptr() + offset, DType::I32, &[len], &[1]) }
+    }
+
     #[test]
     fn bad_input_is_refused_and_nothing_is_written() {
+        // `$set` spoils the arguments `$a`, with the help of the tensors `$s`.
         macro_rules! refuse {
-            ($what:literal, $spoil:expr, $error:pat) => {
-                let error = refused($what, $spoil);
+            ($what:literal, |$a:pat_param, $s:pat_param| $set:expr, $error:pat) => {
+                let spoil: Spoil = |$a, $s| {
+                    $set;
+                    Ok(())
+                };
+                let error = refused($what, spoil);
                 assert!(matches!(error, $error), "{}: {error:?}", $what);
             };
         }
-        let e = refused("alignment 0", |a, _| Ok(a.alignment = 0));
-        assert_eq!(e.to_string(), format!("get_fused_mapping: alignment is 0, allowed: 1 to {}", 1 + (i32::MAX - 6) / 4));
-        refuse!("rows beyond i32", |a, _| Ok(a.alignment = u32::MAX), Error::Value { arg: "alignment", .. });
-        refuse!("a vector", |a, s| Ok(a.topk_idx = s.wide.tensor(&[6])?), Error::Shape { arg: "topk_idx", .. });
-        refuse!("32-bit indices", |a, s| Ok(a.topk_idx = s.words.tensor(&[3, 2])?), Error::DType { arg: "topk_idx", .. });
-        let gaps: Spoil = |a, s| Ok(a.topk_idx = s.wide.strided(&[3, 2], &[4, 1], 0)?);
-        refuse!("rows with gaps", gaps, Error::Layout { arg: "topk_idx", .. });
-        refuse!("no experts", |a, s| Ok(a.expert_start = s.words.tensor_mut(&[0])?), Error::Value { arg: "num_experts", .. });
+        refuse!("alignment 0", |a, _| a.alignment = 0, Error::Value { arg: "alignment", .. });
+        refuse!("rows beyond i32", |a, _| a.alignment = u32::MAX, Error::Value { arg: "alignment", .. });
+        refuse!("a vector", |a, s| a.topk_idx = s.wide.tensor(&[6])?, Error::Shape { arg: "topk_idx", .. });
+        refuse!("32-bit indices", |a, s| a.topk_idx = s.words.tensor(&[3, 2])?, Error::DType { arg: "topk_idx", .. });
         refuse!(
-            "1025 experts",
-            |a, s| Ok(a.expert_start = s.words.tensor_mut(&[1025])?),
-            Error::Value { arg: "num_experts", .. }
+            "rows with gaps",
+            |a, s| a.topk_idx = s.wide.strided(&[3, 2], &[4, 1], 0)?,
+            Error::Layout { arg: "topk_idx", .. }
         );
-        refuse!("ends of 5", |a, s| Ok(a.expert_end = s.words.tensor_mut(&[5])?), Error::Shape { arg: "expert_end", .. });
-        let counts: Spoil = |a, s| Ok(a.num_tokens_per_expert = s.wide.tensor_mut(&[4])?);
-        refuse!("64-bit counts", counts, Error::DType { arg: "num_tokens_per_expert", .. });
-        refuse!("19 tokens", |a, s| Ok(a.pos_to_token = s.words.tensor_mut(&[19])?), Error::Shape { arg: "pos_to_token", .. });
-        let slots: Spoil = |a, s| Ok(a.pos_to_token_topk = s.words.strided_mut(&[20], &[2], 0)?);
-        refuse!("choices with gaps", slots, Error::Layout { arg: "pos_to_token_topk", .. });
-        let positions: Spoil = |a, s| Ok(a.token_topk_to_pos = s.words.tensor_mut(&[2, 3])?);
-        refuse!("rows turned", positions, Error::Shape { arg: "token_topk_to_pos", .. });
-        refuse!("small workspace", |a, s| Ok(a.workspace = s.bytes.tensor_mut(&[15])?), Error::Shape { arg: "workspace", .. });
-        refuse!("workspace of words", |a, s| Ok(a.workspace = s.words.tensor_mut(&[64])?), Error::DType { arg: "workspace", .. });
-        let odd: Spoil = |a, s| Ok(a.workspace = s.bytes.strided_mut(&[64], &[1], 2)?);
-        refuse!("odd workspace", odd, Error::Layout { arg: "workspace", .. });
-        let elsewhere: Spoil = |a, s| Ok(a.expert_start = s.elsewhere.tensor_mut(&[4])?);
-        refuse!("starts elsewhere", elsewhere, Error::DeviceMismatch { arg: "expert_start", .. });
-        let over: Spoil = |a, _| {
-            let (device, ptr) = (*a.expert_end.device(), a.expert_end.ptr());
-            // SAFETY: refused before anything is written.
-            a.expert_start = unsafe { TensorMut::from_raw(&device, ptr, DType::I32, &[4], &[1])? };
-            Ok(())
-        };
-        refuse!("starts over ends", over, Error::Overlap { a: "expert_start", b: "expert_end", .. });
+        refuse!("no experts", |a, s| a.expert_start = s.words.tensor_mut(&[0])?, Error::Value { arg: "num_experts", .. });
+        refuse!("1025 experts", |a, s| a.expert_start = s.words.tensor_mut(&[1025])?, Error::Value { arg: "num_experts", .. });
+        refuse!("ends of 5", |a, s| a.expert_end = s.words.tensor_mut(&[5])?, Error::Shape { arg: "expert_end", .. });
         refuse!(
-            "input over output",
-            |a, s| {
-                a.topk_idx = s.wide.tensor(&[3, 2])?;
-                // SAFETY: refused before anything is written.
-                a.pos_to_expert =
-                    unsafe { TensorMut::from_raw(a.topk_idx.device(), a.topk_idx.ptr() + 40, DType::I32, &[20], &[1])? };
-                Ok(())
-            },
+            "64-bit counts",
+            |a, s| a.num_tokens_per_expert = s.wide.tensor_mut(&[4])?,
+            Error::DType { arg: "num_tokens_per_expert", .. }
+        );
+        refuse!("19 tokens", |a, s| a.pos_to_token = s.words.tensor_mut(&[19])?, Error::Shape { arg: "pos_to_token", .. });
+        refuse!(
+            "choices with gaps",
+            |a, s| a.pos_to_token_topk = s.words.strided_mut(&[20], &[2], 0)?,
+            Error::Layout { arg: "pos_to_token_topk", .. }
+        );
+        refuse!(
+            "rows turned",
+            |a, s| a.token_topk_to_pos = s.words.tensor_mut(&[2, 3])?,
+            Error::Shape { arg: "token_topk_to_pos", .. }
+        );
+        refuse!("small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[15])?, Error::Shape { arg: "workspace", .. });
+        refuse!("workspace of words", |a, s| a.workspace = s.words.tensor_mut(&[64])?, Error::DType { arg: "workspace", .. });
+        refuse!(
+            "odd workspace",
+            |a, s| a.workspace = s.bytes.strided_mut(&[64], &[1], 2)?,
+            Error::Layout { arg: "workspace", .. }
+        );
+        refuse!(
+            "starts elsewhere",
+            |a, s| a.expert_start = s.elsewhere.tensor_mut(&[4])?,
+            Error::DeviceMismatch { arg: "expert_start", .. }
+        );
+        refuse!(
+            "starts over ends",
+            |a, _| a.expert_start = over(&a.expert_end, 0, 4)?,
+            Error::Overlap { a: "expert_start", b: "expert_end", .. }
+        );
+        refuse!(
+            "rows over choices",
+            |a, _| a.pos_to_expert = over(&a.topk_idx, 40, 20)?,
             Error::Overlap { a: "topk_idx", b: "pos_to_expert", .. }
         );
     }

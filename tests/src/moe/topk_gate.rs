@@ -293,8 +293,11 @@ mod tests {
         assert_eq!(reference(&row, 8, 8), [7, 2, 4, 0, 3, 5, 6, 1]);
     }
 
-    /// A call with valid arguments, of which a test spoils one.
-    fn call(f: impl FnOnce(&Buffer<f32>, &mut Buffer<i64>, &Stream) -> ferrotile::Result<()>) -> (Option<Error>, Vec<i64>) {
+    /// A call that is given scores and room for indices.
+    type Call<'a> = &'a dyn Fn(&Buffer<f32>, &mut Buffer<i64>, &Stream) -> ferrotile::Result<()>;
+
+    /// Its error, and what the room for indices holds afterwards.
+    fn call(f: Call) -> (Option<Error>, Vec<i64>) {
         let device = Device::emulator();
         let scores = device.upload(&[1.0f32; 64]).unwrap();
         let mut idx = device.upload(&[-7i64; 16]).unwrap();
@@ -306,7 +309,7 @@ mod tests {
     fn bad_input_is_refused_and_nothing_is_written() {
         let device = Device::emulator();
         let other = Device::emulator().checked();
-        let refused = |what: &str, f: &dyn Fn(&Buffer<f32>, &mut Buffer<i64>, &Stream) -> ferrotile::Result<()>| {
+        let refused = |what: &str, f: Call| {
             let (error, idx) = call(f);
             let error = error.unwrap_or_else(|| panic!("{what} was accepted"));
             assert!(error.to_string().starts_with("topk_gate: "), "{what}: {error}");
