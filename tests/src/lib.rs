@@ -6,6 +6,7 @@
 pub mod device;
 pub mod mhc;
 pub mod moe;
+pub mod quant;
 pub mod support;
 pub mod transpose;
 
@@ -19,6 +20,7 @@ pub fn suites() -> Vec<Suite> {
         mhc::mhc_post_fwd::SUITE,
         moe::get_fused_mapping::SUITE,
         moe::topk_gate::SUITE,
+        quant::cast_back::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -29,6 +31,7 @@ pub fn benches() -> Vec<Row> {
         mhc::mhc_post_fwd::bench(),
         moe::get_fused_mapping::bench(),
         moe::topk_gate::bench(),
+        quant::cast_back::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

@@ -131,7 +131,21 @@ pub fn bf16x2_max_abs(a: u32, b: u32) -> u32 {
 /// Eight e2m1 to f32 (exact), low nibble first.
 #[inline(always)]
 pub fn e2m1x8_to_f32(v: u32) -> [f32; 8] {
-    core::array::from_fn(|i| num::e2m1_to_f32((v >> (4 * i)) as u8 & 15))
+    // As f16 the eight magnitudes have a low byte of 0, so the high bytes are a table that fits one look-up.
+    const LOW: u32 = 0x3E3C_3800; // 1.5, 1, 0.5, 0
+    const HIGH: u32 = 0x4644_4240; // 6, 4, 3, 2
+    let magnitudes = v & 0x7777_7777;
+    // The signs of odd values top the bytes of `v`; shifted, the signs of even ones do.
+    let shifted = v << 4;
+    let quad = |magnitudes: u32, order: u32| {
+        let signs = byte_permute(shifted, v, order) & 0x8080_8080;
+        let codes = byte_permute(LOW, HIGH, magnitudes) | signs;
+        let (a, b) = (byte_permute(codes, 0, 0x1404), byte_permute(codes, 0, 0x3424));
+        let (a, b) = (f16x2_to_f32(a), f16x2_to_f32(b));
+        [a[0], a[1], b[0], b[1]]
+    };
+    let (a, b) = (quad(magnitudes, 0x5140), quad(magnitudes >> 16, 0x7362));
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
 }
 
 /// Byte `n` of the result is the byte of `{b, a}` (`a` the low four) that nibble `n` of `selector` names with its low three

@@ -1,0 +1,3 @@
+//! Quantisation.
+
+pub mod cast_back;
