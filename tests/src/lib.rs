@@ -5,6 +5,7 @@
 
 pub mod device;
 pub mod mhc;
+pub mod moe;
 pub mod quant;
 pub mod support;
 pub mod transpose;
@@ -17,7 +18,10 @@ pub fn suites() -> Vec<Suite> {
     vec![
         device::layer::SUITE,
         mhc::mhc_post_fwd::SUITE,
+        moe::get_fused_mapping::SUITE,
+        moe::topk_gate::SUITE,
         quant::cast_back::SUITE,
+        quant::per_block_cast::SUITE,
         quant::per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
@@ -27,7 +31,10 @@ pub fn suites() -> Vec<Suite> {
 pub fn benches() -> Vec<Row> {
     let per_op: Vec<Vec<Row>> = vec![
         mhc::mhc_post_fwd::bench(),
+        moe::get_fused_mapping::bench(),
+        moe::topk_gate::bench(),
         quant::cast_back::bench(),
+        quant::per_block_cast::bench(),
         quant::per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];

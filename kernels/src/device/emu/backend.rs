@@ -541,9 +541,16 @@ pub fn max_abs_f16x2(a: u32, b: u32) -> u32 {
     })
 }
 pub fn max_abs_bf16x2(a: u32, b: u32) -> u32 {
+    const INFINITY: u16 = 0x7F80;
     halves([a, b], |[a, b]| {
-        let (a, b) = (num::bf16_to_f32(a), num::bf16_to_f32(b));
-        num::f32_to_bf16(pick_abs(a, b, a.abs() >= b.abs()))
+        let (x, y) = (a & 0x7FFF, b & 0x7FFF);
+        let larger = match (x > INFINITY, y > INFINITY) {
+            (true, true) => 0x7FFF,
+            (true, false) => y,
+            (false, true) => x,
+            (false, false) => x.max(y),
+        };
+        larger | (a ^ b) & 0x8000
     })
 }
 pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
