@@ -51,7 +51,7 @@ pub fn warp_shuffle_xor<V: ShuffleValue>(value: V, mask: u32) -> V {
     value.map_words(|w| backend::shuffle_xor(w, mask, at))
 }
 
-/// The value of lane `lane_id() - delta`; lanes below `delta` keep their own.
+/// The value of lane `lane_id() - delta`; lanes below `delta` keep their own. `delta` counts modulo 32.
 #[inline(always)]
 #[track_caller]
 pub fn warp_shuffle_up<V: ShuffleValue>(value: V, delta: u32) -> V {
@@ -59,7 +59,7 @@ pub fn warp_shuffle_up<V: ShuffleValue>(value: V, delta: u32) -> V {
     value.map_words(|w| backend::shuffle_up(w, delta, at))
 }
 
-/// The value of lane `lane_id() + delta`; the last `delta` lanes keep their own.
+/// The value of lane `lane_id() + delta`; the last `delta` lanes keep their own. `delta` counts modulo 32.
 #[inline(always)]
 #[track_caller]
 pub fn warp_shuffle_down<V: ShuffleValue>(value: V, delta: u32) -> V {

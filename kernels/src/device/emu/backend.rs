@@ -210,11 +210,11 @@ pub fn shuffle_xor(v: u32, mask: u32, at: Here) -> u32 {
     current().exchange("warp_shuffle_xor", v as u64, at)[((lane() ^ mask) % 32) as usize] as u32
 }
 pub fn shuffle_up(v: u32, delta: u32, at: Here) -> u32 {
-    let from = lane().checked_sub(delta).unwrap_or(lane());
+    let from = lane().checked_sub(delta % 32).unwrap_or(lane());
     current().exchange("warp_shuffle_up", v as u64, at)[from as usize] as u32
 }
 pub fn shuffle_down(v: u32, delta: u32, at: Here) -> u32 {
-    let from = if delta < 32 - lane() { lane() + delta } else { lane() };
+    let from = if delta % 32 < 32 - lane() { lane() + delta % 32 } else { lane() };
     current().exchange("warp_shuffle_down", v as u64, at)[from as usize] as u32
 }
 pub fn ballot(vote: bool, at: Here) -> u32 {
