@@ -33,10 +33,12 @@ mod driver;
 mod dtype;
 mod emu;
 mod error;
+pub mod mhc;
 mod ptx;
 pub mod quant;
 mod stream;
 mod tensor;
+pub mod transpose;
 
 pub use buffer::Buffer;
 pub use device::Device;

@@ -4,19 +4,21 @@
 //! which runs on machines without Rust; `cargo test` runs the same functions on the emulator.
 
 pub mod device;
+pub mod mhc;
 pub mod support;
+pub mod transpose;
 
 use support::bench::Row;
 use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE]
+    vec![device::layer::SUITE, mhc::mhc_post_fwd::SUITE, transpose::batched_transpose::SUITE]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![];
+    let per_op: Vec<Vec<Row>> = vec![mhc::mhc_post_fwd::bench(), transpose::batched_transpose::bench()];
     per_op.into_iter().flatten().collect()
 }
 

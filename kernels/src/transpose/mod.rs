@@ -1,1 +1,3 @@
 //! Out-of-place transposes.
+
+pub mod batched_transpose;

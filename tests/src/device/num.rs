@@ -277,7 +277,9 @@ mod tests {
     #[test]
     #[ignore = "all 2^32 inputs take minutes"]
     fn packed_e2m1_of_all_inputs() {
-        (0..1u32 << 29).into_par_iter().for_each(|i| check_packed_e2m1(core::array::from_fn(|j| f32::from_bits(i * 8 + j as u32))));
+        (0..1u32 << 29)
+            .into_par_iter()
+            .for_each(|i| check_packed_e2m1(core::array::from_fn(|j| f32::from_bits(i * 8 + j as u32))));
     }
 
     #[test]

@@ -509,11 +509,23 @@ fn round_to_odd(v: f64) -> f32 {
     let bits = near.to_bits();
     // Even: the odd neighbour on the other side of `v`. Bits of one sign order by magnitude.
     let away = (near as f64).abs() > v.abs();
-    f32::from_bits(if bits & 1 == 1 { bits } else if away { bits - 1 } else { bits + 1 })
+    f32::from_bits(if bits & 1 == 1 {
+        bits
+    } else if away {
+        bits - 1
+    } else {
+        bits + 1
+    })
 }
 fn pick_abs(a: f32, b: f32, a_first: bool) -> f32 {
     let sign = (a.to_bits() ^ b.to_bits()) & 0x8000_0000;
-    let magnitude = if a.is_nan() { b } else if b.is_nan() || a_first { a } else { b };
+    let magnitude = if a.is_nan() {
+        b
+    } else if b.is_nan() || a_first {
+        a
+    } else {
+        b
+    };
     f32::from_bits(magnitude.abs().to_bits() | sign)
 }
 pub fn min_abs_f16x2(a: u32, b: u32) -> u32 {

@@ -1,0 +1,3 @@
+//! Manifold-constrained hyper-connections: `m` residual streams per token, mixed by small matrices.
+
+pub mod mhc_post_fwd;

@@ -1,0 +1,3 @@
+//! Hyper-connections.
+
+pub mod mhc_post_fwd;

@@ -1,0 +1,3 @@
+//! Transposes.
+
+pub mod batched_transpose;
