@@ -34,6 +34,7 @@ mod dtype;
 mod emu;
 mod error;
 pub mod mhc;
+pub mod moe;
 mod ptx;
 pub mod quant;
 mod stream;

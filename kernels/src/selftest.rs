@@ -253,11 +253,18 @@ fn convert(v: f32) -> [u32; CONVERSIONS as usize] {
         f32x2_to_e4m3x2(v, 3.0) & 0xff,
         f32x2_to_e4m3x2(3.0, v) >> 8,
         f32x2_to_e5m2x2(v, 3.0) & 0xff,
-        f32x8_to_e2m1x8([0.0, v, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]) >> 4 & 15,
+        same_nibbles(f32x8_to_e2m1x8([v; 8])),
         // e5m6 has no instruction; its first step does.
         num::e5m6_from_f16_rz(f32_to_f16_rz(v) as u16, v) as u32,
         f16x2_to_f32(f32x2_to_f16x2(v, 0.0))[0].to_bits(),
     ]
+}
+
+/// The code that all eight nibbles of a word hold; all ones if they differ.
+#[inline(always)]
+fn same_nibbles(word: u32) -> u32 {
+    let code = word & 15;
+    if word == code * 0x1111_1111 { code } else { u32::MAX }
 }
 
 /// The same by the integer code.

@@ -5,6 +5,8 @@
 
 pub mod device;
 pub mod mhc;
+pub mod moe;
+pub mod quant;
 pub mod support;
 pub mod transpose;
 
@@ -13,12 +15,27 @@ use support::suite::Suite;
 
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
-    vec![device::layer::SUITE, mhc::mhc_post_fwd::SUITE, transpose::batched_transpose::SUITE]
+    vec![
+        device::layer::SUITE,
+        mhc::mhc_post_fwd::SUITE,
+        moe::get_fused_mapping::SUITE,
+        moe::topk_gate::SUITE,
+        quant::cast_back::SUITE,
+        quant::per_block_cast::SUITE,
+        transpose::batched_transpose::SUITE,
+    ]
 }
 
 /// The benchmark rows of every op.
 pub fn benches() -> Vec<Row> {
-    let per_op: Vec<Vec<Row>> = vec![mhc::mhc_post_fwd::bench(), transpose::batched_transpose::bench()];
+    let per_op: Vec<Vec<Row>> = vec![
+        mhc::mhc_post_fwd::bench(),
+        moe::get_fused_mapping::bench(),
+        moe::topk_gate::bench(),
+        quant::cast_back::bench(),
+        quant::per_block_cast::bench(),
+        transpose::batched_transpose::bench(),
+    ];
     per_op.into_iter().flatten().collect()
 }
 

@@ -13,6 +13,9 @@
 //!
 //! `M` and `K` count scaling blocks. Packed scales are powers of two, one exponent byte each; unused bytes of a last word are 0.
 
+pub mod cast_back;
+pub mod per_block_cast;
+
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
 use std::fmt;
 

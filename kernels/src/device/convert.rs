@@ -128,10 +128,65 @@ pub fn bf16x2_max_abs(a: u32, b: u32) -> u32 {
     backend::max_abs_bf16x2(a, b)
 }
 
+/// The larger magnitude of two pairs of f16, per half; NaN loses against a number. The sign bits of the result mean nothing.
+#[inline(always)]
+pub fn f16x2_max_abs(a: u32, b: u32) -> u32 {
+    backend::max_abs_f16x2(a, b)
+}
+
+/// The larger of two pairs of unsigned 16-bit numbers.
+#[inline(always)]
+pub fn u16x2_max(a: u32, b: u32) -> u32 {
+    backend::max_u16x2(a, b)
+}
+
+/// Two products of bf16, rounded to nearest even.
+#[inline(always)]
+pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
+    // Adding -0.0 changes no product, not even the sign of a zero.
+    backend::fma_bf16x2(a, b, 0x8000_8000)
+}
+
+/// Eight bf16 times the power of two `scale` to e2m1, round to nearest even, first in the low nibble. No product may exceed 6 in
+/// magnitude; the sign is kept, for zeros too, and NaN gives 6 of either sign.
+///
+/// The code of a magnitude `a` is the integer nearest to `2a` below 2, `a + 2` below 4 and `a / 2 + 4` above, ties to even: the
+/// lowest of three lines. Each is one bf16 addition to 128, whose unit in the last place is 1, so that the adder rounds and
+/// the code is in the low bits; rounding does not change which line is the lowest.
+#[inline(always)]
+pub fn bf16x8_to_e2m1x8(x: [u32; 4], scale: f32) -> u32 {
+    let both = |v: f32| byte_permute(v.to_bits(), 0, 0x3232);
+    let (half, one, two) = (both(scale * 0.5), both(scale), both(scale * 2.0));
+    let nibbles = x.map(|w| {
+        let a = w & 0x7fff_7fff;
+        let low = backend::min_bf16x2(backend::fma_bf16x2(a, two, 0x4300_4300), backend::fma_bf16x2(a, one, 0x4302_4302));
+        let code = backend::min_bf16x2(low, backend::fma_bf16x2(a, half, 0x4304_4304));
+        // Code and sign in the low nibble of each half; the other bits are cut off below.
+        select_bits(0x0007_0007, code, w >> 12)
+    });
+    let (front, back) = (byte_permute(nibbles[0], nibbles[1], 0x6240), byte_permute(nibbles[2], nibbles[3], 0x6240));
+    let (even, odd) = (byte_permute(front, back, 0x5410), byte_permute(front, back, 0x7632));
+    select_bits(0x0f0f_0f0f, even, odd << 4)
+}
+
 /// Eight e2m1 to f32 (exact), low nibble first.
 #[inline(always)]
 pub fn e2m1x8_to_f32(v: u32) -> [f32; 8] {
-    core::array::from_fn(|i| num::e2m1_to_f32((v >> (4 * i)) as u8 & 15))
+    // As f16 the eight magnitudes have a low byte of 0, so the high bytes are a table that fits one look-up.
+    const LOW: u32 = 0x3E3C_3800; // 1.5, 1, 0.5, 0
+    const HIGH: u32 = 0x4644_4240; // 6, 4, 3, 2
+    let magnitudes = v & 0x7777_7777;
+    // The signs of odd values top the bytes of `v`; shifted, the signs of even ones do.
+    let shifted = v << 4;
+    let quad = |magnitudes: u32, order: u32| {
+        let signs = byte_permute(shifted, v, order) & 0x8080_8080;
+        let codes = byte_permute(LOW, HIGH, magnitudes) | signs;
+        let (a, b) = (byte_permute(codes, 0, 0x1404), byte_permute(codes, 0, 0x3424));
+        let (a, b) = (f16x2_to_f32(a), f16x2_to_f32(b));
+        [a[0], a[1], b[0], b[1]]
+    };
+    let (a, b) = (quad(magnitudes, 0x5140), quad(magnitudes >> 16, 0x7362));
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
 }
 
 /// Byte `n` of the result is the byte of `{b, a}` (`a` the low four) that nibble `n` of `selector` names with its low three
@@ -139,4 +194,10 @@ pub fn e2m1x8_to_f32(v: u32) -> [f32; 8] {
 #[inline(always)]
 pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
     backend::byte_permute(a, b, selector)
+}
+
+/// The bits of `a` where `mask` has ones, else those of `b`; one instruction.
+#[inline(always)]
+pub fn select_bits(mask: u32, a: u32, b: u32) -> u32 {
+    backend::select_bits(mask, a, b)
 }

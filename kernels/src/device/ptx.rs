@@ -616,6 +616,24 @@ pub fn rcp(v: f32) -> f32 {
 
 // LLVM's intrinsics return a struct of four floats, which Rust cannot declare, so these two are assembly. Without `pure` the
 // optimiser neither moves nor duplicates them.
+// As an instruction, because the compiler takes expressions of and and or apart.
+#[inline(always)]
+pub fn select_bits(mask: u32, a: u32, b: u32) -> u32 {
+    pure!("lop3.b32 {0}, {1}, {2}, {3}, 0xCA;", reg32 u32, reg32 mask, reg32 a, reg32 b)
+}
+#[inline(always)]
+pub fn fma_bf16x2(a: u32, b: u32, c: u32) -> u32 {
+    pure!("fma.rn.bf16x2 {0}, {1}, {2}, {3};", reg32 u32, reg32 a, reg32 b, reg32 c)
+}
+#[inline(always)]
+pub fn min_bf16x2(a: u32, b: u32) -> u32 {
+    pure!("min.bf16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
+}
+#[inline(always)]
+pub fn max_u16x2(a: u32, b: u32) -> u32 {
+    pure!("max.u16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
+}
+
 #[inline(always)]
 pub fn mma_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4], _: Here) -> [f32; 4] {
     let [mut c0, mut c1, mut c2, mut c3] = c;

@@ -195,3 +195,9 @@ pub fn ordered_key(value: f32) -> u32 {
     let key = if bits >> 31 == 1 { !bits } else { bits | 0x8000_0000 };
     if value.is_nan() { 0 } else { key }
 }
+
+/// The float of a key; inverse of [`ordered_key`] except for `-0.0` and NaN. Keys of no number give NaN.
+#[inline(always)]
+pub fn ordered_float(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key & 0x7fff_ffff } else { !key })
+}

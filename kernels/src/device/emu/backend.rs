@@ -541,9 +541,16 @@ pub fn max_abs_f16x2(a: u32, b: u32) -> u32 {
     })
 }
 pub fn max_abs_bf16x2(a: u32, b: u32) -> u32 {
+    const INFINITY: u16 = 0x7F80;
     halves([a, b], |[a, b]| {
-        let (a, b) = (num::bf16_to_f32(a), num::bf16_to_f32(b));
-        num::f32_to_bf16(pick_abs(a, b, a.abs() >= b.abs()))
+        let (x, y) = (a & 0x7FFF, b & 0x7FFF);
+        let larger = match (x > INFINITY, y > INFINITY) {
+            (true, true) => 0x7FFF,
+            (true, false) => y,
+            (false, true) => x,
+            (false, false) => x.max(y),
+        };
+        larger | (a ^ b) & 0x8000
     })
 }
 pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
@@ -598,6 +605,48 @@ pub fn rsqrt(v: f32) -> f32 {
 }
 pub fn rcp(v: f32) -> f32 {
     flush((1.0 / flush(v) as f64) as f32)
+}
+
+pub fn select_bits(mask: u32, a: u32, b: u32) -> u32 {
+    (a & mask) | (b & !mask)
+}
+/// `a * b + c` with one rounding, per half.
+pub fn fma_bf16x2(a: u32, b: u32, c: u32) -> u32 {
+    let half = |shift: u32| {
+        let [a, b, c] = [a, b, c].map(|w| num::bf16_to_f32((w >> shift) as u16) as f64);
+        // The product is exact. Where the sum is not, its last bit is made odd, so that the rounding to bf16 sees what was cut.
+        let (product, sum) = (a * b, a * b + c);
+        let part = sum - product;
+        let rest = (product - (sum - part)) + (c - part);
+        let odd = if rest == 0.0 || !sum.is_finite() || sum.to_bits() & 1 == 1 {
+            sum
+        } else if (rest > 0.0) == (sum > 0.0) {
+            f64::from_bits(sum.to_bits() | 1)
+        } else {
+            f64::from_bits(sum.to_bits() - 1)
+        };
+        num::f32_to_bf16(to_f32_odd(odd)) as u32
+    };
+    half(0) | half(16) << 16
+}
+/// f64 to f32: what is inexact is cut and its last bit made odd.
+fn to_f32_odd(v: f64) -> f32 {
+    let near = v as f32;
+    if near as f64 == v || !near.is_finite() {
+        return near;
+    }
+    let cut = if (near as f64).abs() > v.abs() { near.to_bits() - 1 } else { near.to_bits() };
+    f32::from_bits(cut | 1)
+}
+pub fn min_bf16x2(a: u32, b: u32) -> u32 {
+    let half = |shift: u32| {
+        let smaller = min(num::bf16_to_f32((a >> shift) as u16), num::bf16_to_f32((b >> shift) as u16));
+        num::f32_to_bf16(smaller) as u32
+    };
+    half(0) | half(16) << 16
+}
+pub fn max_u16x2(a: u32, b: u32) -> u32 {
+    (a as u16).max(b as u16) as u32 | ((a >> 16).max(b >> 16)) << 16
 }
 
 /// All lanes' fragments: word `i` of lane `l` is `[i][l]`.

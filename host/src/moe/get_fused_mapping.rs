@@ -1,0 +1,338 @@
+//! get_fused_mapping: which row of the expanded buffer belongs to which choice of which token.
+
+use crate::{Buffer, DType, Result, Stream, TensorMut, TensorRef, View, check};
+use ferrotile_kernels::moe::get_fused_mapping as kernels;
+use kernels::{count, fused, place};
+
+const OP: &str = "get_fused_mapping";
+
+/// Most experts of a rank.
+pub const MAX_EXPERTS: u64 = kernels::MAX_EXPERTS as u64;
+
+/// Arguments of [`get_fused_mapping`]. No two tensors may overlap.
+pub struct Args<'a> {
+    /// Expert of each choice, i64 `[num_tokens, num_topk]`, contiguous; -1 for a choice that is not on this rank.
+    pub topk_idx: TensorRef<'a>,
+    /// Each expert's rows are a multiple of this, at least 1.
+    pub alignment: u32,
+    /// Expert of each row, i32 `[num_expanded_tokens]`.
+    pub pos_to_expert: TensorMut<'a>,
+    /// Token of each row, i32 `[num_expanded_tokens]`.
+    pub pos_to_token: TensorMut<'a>,
+    /// `token * num_topk + choice` of each row, i32 `[num_expanded_tokens]`.
+    pub pos_to_token_topk: TensorMut<'a>,
+    /// Row of each choice, i32 `[num_tokens, num_topk]`, contiguous.
+    pub token_topk_to_pos: TensorMut<'a>,
+    /// First row of each expert, i32 `[num_experts]`.
+    pub expert_start: TensorMut<'a>,
+    /// Row after the last one of each expert, padding included, i32 `[num_experts]`.
+    pub expert_end: TensorMut<'a>,
+    /// Rows of each expert, padding included, i32 `[num_experts]`.
+    pub num_tokens_per_expert: TensorMut<'a>,
+    /// Scratch, u8 `[n]` with `n` at least [`workspace_bytes`], contiguous, 4-byte aligned. Its contents do not matter;
+    /// calls that may run at the same time need one each.
+    pub workspace: TensorMut<'a>,
+}
+
+/// Bytes of workspace that [`get_fused_mapping`] needs, at most 128 KiB. 0 for arguments that it refuses.
+pub fn workspace_bytes(num_tokens: u64, num_topk: u64, num_experts: u64) -> u64 {
+    match (num_tokens.checked_mul(num_topk), num_experts) {
+        (Some(n), 1..=MAX_EXPERTS) if n <= i32::MAX as u64 => 4 * kernels::workspace_words(n as u32, num_experts as u32) as u64,
+        _ => 0,
+    }
+}
+
+/// Rows that are enough for any choice of experts: `num_expanded_tokens` when the counts are not known on the host. It saturates
+/// instead of overflowing.
+pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, alignment: u32) -> u64 {
+    let alignment = u64::from(alignment.max(1));
+    let rows = num_tokens.saturating_mul(num_topk).saturating_add(num_experts.saturating_mul(alignment - 1));
+    rows / alignment * alignment
+}
+
+/// Lays out the expanded buffer: a stable counting sort of all choices by expert. Asynchronous on `stream`; allocates nothing.
+///
+/// | tensor | shape | dtype |
+/// |---|---|---|
+/// | `topk_idx` | `[num_tokens, num_topk]` | i64 |
+/// | `pos_to_expert`, `pos_to_token`, `pos_to_token_topk` | `[num_expanded_tokens]` | i32 |
+/// | `token_topk_to_pos` | `[num_tokens, num_topk]` | i32 |
+/// | `expert_start`, `expert_end`, `num_tokens_per_expert` | `[num_experts]` | i32 |
+///
+/// All are contiguous. Expert `e` owns rows `expert_start[e]..expert_end[e]`, its number of choices rounded up to `alignment`; expert 0
+/// starts at row 0 and each expert where the one before ends. Choices stand in ascending order of `token * num_topk + choice` inside
+/// an expert, whatever the GPU, so the result is deterministic. Padding rows and rows after the last expert hold -1, as does
+/// `token_topk_to_pos` for a choice without expert. Values outside `0..num_experts` count as -1.
+///
+/// `num_expanded_tokens` is the caller's upper bound, for instance [`max_expanded_tokens`]. Should it be too small, choices whose
+/// row would lie beyond it are left out of all four index tensors, and `expert_end` of the last expert says how many rows were
+/// needed. [`get_fused_mapping_alloc`] finds the exact size by waiting for the device. No tokens are fine: everything is 0 or -1.
+/// (Facts: moe.md, sections 1.2 and 8.)
+///
+/// ```
+/// use ferrotile::moe::get_fused_mapping::{Args, get_fused_mapping, workspace_bytes};
+///
+/// let device = ferrotile::Device::emulator();
+/// // Two tokens with two choices each; the second choice of token 0 is on another rank. Two experts, rows in pairs.
+/// let topk_idx = device.upload(&[1i64, -1, 0, 1])?;
+/// let mut rows: Vec<_> = (0..3).map(|_| device.alloc::<i32>(4)).collect::<Result<_, _>>()?;
+/// let [pos_to_expert, pos_to_token, pos_to_token_topk] = &mut rows[..] else { unreachable!() };
+/// let mut token_topk_to_pos = device.alloc::<i32>(4)?;
+/// let mut experts: Vec<_> = (0..3).map(|_| device.alloc::<i32>(2)).collect::<Result<_, _>>()?;
+/// let [expert_start, expert_end, num_tokens_per_expert] = &mut experts[..] else { unreachable!() };
+/// let bytes = workspace_bytes(2, 2, 2);
+/// let mut workspace = device.alloc::<u8>(bytes as usize)?;
+/// let args = Args {
+///     topk_idx: topk_idx.tensor(&[2, 2])?,
+///     alignment: 2,
+///     pos_to_expert: pos_to_expert.tensor_mut(&[4])?,
+///     pos_to_token: pos_to_token.tensor_mut(&[4])?,
+///     pos_to_token_topk: pos_to_token_topk.tensor_mut(&[4])?,
+///     token_topk_to_pos: token_topk_to_pos.tensor_mut(&[2, 2])?,
+///     expert_start: expert_start.tensor_mut(&[2])?,
+///     expert_end: expert_end.tensor_mut(&[2])?,
+///     num_tokens_per_expert: num_tokens_per_expert.tensor_mut(&[2])?,
+///     workspace: workspace.tensor_mut(&[bytes])?,
+/// };
+/// get_fused_mapping(&device.stream()?, args)?;
+/// assert_eq!(pos_to_expert.to_vec()?, [0, -1, 1, 1]);
+/// assert_eq!(pos_to_token.to_vec()?, [1, -1, 0, 1]);
+/// assert_eq!(token_topk_to_pos.to_vec()?, [2, -1, 0, 3]);
+/// assert_eq!(expert_end.to_vec()?, [2, 4]);
+/// # Ok::<(), ferrotile::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType), [`Error::Layout`](crate::Error::Layout) when a tensor
+/// is not as in the table or the workspace is too small; [`Error::Value`](crate::Error::Value) for no or more than 1024 experts, an
+/// alignment of 0, or more than 2^31 - 1 choices or rows; [`Error::Overlap`](crate::Error::Overlap),
+/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), [`Error::Driver`](crate::Error::Driver).
+pub fn get_fused_mapping(stream: &Stream, args: Args<'_>) -> Result<()> {
+    get_fused_mapping_with(stream, args, How { fused: false, num_sms: stream.device().num_sms() })
+}
+
+/// What [`get_fused_mapping_with`] varies.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// One cooperative launch instead of two launches. The workspace then is 4 bytes longer, and its first 4 bytes are zeroed once.
+    pub fused: bool,
+    /// Multiprocessors to plan for.
+    pub num_sms: u32,
+}
+
+/// [`get_fused_mapping`] in another way with the same result, for tests and the benchmark.
+#[doc(hidden)]
+pub fn get_fused_mapping_with(stream: &Stream, args: Args<'_>, how: How) -> Result<()> {
+    let Sizes { n, e, k, p } = check_args(stream, &args, if how.fused { 4 } else { 0 })?;
+    let plan = kernels::plan(n, e, how.num_sms);
+    let groups = plan.groups;
+    let alignment = args.alignment;
+    let topk_idx = args.topk_idx.input();
+    let (pos_to_expert, pos_to_token) = (args.pos_to_expert.output(), args.pos_to_token.output());
+    let (pos_to_token_topk, token_topk_to_pos) = (args.pos_to_token_topk.output(), args.token_topk_to_pos.output());
+    let (expert_start, expert_end) = (args.expert_start.output(), args.expert_end.output());
+    let num_tokens_per_expert = args.num_tokens_per_expert.output();
+    let words = args.workspace.output::<u32>();
+    if how.fused {
+        let values = fused::Args {
+            topk_idx,
+            counts: words.at(1),
+            barrier: words,
+            pos_to_expert,
+            pos_to_token,
+            pos_to_token_topk,
+            token_topk_to_pos,
+            expert_start,
+            expert_end,
+            num_tokens_per_expert,
+            n,
+            e,
+            k,
+            groups,
+            p,
+            alignment,
+        };
+        return stream.launch(OP, &fused::ENTRY, &kernels::config_fused(plan, e), &values);
+    }
+    let counts = words;
+    let values = count::Args { topk_idx, counts, pos_to_expert, pos_to_token, pos_to_token_topk, n, e, groups, p };
+    stream.launch(OP, &count::ENTRY, &kernels::config_count(plan, e), &values)?;
+    let values = place::Args {
+        topk_idx,
+        counts,
+        pos_to_expert,
+        pos_to_token,
+        pos_to_token_topk,
+        token_topk_to_pos,
+        expert_start,
+        expert_end,
+        num_tokens_per_expert,
+        n,
+        e,
+        k,
+        groups,
+        p,
+        alignment,
+    };
+    stream.launch(OP, &place::ENTRY, &kernels::config_place(plan, e), &values)
+}
+
+/// What [`get_fused_mapping_alloc`] returns. The three tensors by row have more elements than rows that are needed:
+/// `mapping.pos_to_expert.tensor(&[mapping.num_expanded_tokens])` is the exact one.
+#[derive(Debug)]
+pub struct FusedMapping {
+    /// Rows of the expanded buffer.
+    pub num_expanded_tokens: u64,
+    /// Expert of each row.
+    pub pos_to_expert: Buffer<i32>,
+    /// Token of each row.
+    pub pos_to_token: Buffer<i32>,
+    /// `token * num_topk + choice` of each row.
+    pub pos_to_token_topk: Buffer<i32>,
+    /// Row of each choice.
+    pub token_topk_to_pos: Buffer<i32>,
+    /// First row of each expert.
+    pub expert_start: Buffer<i32>,
+    /// Row after the last one of each expert.
+    pub expert_end: Buffer<i32>,
+    /// Rows of each expert, on the device.
+    pub num_tokens_per_expert: Buffer<i32>,
+    /// Rows of each expert, on the host.
+    pub num_tokens_per_expert_list: Vec<i32>,
+}
+
+/// [`get_fused_mapping`] that **allocates its outputs and waits for the device** to learn their exact size. It can't be captured into
+/// a graph.
+///
+/// ```
+/// use ferrotile::moe::get_fused_mapping_alloc;
+///
+/// let device = ferrotile::Device::emulator();
+/// let topk_idx = device.upload(&[1i64, -1, 0, 1])?;
+/// let mapping = get_fused_mapping_alloc(&device.stream()?, topk_idx.tensor(&[2, 2])?, 2, 1)?;
+/// assert_eq!((mapping.num_expanded_tokens, &mapping.num_tokens_per_expert_list[..]), (3, &[1, 2][..]));
+/// assert_eq!(mapping.token_topk_to_pos.to_vec()?, [1, -1, 0, 2]);
+/// # Ok::<(), ferrotile::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`get_fused_mapping`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+pub fn get_fused_mapping_alloc(
+    stream: &Stream,
+    topk_idx: TensorRef<'_>,
+    num_experts: u64,
+    alignment: u32,
+) -> Result<FusedMapping> {
+    check::rank(OP, "topk_idx", &topk_idx, 2)?;
+    let (t, k) = (topk_idx.dim(0), topk_idx.dim(1));
+    check_counts(&topk_idx, num_experts, alignment)?;
+    let rows = max_expanded_tokens(t, k, num_experts, alignment);
+    let bytes = workspace_bytes(t, k, num_experts);
+    let device = *stream.device();
+    let by_row = || device.alloc::<i32>(rows as usize);
+    let by_expert = || device.alloc::<i32>(num_experts as usize);
+    let mut workspace = device.alloc::<u8>(bytes as usize)?;
+    let mut mapping = FusedMapping {
+        num_expanded_tokens: 0,
+        pos_to_expert: by_row()?,
+        pos_to_token: by_row()?,
+        pos_to_token_topk: by_row()?,
+        token_topk_to_pos: device.alloc((t * k) as usize)?,
+        expert_start: by_expert()?,
+        expert_end: by_expert()?,
+        num_tokens_per_expert: by_expert()?,
+        num_tokens_per_expert_list: Vec::new(),
+    };
+    let args = Args {
+        topk_idx,
+        alignment,
+        pos_to_expert: mapping.pos_to_expert.tensor_mut(&[rows])?,
+        pos_to_token: mapping.pos_to_token.tensor_mut(&[rows])?,
+        pos_to_token_topk: mapping.pos_to_token_topk.tensor_mut(&[rows])?,
+        token_topk_to_pos: mapping.token_topk_to_pos.tensor_mut(&[t, k])?,
+        expert_start: mapping.expert_start.tensor_mut(&[num_experts])?,
+        expert_end: mapping.expert_end.tensor_mut(&[num_experts])?,
+        num_tokens_per_expert: mapping.num_tokens_per_expert.tensor_mut(&[num_experts])?,
+        workspace: workspace.tensor_mut(&[bytes])?,
+    };
+    get_fused_mapping(stream, args)?;
+    stream.synchronize()?;
+    mapping.num_tokens_per_expert_list = mapping.num_tokens_per_expert.to_vec()?;
+    mapping.num_expanded_tokens = mapping.num_tokens_per_expert_list.iter().map(|n| *n as u64).sum();
+    Ok(mapping)
+}
+
+/// What the kernels count with.
+struct Sizes {
+    n: u32,
+    e: u32,
+    k: u32,
+    p: u32,
+}
+
+/// The number of choices, if it, the experts and the rows they may need fit 32 bits.
+fn check_counts(topk_idx: &View, num_experts: u64, alignment: u32) -> Result<u64> {
+    const MOST: u64 = i32::MAX as u64;
+    let n = topk_idx.dim(0).saturating_mul(topk_idx.dim(1));
+    check::in_range(OP, "num_tokens * num_topk", n, 0, MOST)?;
+    check::in_range(OP, "num_experts", num_experts, 1, MAX_EXPERTS)?;
+    // Every row, padding included, has a number that fits i32.
+    check::in_range(OP, "alignment", alignment.into(), 1, 1 + (MOST - n) / num_experts)?;
+    Ok(n)
+}
+
+fn check_args(stream: &Stream, args: &Args<'_>, more_workspace: u64) -> Result<Sizes> {
+    let topk_idx = &args.topk_idx;
+    check::rank(OP, "topk_idx", topk_idx, 2)?;
+    check::dtype(OP, "topk_idx", topk_idx, &[DType::I64])?;
+    check::contiguous(OP, "topk_idx", topk_idx)?;
+    check::rank(OP, "expert_start", &args.expert_start, 1)?;
+    check::rank(OP, "pos_to_expert", &args.pos_to_expert, 1)?;
+    let (e, p) = (args.expert_start.dim(0), args.pos_to_expert.dim(0));
+    let n = check_counts(topk_idx, e, args.alignment)?;
+    check::in_range(OP, "num_expanded_tokens", p, 0, i32::MAX as u64)?;
+
+    let outputs: [(&str, &View, &[u64]); 7] = [
+        ("pos_to_expert", &args.pos_to_expert, &[p]),
+        ("pos_to_token", &args.pos_to_token, &[p]),
+        ("pos_to_token_topk", &args.pos_to_token_topk, &[p]),
+        ("token_topk_to_pos", &args.token_topk_to_pos, topk_idx.shape()),
+        ("expert_start", &args.expert_start, &[e]),
+        ("expert_end", &args.expert_end, &[e]),
+        ("num_tokens_per_expert", &args.num_tokens_per_expert, &[e]),
+    ];
+    for (name, tensor, shape) in outputs {
+        check::dtype(OP, name, tensor, &[DType::I32])?;
+        check::shape(OP, name, tensor, shape)?;
+        check::contiguous(OP, name, tensor)?;
+    }
+
+    let workspace = &args.workspace;
+    check::rank(OP, "workspace", workspace, 1)?;
+    check::dtype(OP, "workspace", workspace, &[DType::U8])?;
+    check::contiguous(OP, "workspace", workspace)?;
+    check::aligned(OP, "workspace", workspace, 4)?;
+    let bytes = workspace_bytes(topk_idx.dim(0), topk_idx.dim(1), e) + more_workspace;
+    if workspace.dim(0) < bytes {
+        let (expected, got) = (format!("at least [{bytes}]"), format!("{:?}", workspace.shape()));
+        return Err(crate::Error::Shape { op: OP, arg: "workspace", expected, got });
+    }
+
+    let mut all: [(&str, &View); 9] = [("topk_idx", topk_idx); 9];
+    for (entry, (name, tensor, _)) in all[1..].iter_mut().zip(outputs) {
+        *entry = (name, tensor);
+    }
+    all[8] = ("workspace", workspace);
+    check::same_device(OP, stream, &all)?;
+    for (i, a) in all.iter().enumerate() {
+        all[i + 1..].iter().try_for_each(|b| check::no_overlap(OP, *a, *b))?;
+    }
+    Ok(Sizes {
+        n: check::fits_u32(OP, "num_tokens * num_topk", n)?,
+        e: check::fits_u32(OP, "num_experts", e)?,
+        // A tensor without slots may have a dimension beyond 32 bits; the kernel only divides by it.
+        k: topk_idx.dim(1).clamp(1, i32::MAX as u64) as u32,
+        p: check::fits_u32(OP, "num_expanded_tokens", p)?,
+    })
+}

@@ -1,0 +1,387 @@
+//! per_block_cast: quantise to e4m3 or e2m1 with one scale factor for each block of `npt` tokens by `npc` channels.
+//!
+//! In   x  bf16, f32 [t, h], any row stride      Out  data  e4m3 [t, h], e2m1 [t, h/2];  sf  f32, ue8m0 [ceil(t/npt), ceil(h/npc)]
+//! Exact  bit for bit, quant.md 2; blocks at the edges take what there is; NaN does not count for a scale.
+//! Map   a block of 8 warps per 128 x 128 tile, 16 rows a warp, held in registers between maximum and conversion.
+//! Cost  x read once, data and sf written once; 8 to 10 instructions a value, 16 from f32 to e2m1: memory bound.
+
+use super::common::{E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale, ue8m0};
+use crate::device::*;
+use crate::{kernel, unroll};
+
+/// Rows and columns of a tile: the largest scaling block, and a multiple of all.
+pub const TILE: u32 = 128;
+/// Threads of a block: with 128 (bf16) or 256 (f32) bytes of `x` a thread, 128 KB are in flight on an SM.
+pub const THREADS: u32 = 256;
+/// Threads of a block of `cast_512`, which hold half as much.
+pub const THREADS_512: u32 = 512;
+/// Sides of the smallest scaling block, the unit in which maxima are exchanged: a tile has 4 by 4 of them.
+const UNIT: u32 = 32;
+/// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
+const GRID_Y: u32 = 1 << 15;
+
+/// One block a tile, columns first: neighbours in x share DRAM pages.
+pub fn config(num_tokens: u32, hidden: u32, threads: u32) -> LaunchConfig {
+    let rows = ceil_div(num_tokens, TILE);
+    let y = if rows < GRID_Y { rows } else { GRID_Y };
+    let z = if y == 0 { 0 } else { ceil_div(rows, y) };
+    LaunchConfig::grid([ceil_div(hidden, TILE), y, z], threads).shared(&shared().0)
+}
+
+/// Largest magnitudes, one from each of the up to 4 warps that share a unit of rows, for each of 16 units.
+#[inline(always)]
+fn shared() -> (SharedLayout, Shared<u32>) {
+    let mut layout = SharedLayout::new();
+    let maxima = layout.array(4 * 16);
+    (layout, maxima)
+}
+
+/// An element type that can be cast. A lane holds `N` vectors of 16 bytes.
+trait Source: Copy {
+    /// Bytes of an element.
+    const BYTES: u32;
+    /// Four words from elements that need not be aligned to 16 bytes.
+    fn gather(x: In<u8>) -> [u32; 4];
+    /// Bits of the largest magnitude.
+    fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32;
+    /// Quantise and store the vectors whose rows exist. `SAFE`: `inv` is a power of two and no product exceeds the largest value.
+    fn store<T: Target, const N: usize, const SAFE: bool>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, shape: Shape);
+}
+
+/// Sizes of the tensor, and of its scaling blocks as powers of two.
+#[derive(Clone, Copy)]
+struct Shape {
+    t: u32,
+    h: u32,
+    npt: u32,
+    npc: u32,
+}
+
+#[derive(Clone, Copy)]
+struct Bf16;
+#[derive(Clone, Copy)]
+struct F32;
+
+/// Rows of a tile that a warp holds: 16, or 8 in a block of 512 threads.
+#[inline(always)]
+const fn warp_rows<X: Source, const N: usize>() -> u32 {
+    N as u32 * WARP_SIZE * 16 / X::BYTES / TILE
+}
+
+/// Where the vectors of a lane are: the first row and its distance to the next, and the first channel.
+#[derive(Clone, Copy)]
+struct Place {
+    row: u32,
+    step: u32,
+    col: u32,
+}
+
+impl Place {
+    /// Of the calling lane in its tile: neighbouring lanes take neighbouring vectors of a row.
+    #[inline(always)]
+    fn new<X: Source, const N: usize>() -> Self {
+        let per_vector = 16 / X::BYTES;
+        let lanes = TILE / per_vector;
+        let tile_row = (block_idx_z() * grid_dim_y() + block_idx_y()) * TILE;
+        Self {
+            row: tile_row + warp_id() * warp_rows::<X, N>() + lane_id() / lanes,
+            step: WARP_SIZE / lanes,
+            col: block_idx_x() * TILE + lane_id() % lanes * per_vector,
+        }
+    }
+
+    /// Row of vector `i`.
+    #[inline(always)]
+    fn row(self, i: usize) -> u32 {
+        self.row + i as u32 * self.step
+    }
+
+    /// Block row and block column of all the lane's vectors.
+    #[inline(always)]
+    fn block(self, shape: Shape) -> (u32, u32) {
+        (self.row >> shape.npt, self.col >> shape.npc)
+    }
+
+    /// First row of the tile.
+    #[inline(always)]
+    fn tile_row(self) -> u32 {
+        self.row & !(TILE - 1)
+    }
+}
+
+/// All vectors of a lane. Rows and columns outside of the tensor are replaced by its last ones: those are in the same scaling
+/// block, or in one that does not exist, so the maxima stay right and no load needs a condition.
+#[inline(always)]
+fn load<X: Source, const N: usize, const ALIGNED: bool>(x: In<u8>, stride: u32, at: Place, shape: Shape) -> [[u32; 4]; N] {
+    let last_col = shape.h - 16 / X::BYTES;
+    let col = if at.col < last_col { at.col } else { last_col };
+    core::array::from_fn(|i| {
+        let row = if at.row(i) < shape.t { at.row(i) } else { shape.t - 1 };
+        let from = x.at((row as u64 * stride as u64 + col as u64) * X::BYTES as u64);
+        if ALIGNED { from.load16_stream(0) } else { X::gather(from) }
+    })
+}
+
+impl Source for Bf16 {
+    const BYTES: u32 = 2;
+
+    #[inline(always)]
+    fn gather(x: In<u8>) -> [u32; 4] {
+        let x = x.cast::<u16>();
+        core::array::from_fn(|w| x.get(2 * w as u32) as u32 | (x.get(2 * w as u32 + 1) as u32) << 16)
+    }
+
+    #[inline(always)]
+    fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32 {
+        // Four chains, one for each word of a vector. They start from a number, so no NaN is left.
+        let mut max = [0; 4];
+        for v in held {
+            max = core::array::from_fn(|w| bf16x2_max_abs(max[w], v[w]));
+        }
+        let [a, b, c, d] = max;
+        let max = bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d));
+        let (low, high) = (max << 16 & 0x7FFF_0000, max & 0x7FFF_0000);
+        if low > high { low } else { high }
+    }
+
+    #[inline(always)]
+    fn store<T: Target, const N: usize, const SAFE: bool>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, shape: Shape) {
+        unroll!(i in N {
+            let row = at.row(i);
+            if row >= shape.t {
+                return;
+            }
+            let to = row as u64 * shape.h as u64 + at.col as u64;
+            let [a, b, c, d] = held[i].map(bf16x2_to_f32).map(|pair| pair.map(|v| v * inv));
+            if T::BITS == 8 {
+                let (low, high) = ([a[0], a[1], b[0], b[1]], [c[0], c[1], d[0], d[1]]);
+                out.at(to).store8_stream(0, [f32x4_to_e4m3x4(low), f32x4_to_e4m3x4(high)]);
+            } else {
+                let codes = if SAFE {
+                    bf16x8_to_e2m1x8(held[i], inv)
+                } else {
+                    f32x8_to_e2m1x8([a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]])
+                };
+                out.at(to / 2).store4_stream(0, codes);
+            }
+        });
+    }
+}
+
+impl Source for F32 {
+    const BYTES: u32 = 4;
+
+    #[inline(always)]
+    fn gather(x: In<u8>) -> [u32; 4] {
+        core::array::from_fn(|w| x.cast::<u32>().get(w as u32))
+    }
+
+    #[inline(always)]
+    fn amax<const N: usize>(held: &[[u32; 4]; N]) -> u32 {
+        let mut max = [0.0f32; 4];
+        for v in held {
+            max = core::array::from_fn(|w| max_total(max[w], f32::from_bits(v[w]).abs()));
+        }
+        let [a, b, c, d] = max;
+        max_total(max_total(a, b), max_total(c, d)).to_bits()
+    }
+
+    #[inline(always)]
+    fn store<T: Target, const N: usize, const SAFE: bool>(held: &[[u32; 4]; N], inv: f32, out: Out<u8>, at: Place, shape: Shape) {
+        // Two rows at a time, because eight e2m1 are encoded together.
+        unroll!(i in (N / 2) {
+            let row = at.row(2 * i);
+            if row >= shape.t {
+                return;
+            }
+            let more = row + at.step < shape.t;
+            let to = row as u64 * shape.h as u64 + at.col as u64;
+            let next = to + at.step as u64 * shape.h as u64;
+            let [[a, b, c, d], [e, f, g, h]] = [held[2 * i], held[2 * i + 1]].map(|v| v.map(|bits| f32::from_bits(bits) * inv));
+            if T::BITS == 8 {
+                out.at(to).store4_stream(0, f32x4_to_e4m3x4([a, b, c, d]));
+                if more {
+                    out.at(next).store4_stream(0, f32x4_to_e4m3x4([e, f, g, h]));
+                }
+            } else {
+                let codes = f32x8_to_e2m1x8([a, b, c, d, e, f, g, h]);
+                out.at(to / 2).cast::<u16>().set_stream(0, codes as u16);
+                if more {
+                    out.at(next / 2).cast::<u16>().set_stream(0, (codes >> 16) as u16);
+                }
+            }
+        });
+    }
+}
+
+/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it.
+#[inline(always)]
+fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], shape: Shape, round: bool) -> Scale {
+    let max = |a: u32, b: u32| if a > b { a } else { b };
+    let maxima = shared().1;
+    // 32 columns by the warp's rows: magnitudes are compared as integers.
+    let lanes_per_unit = UNIT * X::BYTES / 16;
+    let lanes_per_row = TILE * X::BYTES / 16;
+    let mut amax = X::amax(held);
+    let mut mask = 1;
+    while mask < WARP_SIZE {
+        if mask < lanes_per_unit || mask >= lanes_per_row {
+            amax = max(amax, warp_shuffle_xor(amax, mask));
+        }
+        mask *= 2;
+    }
+    let warps = UNIT / warp_rows::<X, N>();
+    let unit = warp_id() / warps * 4 + lane_id() % lanes_per_row / lanes_per_unit;
+    if lane_id().is_multiple_of(lanes_per_unit) && lane_id() < lanes_per_row {
+        maxima.set(warp_id() % warps * 16 + unit, amax);
+    }
+    block_sync();
+    // Lane `l` takes unit `l % 16`, from half of its warps. A distance of 0 leaves what need not be joined.
+    let mut amax = maxima.get(lane_id());
+    if warps == 4 {
+        amax = max(amax, maxima.get(WARP_SIZE + lane_id()));
+    }
+    let (wide, tall) = ((shape.npc == 7) as u32, (shape.npt == 7) as u32);
+    amax = max(amax, warp_shuffle_xor(amax, 16));
+    amax = max(amax, warp_shuffle_xor(amax, wide));
+    amax = max(amax, warp_shuffle_xor(amax, 2 * wide));
+    amax = max(amax, warp_shuffle_xor(amax, 4 * tall));
+    amax = max(amax, warp_shuffle_xor(amax, 8 * tall));
+    let amax = f32::from_bits(warp_shuffle(amax, unit));
+    if round { scale::<T, true>(amax) } else { scale::<T, false>(amax) }
+}
+
+/// The lane that holds the first element of a scaling block writes its scale, and zeros into what is left of a last packed word.
+#[inline(always)]
+fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, shape: Shape) {
+    let first = at.row & ((1 << shape.npt) - 1) == 0 && at.col & ((1 << shape.npc) - 1) == 0;
+    if !first || at.row >= shape.t || at.col >= shape.h {
+        return;
+    }
+    let (m, k) = at.block(shape);
+    if packed {
+        sf.set(layout.byte(m, k), ue8m0(value) as u8);
+        if at.col + (1 << shape.npc) >= shape.h {
+            let mut unused = k + 1;
+            while !unused.is_multiple_of(4) {
+                sf.set(layout.byte(m, unused), 0);
+                unused += 1;
+            }
+        }
+    } else {
+        sf.cast::<f32>().set(layout.index(m, k), value);
+    }
+}
+
+/// The body of [`cast`] and [`cast_512`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn cast_tile<X: Source, T: Target, const N: usize, const ALIGNED: bool>(
+    x: In<u8>,
+    out: Out<u8>,
+    sf: Out<u8>,
+    layout: SfLayout,
+    x_stride: u32,
+    shape: Shape,
+    round: bool,
+    packed: bool,
+) {
+    let at = Place::new::<X, N>();
+    // Blocks of the last z that have no rows: all threads of a block leave together.
+    if at.tile_row() >= shape.t {
+        return;
+    }
+    let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+    let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, shape, round);
+    store_sf(sf, layout, packed, value, at, shape);
+    if at.col >= shape.h {
+        return;
+    }
+    // Only bf16 to e2m1 has a shorter way, so only it is there twice.
+    if X::BYTES == 2 && T::BITS == 4 && round {
+        X::store::<T, N, true>(&held, inv, out, at, shape);
+    } else {
+        X::store::<T, N, false>(&held, inv, out, at, shape);
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 256;
+    /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two.
+    pub fn cast[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        cast_tile::<X, T, N, ALIGNED>(x, out, sf, layout, x_stride, Shape { t, h, npt, npc }, round != 0, packed != 0);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
+        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 512;
+    /// `cast` with blocks of 512 threads, for comparison.
+    pub fn cast_512[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        cast_tile::<X, T, N, ALIGNED>(x, out, sf, layout, x_stride, Shape { t, h, npt, npc }, round != 0, packed != 0);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 4, true], bf16_e2m1[Bf16, E2m1, 4, true],
+        f32_e4m3[F32, E4m3, 8, true], f32_e2m1[F32, E2m1, 8, true],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 256;
+    /// The scales alone.
+    pub fn sf_only[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let (at, shape) = (Place::new::<X, N>(), Shape { t, h, npt, npc });
+        if at.tile_row() >= t { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+        let scale = block_scale::<X, T, N>(&held, shape, round != 0);
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        store_sf(sf, layout, packed != 0, scale.sf, at, shape);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
+        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 256;
+    /// The data alone, with given row-major f32 scales.
+    pub fn precomputed[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: In<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32, npt: u32, npc: u32,
+    ) {
+        let (at, shape) = (Place::new::<X, N>(), Shape { t, h, npt, npc });
+        if at.row >= t || at.col >= h { return; }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+        let (m, k) = at.block(shape);
+        let sf = load_sf::<false>(sf, SfLayout { row_stride: sf_row, col_stride: sf_col }, m, k);
+        X::store::<T, N, false>(&held, 1.0 / sf, out, at, shape);
+    }
+    entries {
+        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
+        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+    }
+}

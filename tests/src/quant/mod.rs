@@ -1,0 +1,4 @@
+//! Quantisation.
+
+pub mod cast_back;
+pub mod per_block_cast;
