@@ -13,6 +13,11 @@ pub mod transpose;
 use support::bench::Row;
 use support::suite::Suite;
 
+/// The README's code, as a doc test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
+
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
     vec![
