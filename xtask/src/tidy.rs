@@ -40,6 +40,10 @@ pub fn run() -> Result {
             }
         }
     }
+    let table = shell::read(&root.join("docs/device.md"))?;
+    for path in files.iter().filter(|path| is_device_api(path)) {
+        problems.extend(undocumented(path, &shell::read(&root.join(path))?, &table));
+    }
     problems.extend(readme::out_of_date()?);
     if problems.is_empty() {
         println!("tidy: {count} files, {} ops", ops(&files).len());
@@ -100,6 +104,34 @@ fn packages(op: &str, family: &str) -> Vec<&'static str> {
         packages.remove(0);
     }
     packages
+}
+
+/// Whether a file holds functions that kernels may call.
+fn is_device_api(path: &str) -> bool {
+    let backend = ["mod.rs", "ptx.rs", "macros.rs", "num.rs"];
+    path.strip_prefix("kernels/src/device/").is_some_and(|file| !file.contains('/') && !backend.contains(&file))
+}
+
+/// Public functions of the device API that the table of docs/device.md does not name. Names that a macro makes stand in its call as
+/// plain words and are not seen; what they are made of is.
+fn undocumented(path: &str, text: &str, table: &str) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut hidden = false;
+    for (i, line) in text.lines().enumerate() {
+        let line = line.trim_start();
+        // Attributes stand above the function they belong to.
+        let was_hidden = hidden;
+        hidden = line == "#[doc(hidden)]" || (hidden && line.starts_with("#["));
+        let function = line.strip_prefix("pub fn ").or_else(|| line.strip_prefix("pub const fn "));
+        let Some(function) = function else { continue };
+        let name: String = function.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+        // On the host only: how launchers make and pack pointers.
+        let for_launchers = ["region", "address", "null"].contains(&name.as_str());
+        if !was_hidden && !name.is_empty() && !for_launchers && !table.contains(&format!("`{name}`")) {
+            problems.push(format!("{path}:{}: `{name}` is not in the table of docs/device.md", i + 1));
+        }
+    }
+    problems
 }
 
 /// One op, one name, three files.
@@ -268,6 +300,18 @@ mod tests {
 
     fn paths(list: &[&str]) -> Vec<String> {
         list.iter().map(|path| (*path).to_owned()).collect()
+    }
+
+    #[test]
+    fn device_functions_stand_in_the_table() {
+        assert!(is_device_api("kernels/src/device/warp.rs"));
+        assert!(!is_device_api("kernels/src/device/ptx.rs") && !is_device_api("kernels/src/device/emu/mod.rs"));
+        let text = "pub fn warp_sum<const N: u32>(v: f32) -> f32 {\n}\n    pub fn null() -> Self {\n";
+        assert!(undocumented("a.rs", text, "| `warp_sum` | warp |").is_empty());
+        assert_eq!(
+            undocumented("a.rs", text, "| `warp_summary` |"),
+            ["a.rs:1: `warp_sum` is not in the table of docs/device.md"]
+        );
     }
 
     #[test]
