@@ -14,6 +14,13 @@
 //! # Ok::<(), ferrotile::Error>(())
 //! ```
 //!
+//! | family | ops |
+//! |---|---|
+//! | [`quant`] | [`per_token_cast`](quant::per_token_cast()), [`per_block_cast`](quant::per_block_cast()), [`cast_back`](quant::cast_back()) and their variants |
+//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`get_fused_mapping`](moe::get_fused_mapping()) |
+//! | [`transpose`] | [`transpose`](transpose::transpose()), [`batched_transpose`](transpose::batched_transpose()) |
+//! | [`mhc`] | [`mhc_post_fwd`](mhc::mhc_post_fwd()) |
+//!
 //! | feature | brings |
 //! |---|---|
 //! | `cuda` (off) | [`Device::cuda`], through the `cust` crate; needs the NVIDIA driver at run time |

@@ -325,6 +325,32 @@ kernel! {
     }
 }
 
+/// Results of `packed` for one pattern.
+pub const PACKED: u32 = 6;
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// Packed arithmetic on the 16-bit pattern `stride * i`, its negative in the upper half, and a second word made of it.
+    pub fn packed(scale: f32, stride: u32, y: Out<u32>) {
+        let i = block_idx_x() * THREADS + thread_idx();
+        let (a, b) = packed_operands(i * stride);
+        let out = y.at(i as u64 * PACKED as u64);
+        out.set(0, bf16x8_to_e2m1x8([a, a.rotate_left(16), b, a], scale));
+        out.set(1, bf16x2_mul(a, b));
+        // Signs of these mean nothing.
+        out.set(2, bf16x2_max_abs(a, b) & 0x7fff_7fff);
+        out.set(3, f16x2_max_abs(a, b) & 0x7fff_7fff);
+        out.set(4, u16x2_max(a, b));
+        out.set(5, select_bits(b, a, !a));
+    }
+}
+
+/// Words for the 16-bit pattern `i`. The second one holds magnitudes from 0.5 to 1 as bf16.
+pub fn packed_operands(i: u32) -> (u32, u32) {
+    (i | (i ^ 0x8000) << 16, (i.wrapping_mul(0x9E37_79B1) & 0x807f_807f) | 0x3f00_3f00)
+}
+
 kernel! {
     op = selftest;
     threads = 256;

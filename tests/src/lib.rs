@@ -13,6 +13,11 @@ pub mod transpose;
 use support::bench::Row;
 use support::suite::Suite;
 
+/// The README's code, as a doc test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
+
 /// The checks of every op.
 pub fn suites() -> Vec<Suite> {
     vec![
@@ -22,6 +27,7 @@ pub fn suites() -> Vec<Suite> {
         moe::topk_gate::SUITE,
         quant::cast_back::SUITE,
         quant::per_block_cast::SUITE,
+        quant::per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -34,6 +40,7 @@ pub fn benches() -> Vec<Row> {
         moe::topk_gate::bench(),
         quant::cast_back::bench(),
         quant::per_block_cast::bench(),
+        quant::per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

@@ -20,16 +20,6 @@ pub struct Args<'a> {
     pub out: TensorMut<'a>,
 }
 
-/// Kernel for four streams; the benchmark compares them.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Config {
-    /// One vector of columns per thread.
-    Columns,
-    /// Two vectors of columns per thread, where the hidden size is a multiple of 16.
-    Wide,
-}
-
 /// New residual streams of a hyper-connection:
 /// `out[.., o, :] = post[.., o] * x[.., :] + sum over i of comb[.., i, o] * residual[.., i, :]`.
 ///
@@ -74,26 +64,16 @@ pub enum Config {
 /// [`Error::Value`] (more than 1024 streams, a token of 2^32 elements or more, more work than 2^32 threads), [`Error::Overlap`] of
 /// `out` with an input, [`Error::DeviceMismatch`], [`Error::Driver`].
 pub fn mhc_post_fwd(stream: &Stream, args: Args<'_>) -> Result<()> {
-    mhc_post_fwd_with(stream, args, Config::Columns)
-}
-
-/// [`mhc_post_fwd`] with a chosen kernel. For the benchmark.
-///
-/// # Errors
-/// Those of [`mhc_post_fwd`].
-#[doc(hidden)]
-pub fn mhc_post_fwd_with(stream: &Stream, args: Args<'_>, config: Config) -> Result<()> {
     let Some(Plan { t, m, h, vectors }) = check(stream, &args)? else { return Ok(()) };
     let Args { x, residual, post, comb, out } = args;
     let (x, residual, post, comb, out) = (x.input(), residual.input(), post.input(), comb.input(), out.output());
     match (m, vectors) {
-        (2 | 4, true) if !(m == 4 && config == Config::Wide && h.is_multiple_of(2 * k::COLUMNS)) => {
+        (2 | 4, true) => {
             let entry = if m == 2 { &k::columns::m2 } else { &k::columns::m4 };
             stream.launch(OP, entry, &k::columns_config(t, h), &k::columns::Args { x, residual, post, comb, out, t, h })
         }
-        (4 | 8, true) => {
-            let (entry, vectors) = if m == 4 { (&k::wide::m4, 2) } else { (&k::wide::m8, 1) };
-            stream.launch(OP, entry, &k::wide_config(t, h, vectors), &k::wide::Args { x, residual, post, comb, out, t, h })
+        (8, true) => {
+            stream.launch(OP, &k::eight::ENTRY, &k::eight_config(t, h), &k::eight::Args { x, residual, post, comb, out, t, h })
         }
         _ => stream.launch(OP, &k::any::ENTRY, &k::any_config(t, h), &k::any::Args { x, residual, post, comb, out, t, m, h }),
     }

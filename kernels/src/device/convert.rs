@@ -148,7 +148,7 @@ pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
 }
 
 /// Eight bf16 times the power of two `scale` to e2m1, round to nearest even, first in the low nibble. No product may exceed 6 in
-/// magnitude; the sign is kept, for zeros too, and NaN gives 6 of either sign.
+/// magnitude; the sign is kept, for zeros too, and NaN gives 6 with its sign.
 ///
 /// The code of a magnitude `a` is the integer nearest to `2a` below 2, `a + 2` below 4 and `a / 2 + 4` above, ties to even: the
 /// lowest of three lines. Each is one bf16 addition to 128, whose unit in the last place is 1, so that the adder rounds and

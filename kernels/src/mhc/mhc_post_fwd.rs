@@ -2,7 +2,7 @@
 //!
 //! In   x bf16 [t, h]; residual bf16 [t, m, h]; post f32 [t, m]; comb f32 [t, m, m]      Out  out bf16 [t, m, h]
 //! `out[o] = comb[0][o]*residual[0]`, `fma(post[o], x, _)`, `fma(comb[i][o], residual[i], _)` for i = 1.., rounded to bf16 once.
-//! Map   one thread per VECTORS x 8 columns of a token and all its streams, in registers only; the mixes are broadcast loads.
+//! Map   one thread per 8 columns of a token and all its streams, in registers only; the mixes are broadcast loads.
 //! Cost  2·t·h·(2·m + 1) + 4·t·m·(m + 1) bytes; m·(m + 1) multiply-adds a column (40 flop for 18 bytes at m = 4): memory bound.
 
 use crate::device::*;
@@ -11,8 +11,8 @@ use crate::{kernel, unroll};
 /// Threads of a block of [`columns`].
 pub const THREADS: u32 = 256;
 
-/// Threads of a block of [`wide`].
-pub const WIDE_THREADS: u32 = 128;
+/// Threads of a block of [`eight`].
+pub const EIGHT_THREADS: u32 = 128;
 
 /// Threads of a block of [`any`].
 pub const ANY_THREADS: u32 = 256;
@@ -26,9 +26,9 @@ pub const fn columns_config(num_tokens: u32, hidden: u32) -> LaunchConfig {
     LaunchConfig::new(ceil_div(num_tokens * (hidden / COLUMNS), THREADS), THREADS)
 }
 
-/// Launch of [`wide`] with `vectors` vectors of a token per thread.
-pub const fn wide_config(num_tokens: u32, hidden: u32, vectors: u32) -> LaunchConfig {
-    LaunchConfig::new(ceil_div(num_tokens * (hidden / (COLUMNS * vectors)), WIDE_THREADS), WIDE_THREADS)
+/// Launch of [`eight`].
+pub const fn eight_config(num_tokens: u32, hidden: u32) -> LaunchConfig {
+    LaunchConfig::new(ceil_div(num_tokens * (hidden / COLUMNS), EIGHT_THREADS), EIGHT_THREADS)
 }
 
 /// Launch of [`any`]: one thread per column of a token.
@@ -93,14 +93,6 @@ fn set_column<const M: usize>(mixes: &mut [[f32; M]; M], i: usize, weights: [f32
     });
 }
 
-/// All output streams of one vector of columns.
-#[inline(always)]
-fn store_mixed<const M: usize>(vectors: &Vectors<M>, post: &[f32; M], mixes: &[[f32; M]; M], to: Out<u16>, h: u32, col: u32) {
-    unroll!(o in M {
-        to.store16_stream(o as u32 * h + col, vectors.mix(post[o], &mixes[o]));
-    });
-}
-
 /// What a kernel works on; strides follow from the sizes.
 #[derive(Clone, Copy)]
 struct Tensors {
@@ -111,28 +103,20 @@ struct Tensors {
     out: Out<u16>,
 }
 
-/// `VECTORS` vectors of a token for thread `thread` of the launch. `h` is a multiple of `8 * VECTORS`, all tensors are 16-byte
-/// aligned.
+/// One vector of a token for thread `thread` of the launch. `h` is a multiple of 8, all tensors are 16-byte aligned.
 #[inline(always)]
-fn mix_token<const M: usize, const VECTORS: usize>(thread: u32, tensors: Tensors, t: u32, h: u32) {
+fn mix_token<const M: usize>(thread: u32, tensors: Tensors, t: u32, h: u32) {
     let Tensors { x, residual, post, comb, out } = tensors;
-    let part = h / (COLUMNS * VECTORS as u32);
-    let token = thread.checked_div(part).unwrap_or(0);
+    let vectors = h / COLUMNS;
+    let token = thread.checked_div(vectors).unwrap_or(0);
     if token >= t {
         return;
     }
-    // Vector k of a thread is `k * part` vectors further on, so that a warp's accesses are one piece each.
-    let col = (thread - token * part) * COLUMNS;
-    let step = part * COLUMNS;
+    let col = (thread - token * vectors) * COLUMNS;
 
     let (m, token) = (M as u32, token as u64);
-    let row = x.at(token * h as u64);
-    let rows = residual.at(token * m as u64 * h as u64);
     // Everything is loaded before the first multiplication, which keeps the memory busy.
-    let mut vectors = [Vectors::<M> { x: [0; 4], residual: [[0; 4]; M] }; VECTORS];
-    unroll!(k in VECTORS {
-        vectors[k] = Vectors::load(row, rows, h, col + k as u32 * step);
-    });
+    let vectors = Vectors::<M>::load(x.at(token * h as u64), residual.at(token * m as u64 * h as u64), h, col);
     let post: [f32; M] = load_f32s(post.at(token * m as u64));
     let comb = comb.at(token * m as u64 * m as u64);
     // Turned, so that an output stream has its weights together.
@@ -143,8 +127,8 @@ fn mix_token<const M: usize, const VECTORS: usize>(thread: u32, tensors: Tensors
     });
 
     let to = out.at(token * m as u64 * h as u64);
-    unroll!(k in VECTORS {
-        store_mixed(&vectors[k], &post, &mixes, to, h, col + k as u32 * step);
+    unroll!(o in M {
+        to.store16_stream(o as u32 * h + col, vectors.mix(post[o], &mixes[o]));
     });
 }
 
@@ -155,7 +139,7 @@ kernel! {
     pub fn columns[const M: usize](
         x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32,
     ) {
-        mix_token::<M, 1>(block_idx_x() * THREADS + thread_idx(), Tensors { x, residual, post, comb, out }, t, h);
+        mix_token::<M>(block_idx_x() * THREADS + thread_idx(), Tensors { x, residual, post, comb, out }, t, h);
     }
     entries { m2[2], m4[4] }
 }
@@ -163,13 +147,10 @@ kernel! {
 kernel! {
     op = mhc_post_fwd;
     threads = 128, blocks = 3;
-    /// More registers a thread, for many streams or several vectors of a token per thread; see `mix_token`.
-    pub fn wide[const M: usize, const VECTORS: usize](
-        x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32,
-    ) {
-        mix_token::<M, VECTORS>(block_idx_x() * WIDE_THREADS + thread_idx(), Tensors { x, residual, post, comb, out }, t, h);
+    /// As [`columns`] for eight streams, which take twice the registers.
+    pub fn eight(x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32) {
+        mix_token::<8>(block_idx_x() * EIGHT_THREADS + thread_idx(), Tensors { x, residual, post, comb, out }, t, h);
     }
-    entries { m4[4, 2], m8[8, 1] }
 }
 
 kernel! {

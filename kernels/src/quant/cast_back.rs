@@ -8,6 +8,7 @@
 //! Cost  h * (1 or 1/2) bytes read and h * (2 or 4) written a token, and the scales; memory bound.
 
 use crate::device::*;
+pub use crate::quant::common::Divisor;
 use crate::quant::common::{E2m1, E4m3, SfLayout, Target, load_sf};
 use crate::{kernel, unroll};
 
@@ -36,36 +37,6 @@ pub const fn launch_tokens(first: u32, num_tokens: u32, npt: u32, limit: u32) ->
         _ => rest,
     };
     if blocks < num_tokens - first { blocks } else { num_tokens - first }
-}
-
-/// Division by a number that the host knows, as a product and a shift. Right for dividends below 2^31.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Divisor {
-    /// `floor(2^(31 + shift) / divisor) + 1`.
-    pub magic: u32,
-    /// Logarithm of the divisor, rounded up.
-    pub shift: u32,
-}
-
-impl Divisor {
-    /// `divisor` must lie in `1..=2^31`.
-    ///
-    /// The product `magic * divisor` exceeds `2^(31 + shift)` by at most `divisor <= 2^shift`, so for `n < 2^31` the quotient is
-    /// too large by less than `1 / divisor`, which the cut does not see.
-    pub const fn new(divisor: u32) -> Self {
-        let shift = 32 - divisor.wrapping_sub(1).leading_zeros();
-        let magic = match (1u64 << (31 + shift)).checked_div(divisor as u64) {
-            Some(quotient) => quotient as u32 + 1,
-            None => 0,
-        };
-        Self { magic, shift }
-    }
-
-    /// `n / divisor`.
-    #[inline(always)]
-    pub const fn divide(self, n: u32) -> u32 {
-        (((2 * n) as u64 * self.magic as u64) >> 32) as u32 >> self.shift
-    }
 }
 
 /// An element type of the output.

@@ -97,3 +97,33 @@ impl SfLayout {
 pub fn load_sf<const PACKED: bool>(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
     if PACKED { f32::from_bits((sf.get(layout.byte(m, k)) as u32) << 23) } else { sf.cast::<f32>().get(layout.index(m, k)) }
 }
+
+/// Division by a number that the host knows, as a product and a shift. Right for dividends below 2^31.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Divisor {
+    /// `floor(2^(31 + shift) / divisor) + 1`.
+    pub magic: u32,
+    /// Logarithm of the divisor, rounded up.
+    pub shift: u32,
+}
+
+impl Divisor {
+    /// `divisor` must lie in `1..=2^31`.
+    ///
+    /// The product `magic * divisor` exceeds `2^(31 + shift)` by at most `divisor <= 2^shift`, so for `n < 2^31` the quotient is
+    /// too large by less than `1 / divisor`, which the cut does not see.
+    pub const fn new(divisor: u32) -> Self {
+        let shift = 32 - divisor.wrapping_sub(1).leading_zeros();
+        let magic = match (1u64 << (31 + shift)).checked_div(divisor as u64) {
+            Some(quotient) => (quotient + 1) as u32,
+            None => 0,
+        };
+        Self { magic, shift }
+    }
+
+    /// `n / divisor`.
+    #[inline(always)]
+    pub const fn divide(self, n: u32) -> u32 {
+        (((2 * n) as u64 * self.magic as u64) >> 32) as u32 >> self.shift
+    }
+}

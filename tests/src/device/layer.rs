@@ -18,7 +18,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     #[cfg(feature = "cuda")]
     ferrotile::register_ptx(OP, include_str!("../../ptx/selftest.ptx"));
     type Check = fn(&Run) -> Result<(), String>;
-    let checks: [(&str, Check); 15] = [
+    let checks: [(&str, Check); 16] = [
         ("scan", scan),
         ("warp_ops", warp_ops),
         ("block_ops", block_ops),
@@ -28,6 +28,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         ("mma", mma),
         ("conversions", conversions),
         ("conversion_sweep", conversion_sweep),
+        ("packed", packed),
         ("decode", decode),
         ("math", math),
         ("widths", widths),
@@ -392,6 +393,63 @@ fn conversions(r: &Run) -> Result<(), String> {
                 if let Some(j) = at {
                     let bits = v.to_bits();
                     return Err(format!("{kind} {j} of {v:e} ({bits:#010x}): got {:#x}, expected {:#x}", half[j], expected[j]));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All 16-bit patterns on a GPU, a sample on the emulator, at scales that bring different ones of them into the range of e2m1.
+fn packed(r: &Run) -> Result<(), String> {
+    let (stride, blocks) = if r.device.is_emulator() { (31, 8) } else { (1, 256) };
+    let per = k::PACKED as usize;
+    for exponent in [-126, -100, -3, -1, 0, 1, 2, 9, 120, 126] {
+        let scale = 2f32.powi(exponent);
+        let y = r.alloc::<u32>(blocks * THREADS * per)?;
+        r.launch(
+            &k::packed::ENTRY,
+            LaunchConfig::new(blocks as u32, k::THREADS),
+            k::packed::Args { scale, stride, y: output(&y) },
+        )?;
+        for (i, got) in read(&y)?.chunks_exact(per).enumerate() {
+            let (a, b) = k::packed_operands(i as u32 * stride);
+            let halves =
+                |f: &dyn Fn(u16, u16) -> u16| f(a as u16, b as u16) as u32 | (f((a >> 16) as u16, (b >> 16) as u16) as u32) << 16;
+            // e2m1 is promised up to 6 only.
+            let (mut e2m1, mut mask) = (0, 0);
+            for (j, word) in [a, a.rotate_left(16), b, a].into_iter().enumerate() {
+                for half in 0..2 {
+                    let bits = (word >> (16 * half)) as u16;
+                    let (v, at) = (num::bf16_to_f32(bits) * scale, 8 * j + 4 * half);
+                    let code = if v.is_nan() { 7 | (bits >> 12) as u8 & 8 } else { num::f32_to_e2m1(v) };
+                    if v.is_nan() || v.abs() <= 6.0 {
+                        e2m1 |= (code as u32) << at;
+                        mask |= 15 << at;
+                    }
+                }
+            }
+            let larger = |infinity: u16| {
+                move |a: u16, b: u16| match [a & 0x7FFF, b & 0x7FFF].map(|m| (m, m > infinity)) {
+                    [(_, true), (_, true)] => 0x7FFF,
+                    [(_, true), (m, _)] | [(m, _), (_, true)] => m,
+                    [(a, _), (b, _)] => a.max(b),
+                }
+            };
+            let expected = [
+                e2m1,
+                halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) * num::bf16_to_f32(b))),
+                halves(&larger(0x7F80)),
+                halves(&larger(0x7C00)),
+                halves(&|a, b| a.max(b)),
+                (a & b) | (!a & !b),
+            ];
+            for (j, expected) in expected.into_iter().enumerate() {
+                let got = if j == 0 { got[0] & mask } else { got[j] };
+                if got != expected {
+                    return Err(format!(
+                        "packed {j} of {a:#010x}, {b:#010x}, scale 2^{exponent}: got {got:#x}, expected {expected:#x}"
+                    ));
                 }
             }
         }

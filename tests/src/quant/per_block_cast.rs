@@ -171,7 +171,7 @@ impl Input {
         values: Vec<f32>,
     ) -> Result<Self, String> {
         let plain = stride == h && offset == 0;
-        let len = if t == 0 { 0 } else { offset + (t - 1) * stride + h } as usize;
+        let len = if t == 0 { offset } else { offset + (t - 1) * stride + h } as usize;
         // What lies between the rows would be noticed if it were read.
         let spread = |between: f32| {
             let mut all = vec![between; len];

@@ -7,7 +7,9 @@ use crate::support::golden::{Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use bytemuck::cast_slice;
-use ferrotile::transpose::batched_transpose::{Args, DTYPES, Tile, batched_transpose, batched_transpose_with, transpose};
+use ferrotile::transpose::batched_transpose::{
+    Args, DTYPES, VARIANTS, Variant, batched_transpose, batched_transpose_with, transpose,
+};
 use ferrotile::{Buffer, DType, Device, Stream, TensorMut, TensorRef};
 use rayon::prelude::*;
 
@@ -53,7 +55,7 @@ struct Case {
     x_offset: u64,
     out_offset: u64,
     /// `None`: the public launcher's choice.
-    tile: Option<Tile>,
+    variant: Option<Variant>,
     /// Through `transpose` instead of `batched_transpose`.
     single: bool,
 }
@@ -61,7 +63,7 @@ struct Case {
 impl Case {
     fn new(dtype: DType, shape: [u64; 3]) -> Self {
         let [_, m, n] = shape;
-        Self { dtype, shape, batch_stride: m * n, row_stride: n, x_offset: 0, out_offset: 0, tile: None, single: false }
+        Self { dtype, shape, batch_stride: m * n, row_stride: n, x_offset: 0, out_offset: 0, variant: None, single: false }
     }
 
     /// Rows `row_stride` apart.
@@ -70,9 +72,9 @@ impl Case {
     }
 
     fn name(&self) -> String {
-        let Self { dtype, shape: [b, m, n], batch_stride, row_stride, x_offset, out_offset, tile, single } = self;
+        let Self { dtype, shape: [b, m, n], batch_stride, row_stride, x_offset, out_offset, variant, single } = self;
         let op = if *single { "transpose" } else { "batched_transpose" };
-        let tile = tile.map_or(String::new(), |tile| format!(",tile={tile:?}"));
+        let tile = variant.map_or(String::new(), |variant| format!(",{variant:?}"));
         format!("{op} dtype={dtype},b={b},m={m},n={n},strides={batch_stride}/{row_stride},offsets={x_offset}/{out_offset}{tile}")
     }
 
@@ -178,8 +180,8 @@ impl Output {
 }
 
 fn launch(stream: &Stream, case: &Case, x: TensorRef<'_>, out: TensorMut<'_>) -> ferrotile::Result<()> {
-    match case.tile {
-        Some(tile) => batched_transpose_with(stream, Args { x, out }, tile),
+    match case.variant {
+        Some(variant) => batched_transpose_with(stream, Args { x, out }, variant),
         None if case.single => transpose(stream, Args { x, out }),
         None => batched_transpose(stream, Args { x, out }),
     }
@@ -249,11 +251,16 @@ fn small_cases() -> Vec<Case> {
             case([2, 37, 65]),
             case([1, 63, 130]),
         ]);
-        for tile in [Tile::Small, Tile::Medium, Tile::Large] {
-            // One tile and a bit of the largest kind, and nearly nothing.
-            let edge = 16 * wide;
-            cases.push(Case { tile: Some(tile), ..case([1, edge + wide, edge + 2 * wide]) });
-            cases.push(Case { tile: Some(tile), ..case([2, wide, 2 * wide]) });
+        for (_, variant) in VARIANTS {
+            // One tile and a bit of the largest kind, nearly nothing, and more tiles than stages for the only block of a loop.
+            let (edge, loops) = (32 * wide, variant.resident_bytes > 0);
+            let few = Variant { blocks: if loops { 1 } else { u32::MAX }, ..variant };
+            cases.push(Case { variant: Some(few), ..case([1, edge + wide, edge + 2 * wide]) });
+            cases.push(Case { variant: Some(variant), ..case([2, wide, 2 * wide]) });
+            if loops {
+                let two = Variant { blocks: 2, ..variant };
+                cases.push(Case { variant: Some(two), ..case([3, 2 * edge - wide, edge + wide]) });
+            }
         }
     }
     for dtype in DTYPES.into_iter().filter(|dtype| !MAIN_DTYPES.contains(dtype)) {
@@ -360,7 +367,7 @@ fn golden_cases(ctx: &Ctx, stream: &Stream, golden: &Golden) -> Result<(), Strin
     Ok(())
 }
 
-/// Benchmark rows: the peer's cases, those of its own benchmarks, and small ones; for each size of tile too.
+/// Benchmark rows: the peer's cases, those of its own benchmarks, and small ones; some for each variant too.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
     let sizes =
@@ -369,12 +376,11 @@ pub fn bench() -> Vec<Row> {
         for dtype in MAIN_DTYPES {
             let case = Case::new(dtype, [b, t, h]);
             rows.push(row(&format!("b={b},dtype={dtype},h={h},t={t}"), case));
-            // The large ones decide which tile is the default.
-            if b <= 8 && t >= 4032 {
-                for tile in [Tile::Small, Tile::Medium, Tile::Large] {
-                    let name = format!("b={b},dtype={dtype},h={h},t={t},tile={tile:?}").to_lowercase();
-                    rows.push(row(&name, Case { tile: Some(tile), ..case }));
-                }
+            // The experiment.
+            let wanted = b <= 8 && (t == 8064 && dtype != DType::F32 || t == 4032 && dtype == DType::E4m3);
+            for (name, variant) in VARIANTS.into_iter().filter(|_| wanted) {
+                let name = format!("b={b},dtype={dtype},h={h},t={t},variant={name}");
+                rows.push(row(&name, Case { variant: Some(variant), ..case }));
             }
         }
     }
@@ -470,7 +476,7 @@ mod tests {
             }
             assert!(used.iter().all(|n| *n == 2), "every chunk is written once and read once");
         }
-        for cells in [k::Cells::SMALL, k::Cells::MEDIUM, k::Cells::LARGE] {
+        for cells in [k::Cells::SMALL, k::Cells::LARGE] {
             match cells.rows {
                 8 => (of::<4, 8>(cells.cols), of::<8, 8>(cells.cols), of::<16, 8>(cells.cols)),
                 16 => (of::<4, 16>(cells.cols), of::<8, 16>(cells.cols), of::<16, 16>(cells.cols)),
@@ -564,7 +570,7 @@ mod tests {
         #[test]
         fn any_shape_stride_and_alignment(
             dtype in 0..DTYPES.len(), b in 0u64..4, m in 0u64..140, n in 0u64..140, row_gap in 0u64..20, batch_gap in 0u64..40,
-            x_offset in 0u64..9, out_offset in 0u64..9, tile in prop::option::of(0..3usize), round in prop::sample::select(vec![1u64, 4, 16]),
+            x_offset in 0u64..9, out_offset in 0u64..9, variant in prop::option::of(0..VARIANTS.len()), round in prop::sample::select(vec![1u64, 4, 16]),
         ) {
             // Rounded up, the sizes reach the vector kernels.
             let up = |v: u64| v.next_multiple_of(round);
@@ -573,7 +579,7 @@ mod tests {
                 batch_stride: case.batch_stride + up(batch_gap),
                 x_offset: up(x_offset),
                 out_offset: up(out_offset),
-                tile: tile.map(|tile| [Tile::Small, Tile::Medium, Tile::Large][tile]),
+                variant: variant.map(|i| Variant { blocks: if VARIANTS[i].1.resident_bytes > 0 { 3 } else { u32::MAX }, ..VARIANTS[i].1 }),
                 ..case
             };
             let device = Device::emulator().checked().shuffled(m * 141 + n);

@@ -1,0 +1,202 @@
+//! The command line.
+
+use super::error::{Result, io};
+use super::storage::Create;
+use super::table::Table;
+use super::{Block, Options, run, synthetic};
+use clap::{Args, Parser, ValueEnum};
+use ferrotile::Device;
+use ferrotile::quant::Format;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+use std::{env, fs};
+
+/// Quantises the matrices of a checkpoint to FP8 or FP4 with scale factors, as DeepSeek's own FP8 checkpoints have them.
+///
+/// The output holds X as quantised data and X_scale_inv with an f32 for each block: weight = data * scale_inv. Integers, vectors
+/// and tensors of higher rank are copied. The output is read back and compared with the input before it gets its name.
+#[derive(Parser)]
+#[command(name = "quantize_checkpoint")]
+struct Cli {
+    #[command(flatten)]
+    source: Source,
+    /// Where the quantised checkpoint goes [default: target/demo/INPUT-FORMAT-BLOCK.safetensors]
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Seed of the synthetic weights
+    #[arg(long, default_value_t = 1, conflicts_with = "input")]
+    seed: u64,
+    /// Layers of the synthetic checkpoint, of about 11 million weights each
+    #[arg(long, default_value_t = 1, conflicts_with = "input")]
+    layers: u64,
+    /// What the weights become
+    #[arg(long, value_enum, default_value_t)]
+    format: FormatName,
+    /// Rows and columns that share a scale factor
+    #[arg(long, value_enum, default_value_t)]
+    block: BlockName,
+    /// What runs the kernels: auto, emulator or cuda:N. auto is the first GPU, or the emulator where there is none
+    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    device: DeviceName,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct Source {
+    /// The checkpoint, a safetensors file
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// Make a checkpoint of random weights and take that
+    #[arg(long)]
+    synthetic: bool,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum FormatName {
+    /// FP8: 4 exponent and 3 mantissa bits, largest value 448
+    #[default]
+    #[value(name = "e4m3")]
+    E4m3,
+    /// FP4: 2 exponent bits and 1 mantissa bit, largest value 6
+    #[value(name = "e2m1")]
+    E2m1,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum BlockName {
+    #[default]
+    #[value(name = "128x128")]
+    B128x128,
+    #[value(name = "1x128")]
+    B1x128,
+    #[value(name = "1x32")]
+    B1x32,
+}
+
+#[derive(Clone, Copy)]
+enum DeviceName {
+    Auto,
+    Emulator,
+    Cuda(usize),
+}
+
+fn parse_device(text: &str) -> std::result::Result<DeviceName, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DeviceName::Auto),
+        None if text == "emulator" => Ok(DeviceName::Emulator),
+        None if text == "cuda" => Ok(DeviceName::Cuda(0)),
+        Some(("cuda", ordinal)) => ordinal.parse().map(DeviceName::Cuda).map_err(|_| format!("`{ordinal}` is no GPU's number")),
+        _ => Err("allowed: auto, emulator, cuda:N".to_owned()),
+    }
+}
+
+/// Runs the program and returns its exit code. It ends early, and cleans up, once `stop` is set.
+pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>, stop: &AtomicBool, create: &Create) -> u8 {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(usage) => {
+            // Help is an "error" too, with exit code 0. There is nobody to tell when it cannot be printed.
+            let _ = usage.print();
+            return usage.exit_code() as u8;
+        }
+    };
+    match quantise(&cli, stop, create) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("error: {error}");
+            error.exit_code()
+        }
+    }
+}
+
+fn quantise(cli: &Cli, stop: &AtomicBool, create: &Create) -> Result<()> {
+    let begin = Instant::now();
+    let (device, why) = device(cli.device)?;
+    let (format, block, block_text) = (cli.format.value(), cli.block.value(), cli.block.text());
+    let input = match &cli.source.input {
+        Some(path) => path.clone(),
+        None => {
+            let path = demo_folder()?.join(format!("synthetic-{}-{}.safetensors", cli.layers, cli.seed));
+            say(&format!("writing random weights to {}\n", path.display()));
+            synthetic::write(&path, cli.layers, cli.seed, stop, create)?;
+            path
+        }
+    };
+    let output = match &cli.output {
+        Some(path) => path.clone(),
+        None => {
+            let stem = input.file_stem().unwrap_or_default().display();
+            demo_folder()?.join(format!("{stem}-{format}-{block_text}.safetensors"))
+        }
+    };
+    say(&format!("device: {why}\nquantising {} to {format}, a scale factor for {block_text} weights\n", input.display()));
+
+    let piece_values = if device.is_emulator() { 1 << 21 } else { 1 << 24 };
+    let options = Options { input, output, format, block, piece_values };
+    let progress = ProgressBar::no_length();
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {wide_msg}") {
+        progress.set_style(style);
+    }
+    let outcomes = run(&options, &device, &progress, stop, create);
+    progress.finish_and_clear();
+    let seconds = begin.elapsed().as_secs_f64();
+    say(&format!("\n{}\nwrote {} in {seconds:.1} s, on {device}\n", Table(&outcomes?), options.output.display()));
+    Ok(())
+}
+
+/// The device, and a text that says which one and why.
+fn device(name: DeviceName) -> Result<(Device, String)> {
+    let gpu = |ordinal| {
+        let device = Device::cuda(ordinal)?;
+        let text = format!("{device} ({}, driver {})", device.name(), device.driver_version());
+        Ok::<_, ferrotile::Error>((device, text))
+    };
+    match name {
+        DeviceName::Emulator => Ok((Device::emulator(), "the CPU emulator".to_owned())),
+        DeviceName::Cuda(ordinal) => Ok(gpu(ordinal)?),
+        DeviceName::Auto => Ok(gpu(0).unwrap_or_else(|error| (Device::emulator(), format!("the CPU emulator ({error})")))),
+    }
+}
+
+/// `demo` in the build folder that this program lies in, or in `target` here when it lies elsewhere.
+fn demo_folder() -> Result<PathBuf> {
+    let program = env::current_exe().unwrap_or_default();
+    // Cargo marks its build folder, which may have any name, with this file.
+    let target = program.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    let folder = target.map_or_else(|| PathBuf::from("target"), PathBuf::from).join("demo");
+    fs::create_dir_all(&folder).map_err(io(&folder, "create this folder"))?;
+    Ok(folder)
+}
+
+/// Prints. A closed pipe (`... | head`) is no reason to lose the output.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+impl FormatName {
+    fn value(self) -> Format {
+        match self {
+            FormatName::E4m3 => Format::E4m3,
+            FormatName::E2m1 => Format::E2m1,
+        }
+    }
+}
+
+impl BlockName {
+    fn value(self) -> Block {
+        match self {
+            BlockName::B128x128 => (128, 128),
+            BlockName::B1x128 => (1, 128),
+            BlockName::B1x32 => (1, 32),
+        }
+    }
+
+    fn text(self) -> String {
+        let (rows, columns) = self.value();
+        format!("{rows}x{columns}")
+    }
+}

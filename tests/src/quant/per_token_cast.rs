@@ -1,0 +1,1388 @@
+//! Reference, cases, checks and benchmark rows of `per_token_cast` and its two variants.
+
+use crate::support::bench::{Launch, Row};
+use crate::support::cases::{Depth, HIDDENS, TOKENS};
+use crate::support::compare;
+use crate::support::rng::Rng;
+use crate::support::suite::{Ctx, Report, Suite, ensure, text};
+use ferrotile::quant::per_token_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
+use ferrotile::quant::{Format, Input, Sf, SfLayout, SfMut, SfShape, sf_shape};
+use ferrotile::{Buffer, DType, Device, E2m1x2, E4m3, Stream, TensorRef, Ue8m0x4};
+use half::bf16;
+use rayon::prelude::*;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// What the `check` binary runs.
+pub const SUITE: Suite = Suite { op: "per_token_cast", run };
+
+// The reference.
+
+/// Values on their way into a cast: `value * scale`, with one scale for a block `(npt, npc)`; 1 for plain input.
+#[derive(Clone, Debug)]
+struct Values {
+    values: Vec<f32>,
+    hidden: usize,
+    scales: Option<BlockScales>,
+}
+
+#[derive(Clone, Debug)]
+struct BlockScales {
+    sf: Vec<f32>,
+    block: (u32, u32),
+}
+
+/// Data as bytes, row by row, and scales `(T, K)`.
+#[derive(Clone, Debug, PartialEq)]
+struct Quantised {
+    data: Vec<u8>,
+    sf: Vec<f32>,
+}
+
+/// Largest value of a format, and the smallest `amax`.
+fn limits(format: Format) -> (f32, f32) {
+    match format {
+        Format::E4m3 => (448.0, f32::from_bits(0x38D1_B717)),
+        Format::E2m1 => (6.0, f32::from_bits(0x01C0_0000)),
+    }
+}
+
+/// The stored scale, and what the data are multiplied by.
+fn scale(amax: f32, format: Format, round: bool) -> (f32, f32) {
+    let (largest, amax_min) = limits(format);
+    let c = amax.max(amax_min);
+    let s = c / largest;
+    if !round {
+        return (s, largest / c);
+    }
+    // The next power of two, by the exponent field: positive normal numbers only come here.
+    let exponent = s.to_bits() >> 23;
+    let sf = f32::from_bits(if s.to_bits() & 0x7F_FFFF == 0 { exponent << 23 } else { (exponent + 1) << 23 });
+    (sf, 1.0 / sf)
+}
+
+/// e4m3 by counting steps: 2^-9 below 2^-6, else an eighth of the binade.
+fn encode_e4m3(v: f32) -> u8 {
+    if v.is_nan() {
+        return 0x7F;
+    }
+    let sign = (v.to_bits() >> 24) as u8 & 0x80;
+    if v.abs() >= 448.0 {
+        return sign | 0x7E;
+    }
+    let binade = ((v.to_bits() >> 23 & 0xFF) as i32 - 127).max(-6);
+    let steps = (v.abs() * 2f32.powi(3 - binade)).round_ties_even() as i32;
+    sign | ((binade + 6) * 8 + steps) as u8
+}
+
+/// e2m1 by the decision points of the specification; the inputs here have positive NaNs only.
+fn encode_e2m1(v: f32) -> u8 {
+    if v.is_nan() {
+        return 7;
+    }
+    let a = v.abs();
+    let code = (a > 0.25) as u8
+        + (a >= 0.75) as u8
+        + (a > 1.25) as u8
+        + (a >= 1.75) as u8
+        + (a > 2.5) as u8
+        + (a >= 3.5) as u8
+        + (a > 5.0) as u8;
+    code | if v.is_sign_negative() { 8 } else { 0 }
+}
+
+fn decode_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = ((code >> 3 & 15) as i32, (code & 7) as f32);
+    let magnitude = match (exponent, code & 0x7F) {
+        (_, 0x7F) => f32::NAN,
+        (0, _) => mantissa * 2f32.powi(-9),
+        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    };
+    if code & 0x80 != 0 { -magnitude } else { magnitude }
+}
+
+fn decode_e2m1(code: u8) -> f32 {
+    let magnitude = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][(code & 7) as usize];
+    if code & 8 != 0 { -magnitude } else { magnitude }
+}
+
+/// The values that data of a format stand for, without their scales.
+fn decode(data: &[u8], format: Format) -> Vec<f32> {
+    match format {
+        Format::E4m3 => data.par_iter().map(|c| decode_e4m3(*c)).collect(),
+        Format::E2m1 => data.par_iter().flat_map_iter(|c| [decode_e2m1(c & 15), decode_e2m1(c >> 4)]).collect(),
+    }
+}
+
+impl Values {
+    fn plain(values: Vec<f32>, hidden: u64) -> Self {
+        Self { values, hidden: hidden as usize, scales: None }
+    }
+
+    fn num_tokens(&self) -> usize {
+        self.values.len().checked_div(self.hidden).unwrap_or(0)
+    }
+
+    /// Input scales of all channels of a row.
+    fn row_scales(&self, row: usize) -> Vec<f32> {
+        match &self.scales {
+            None => vec![1.0; self.hidden],
+            Some(BlockScales { sf, block: (npt, npc) }) => {
+                let npc = *npc as usize;
+                let columns = self.hidden.div_ceil(npc);
+                let row = row / *npt as usize;
+                (0..self.hidden).map(|i| sf[row * columns + i / npc]).collect()
+            }
+        }
+    }
+
+    /// Products of values and scales.
+    fn product(&self) -> Vec<f32> {
+        let mut out = self.values.clone();
+        out.par_chunks_mut(self.hidden.max(1)).enumerate().for_each(|(row, values)| {
+            values.iter_mut().zip(self.row_scales(row)).for_each(|(v, s)| *v *= s);
+        });
+        out
+    }
+
+    /// The cast, with `given` scales `(T, K)` instead of computed ones.
+    fn cast(&self, format: Format, npc: usize, round: bool, given: Option<&[f32]>) -> Quantised {
+        let columns = self.hidden.div_ceil(npc);
+        let row_bytes = format.columns(self.hidden as u64) as usize;
+        let mut data = vec![0u8; self.num_tokens() * row_bytes];
+        let mut sf = vec![0f32; self.num_tokens() * columns];
+        if self.values.is_empty() {
+            return Quantised { data, sf };
+        }
+        let rows = data.par_chunks_mut(row_bytes).zip(sf.par_chunks_mut(columns)).zip(self.values.par_chunks(self.hidden));
+        rows.enumerate().for_each(|(row, ((data, sf), values))| {
+            let scales = self.row_scales(row);
+            let mut codes = vec![0u8; self.hidden];
+            for k in 0..columns {
+                let group = k * npc..self.hidden.min((k + 1) * npc);
+                let inverse = match given {
+                    Some(given) => 1.0 / given[row * columns + k],
+                    None => {
+                        // `max` ignores NaN.
+                        let amax = group.clone().fold(0f32, |max, i| max.max(values[i].abs() * scales[i]));
+                        let (stored, inverse) = scale(amax, format, round);
+                        sf[k] = stored;
+                        inverse
+                    }
+                };
+                for i in group {
+                    // A zero stays one, also where the factor is infinite: a group of zeros in a block with a large scale.
+                    let scaled = if values[i] == 0.0 { values[i] } else { values[i] * (scales[i] * inverse) };
+                    codes[i] = if format == Format::E4m3 { encode_e4m3(scaled) } else { encode_e2m1(scaled) };
+                }
+            }
+            match format {
+                Format::E4m3 => data.copy_from_slice(&codes),
+                Format::E2m1 => data.iter_mut().zip(codes.chunks(2)).for_each(|(byte, pair)| *byte = pair[0] | pair[1] << 4),
+            }
+        });
+        Quantised { data, sf }
+    }
+}
+
+/// Values and what casts of them give, made once for all inputs and layouts that share them.
+struct Reference {
+    values: Values,
+    made: RefCell<HashMap<(Format, u32, bool), Rc<Quantised>>>,
+}
+
+impl Reference {
+    fn new(values: Values) -> Rc<Self> {
+        Rc::new(Self { values, made: RefCell::default() })
+    }
+
+    fn cast(&self, format: Format, npc: u32, round: bool) -> Rc<Quantised> {
+        let make = || Rc::new(self.values.cast(format, npc as usize, round, None));
+        self.made.borrow_mut().entry((format, npc, round)).or_insert_with(make).clone()
+    }
+}
+
+/// A quantised tensor with power-of-two scales of a block, which later is an input.
+fn quantise_blocks(values: &Values, format: Format, (npt, npc): (u32, u32)) -> (Vec<u8>, BlockScales) {
+    let (hidden, rows, strip) = (values.hidden, values.num_tokens(), npt as usize);
+    let columns = hidden.div_ceil(npc as usize);
+    let mut sf = vec![0f32; rows.div_ceil(strip) * columns];
+    if rows > 0 {
+        sf.par_chunks_mut(columns).zip(values.values.par_chunks(strip * hidden)).for_each(|(sf, values)| {
+            for (k, sf) in sf.iter_mut().enumerate() {
+                let block = values.chunks(hidden).flat_map(|row| row[k * npc as usize..].iter().take(npc as usize));
+                *sf = scale(block.fold(0f32, |max, v| max.max(v.abs())), format, true).0;
+            }
+        });
+    }
+    let mut data = vec![0u8; rows * format.columns(hidden as u64) as usize];
+    if let Some(row_bytes) = data.len().checked_div(rows) {
+        data.par_chunks_mut(row_bytes).zip(values.values.par_chunks(hidden)).enumerate().for_each(|(row, (data, values))| {
+            let scaled = |i: usize| values[i] / sf[row / strip * columns + i / npc as usize];
+            for (i, byte) in data.iter_mut().enumerate() {
+                *byte = match format {
+                    Format::E4m3 => encode_e4m3(scaled(i)),
+                    Format::E2m1 => encode_e2m1(scaled(2 * i)) | encode_e2m1(scaled(2 * i + 1)) << 4,
+                };
+            }
+        });
+    }
+    (data, BlockScales { sf, block: (npt, npc) })
+}
+
+/// Words of a scale tensor, contiguous in its logical shape: f32 bits, or four exponents, 0 for groups that do not exist.
+fn sf_words(sf: &[f32], columns: usize, layout: SfLayout) -> Vec<u32> {
+    if !layout.is_packed() {
+        return sf.iter().map(|v| v.to_bits()).collect();
+    }
+    let word = |four: &[f32]| four.iter().enumerate().fold(0, |word, (i, v)| word | (v.to_bits() >> 23) << (8 * i));
+    sf.chunks(columns.max(1)).flat_map(|row| row.chunks(4).map(word)).collect()
+}
+
+// Inputs.
+
+/// A tensor of two dimensions on the device, of any type a cast reads.
+struct Rows {
+    elements: Elements,
+    shape: [u64; 2],
+    stride: u64,
+    offset: u64,
+}
+
+enum Elements {
+    Bf16(Buffer<bf16>),
+    F32(Buffer<f32>),
+    E4m3(Buffer<E4m3>),
+    E2m1(Buffer<E2m1x2>),
+}
+
+impl Rows {
+    /// Rows of `columns` elements that lie `stride` elements apart, from element `offset` of a buffer on.
+    fn place<T: Copy + Send + Sync>(data: &[T], columns: u64, (stride, offset): (u64, u64), between: T) -> Vec<T> {
+        let rows = (data.len() as u64).checked_div(columns).unwrap_or(0);
+        let len = if rows == 0 { offset } else { offset + (rows - 1) * stride + columns };
+        let mut all = vec![between; len as usize];
+        for (row, values) in data.chunks_exact(columns.max(1) as usize).enumerate() {
+            let start = (offset + row as u64 * stride) as usize;
+            all[start..start + columns as usize].copy_from_slice(values);
+        }
+        all
+    }
+
+    /// bf16 values must be given as such.
+    fn plain(device: &Device, dtype: DType, values: &[f32], shape: [u64; 2], at: (u64, u64)) -> Result<Self, String> {
+        // What lies between the rows would be noticed if it were read.
+        let elements = match dtype {
+            DType::Bf16 => {
+                let values: Vec<bf16> = values.par_iter().map(|v| bf16::from_f32(*v)).collect();
+                Elements::Bf16(device.upload(&Self::place(&values, shape[1], at, bf16::from_f32(1e30))).map_err(text)?)
+            }
+            _ => Elements::F32(device.upload(&Self::place(values, shape[1], at, 1e30)).map_err(text)?),
+        };
+        Ok(Self { elements, shape, stride: at.0, offset: at.1 })
+    }
+
+    fn quantised(device: &Device, format: Format, data: &[u8], shape: [u64; 2], at: (u64, u64)) -> Result<Self, String> {
+        let bytes = Self::place(data, shape[1], at, 0x7E);
+        let elements = match format {
+            Format::E4m3 => Elements::E4m3(device.upload(bytemuck::cast_slice(&bytes)).map_err(text)?),
+            Format::E2m1 => Elements::E2m1(device.upload(bytemuck::cast_slice(&bytes)).map_err(text)?),
+        };
+        Ok(Self { elements, shape, stride: at.0, offset: at.1 })
+    }
+
+    fn tensor(&self) -> ferrotile::Result<TensorRef<'_>> {
+        let strides = [self.stride, 1];
+        match &self.elements {
+            Elements::Bf16(b) => b.strided(&self.shape, &strides, self.offset),
+            Elements::F32(b) => b.strided(&self.shape, &strides, self.offset),
+            Elements::E4m3(b) => b.strided(&self.shape, &strides, self.offset),
+            Elements::E2m1(b) => b.strided(&self.shape, &strides, self.offset),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.elements {
+            Elements::Bf16(_) => "bf16",
+            Elements::F32(_) => "f32",
+            Elements::E4m3(_) => "e4m3",
+            Elements::E2m1(_) => "e2m1",
+        }
+    }
+}
+
+/// Scales on the device in some layout and pitch.
+struct Scales {
+    words: Buffer<u32>,
+    shape: [u64; 2],
+    strides: [u64; 2],
+    layout: SfLayout,
+}
+
+impl Scales {
+    /// `pad` is what the pitch exceeds the smallest possible one by. Inputs need no pitch that is a multiple of 4.
+    fn new(device: &Device, scales: &BlockScales, hidden: u64, layout: SfLayout, pad: u64) -> Result<Self, String> {
+        let columns = hidden.div_ceil(scales.block.1.into());
+        let words = sf_words(&scales.sf, columns as usize, layout);
+        let shape = [(scales.sf.len() as u64).checked_div(columns).unwrap_or(0), layout.columns(columns)];
+        let strides = if layout.is_col_major() { [1, shape[0] + pad] } else { [shape[1] + pad, 1] };
+        let mut all = vec![0x7FC0_0000u32; (shape[0] * strides[0]).max(shape[1] * strides[1]) as usize];
+        for (i, word) in words.into_iter().enumerate() {
+            let (row, column) = (i as u64 / shape[1], i as u64 % shape[1]);
+            all[(row * strides[0] + column * strides[1]) as usize] = word;
+        }
+        Ok(Self { words: device.upload(&all).map_err(text)?, shape, strides, layout })
+    }
+
+    fn sf(&self) -> ferrotile::Result<Sf<'_>> {
+        let tensor = self.words.strided(&self.shape, &self.strides, 0)?.reinterpret(self.layout.dtype())?;
+        Ok(Sf { tensor, layout: self.layout })
+    }
+}
+
+/// An input: on the device and as values.
+struct Source {
+    rows: Rows,
+    scales: Option<(Scales, (u32, u32))>,
+    reference: Rc<Reference>,
+    /// Names the kind of values.
+    kind: &'static str,
+}
+
+impl Source {
+    fn plain(
+        device: &Device,
+        dtype: DType,
+        reference: Rc<Reference>,
+        at: (u64, u64),
+        kind: &'static str,
+    ) -> Result<Self, String> {
+        let values = &reference.values;
+        let shape = [values.num_tokens() as u64, values.hidden as u64];
+        Ok(Self { rows: Rows::plain(device, dtype, &values.values, shape, at)?, scales: None, reference, kind })
+    }
+
+    /// The same quantised input with its scales in another layout.
+    fn with_layout(mut self, device: &Device, layout: SfLayout) -> Result<Self, String> {
+        if let (Some(scales), Some((on_device, _))) = (&self.reference.values.scales, &mut self.scales) {
+            *on_device = Scales::new(device, scales, self.reference.values.hidden as u64, layout, 0)?;
+        }
+        Ok(self)
+    }
+
+    /// The quantised form of `values`, its scales in `layout`, and rows of bytes at `at`.
+    fn quantised(
+        device: &Device,
+        values: &Values,
+        format: Format,
+        block: (u32, u32),
+        layout: SfLayout,
+        at: (u64, u64),
+        kind: &'static str,
+    ) -> Result<Self, String> {
+        let (data, scales) = quantise_blocks(values, format, block);
+        Self::from_codes(device, data, values.hidden as u64, scales, format, layout, at, kind)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn from_codes(
+        device: &Device,
+        data: Vec<u8>,
+        hidden: u64,
+        scales: BlockScales,
+        format: Format,
+        layout: SfLayout,
+        at: (u64, u64),
+        kind: &'static str,
+    ) -> Result<Self, String> {
+        let columns = format.columns(hidden);
+        let shape = [(data.len() as u64).checked_div(columns).unwrap_or(0), columns];
+        let rows = Rows::quantised(device, format, &data, shape, at)?;
+        let on_device = Scales::new(device, &scales, hidden, layout, at.0 - columns)?;
+        let block = scales.block;
+        let values = Values { values: decode(&data, format), hidden: hidden as usize, scales: Some(scales) };
+        Ok(Self { rows, scales: Some((on_device, block)), reference: Reference::new(values), kind })
+    }
+
+    fn input(&self) -> ferrotile::Result<Input<'_>> {
+        let data = self.rows.tensor()?;
+        match &self.scales {
+            None => Ok(Input::Plain(data)),
+            Some((scales, block)) => Ok(Input::Quantised { data, sf: scales.sf()?, block: *block }),
+        }
+    }
+
+    fn num_tokens(&self) -> u64 {
+        self.reference.values.num_tokens() as u64
+    }
+
+    fn hidden(&self) -> u64 {
+        self.reference.values.hidden as u64
+    }
+
+    fn case(&self, variant: &str, format: Format, npc: u32, round: bool, layout: SfLayout) -> String {
+        let from = match &self.scales {
+            None => self.rows.name().to_owned(),
+            Some((scales, (npt, npc))) => format!("{},{npt}x{npc},{}", self.rows.name(), scales.layout),
+        };
+        let (h, kind, t) = (self.hidden(), self.kind, self.num_tokens());
+        let (stride, offset) = (self.rows.stride, self.rows.offset);
+        format!(
+            "fmt={format},h={h},input={from},kind={kind},npc={npc},offset={offset},op={variant},round_sf={round},sf={layout},stride={stride},t={t}"
+        )
+    }
+}
+
+/// Standard normal values, such that `dtype` holds them.
+fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
+    let mut values = Rng::named(name).normal_f32((t * h) as usize);
+    if dtype == DType::Bf16 {
+        values.par_iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
+    }
+    Values::plain(values, h)
+}
+
+/// Values with all that is hard: rows and groups of zeros, negative zeros, subnormals, halfway points of both formats and their
+/// neighbours, one huge value in a group, the largest finite value, NaN.
+fn awkward(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
+    let mut values = normal(dtype, (t, h), name);
+    let rng = Rng::named(name).stream(1);
+    let ties = [0.25f32, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 1.0625, 1.1875, 2f32.powi(-10), 1.5 * 2f32.powi(-9), 440.0];
+    for (i, v) in values.values.iter_mut().enumerate() {
+        let (row, col) = (i as u64 / h, i as u64 % h);
+        let draw = rng.bits(i as u64);
+        let sign = if draw & 1 == 0 { 1.0 } else { -1.0 };
+        // A tie or one of its neighbours, in a group whose scale is 1 because its first value is the format's largest.
+        let tie = || {
+            let step = if dtype == DType::Bf16 { 1 << 16 } else { 1 };
+            let tie = ties[(draw >> 8) as usize % ties.len()].to_bits();
+            sign * f32::from_bits(tie.wrapping_add_signed(((draw >> 16) as i32).rem_euclid(3) * step - step))
+        };
+        *v = match row % 8 {
+            0 => 0.0 * sign,
+            1 if col % 16 == 0 => 448.0,
+            2 if col % 16 == 0 => 6.0,
+            1 | 2 => tie().clamp(-448.0, 448.0),
+            3 if col % 64 == 5 => 1e38 * sign,
+            3 if col == h - 1 => f32::MAX * sign,
+            4 => f32::from_bits((draw >> 8) as u32 & 0x807F_FFFF),
+            5 => *v * 2f32.powi((draw >> 8) as i32 % 30 - 20),
+            6 if draw.is_multiple_of(31) || col / 128 == 1 => f32::NAN,
+            _ => *v,
+        };
+        if dtype == DType::Bf16 {
+            // Toward zero: the largest f32 would become infinity.
+            *v = f32::from_bits(v.to_bits() & 0xFFFF_0000);
+        }
+    }
+    values
+}
+
+/// Codes of a quantised input with all bit patterns (NaN only on request), and scales that are powers of two far apart, or any.
+fn awkward_codes(
+    format: Format,
+    (t, h): (u64, u64),
+    block: (u32, u32),
+    powers: bool,
+    nan: bool,
+    name: &str,
+) -> (Vec<u8>, BlockScales) {
+    let rng = Rng::named(name);
+    let columns = format.columns(h);
+    let mut data = rng.bytes((t * columns) as usize);
+    for (i, code) in data.iter_mut().enumerate() {
+        // Rows of zeros too, of both signs.
+        if i as u64 / columns % 8 == 3 {
+            *code &= 0x88;
+        } else if format == Format::E4m3 && !nan && *code & 0x7F == 0x7F {
+            *code ^= 1;
+        }
+    }
+    let blocks = t.div_ceil(block.0.into()) * h.div_ceil(block.1.into());
+    let scales = rng.stream(2);
+    let sf = (0..blocks).map(|i| {
+        let power = 2f32.powi(scales.below(i, 24) as i32 - 12);
+        if powers { power } else { power * (1.0 + scales.unit(blocks + i)) }
+    });
+    (data, BlockScales { sf: sf.collect(), block })
+}
+
+// Running.
+
+/// Bytes, or words, behind an output that must stay as they are.
+const GUARD: usize = 64;
+const FILL: u8 = 0xA5;
+
+/// Output buffers of one call.
+struct Outputs {
+    format: Format,
+    shape: [u64; 2],
+    /// Where the data start in their buffer.
+    offset: u64,
+    data: Buffer<u8>,
+    sf_shape: SfShape,
+    layout: SfLayout,
+    sf: Buffer<u32>,
+}
+
+impl Outputs {
+    fn new(device: &Device, shape: (u64, u64), format: Format, npc: u32, layout: SfLayout) -> Result<Self, String> {
+        let sf_shape = sf_shape(shape.0, shape.1, (1, npc), layout);
+        let shape = [shape.0, format.columns(shape.1)];
+        let mut data = device.alloc::<u8>((shape[0] * shape[1]) as usize + GUARD).map_err(text)?;
+        let mut sf = device.alloc::<u32>(sf_shape.elements as usize + GUARD).map_err(text)?;
+        data.fill_bytes(FILL).map_err(text)?;
+        sf.fill_bytes(FILL).map_err(text)?;
+        Ok(Self { format, shape, offset: 0, data, sf_shape, layout, sf })
+    }
+
+    fn cast(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
+        self.call(stream, x, npc, round_sf, false)
+    }
+
+    fn call(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool, streaming: bool) -> ferrotile::Result<()> {
+        let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?.reinterpret(self.format.dtype())?;
+        let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
+        let args = Args { x, npc, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } };
+        if streaming { op::per_token_cast_streaming(stream, args) } else { op::per_token_cast(stream, args) }
+    }
+
+    fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
+        let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
+        let sf = SfMut { tensor: sf, layout: self.layout };
+        op::per_token_cast_with_sf_only(stream, SfOnlyArgs { x, format: self.format, npc, round_sf, sf })
+    }
+
+    fn precomputed(&mut self, stream: &Stream, x: TensorRef<'_>, npc: u32, sf: &Scales) -> ferrotile::Result<()> {
+        let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?.reinterpret(self.format.dtype())?;
+        op::per_token_cast_with_precomputed_sf(stream, PrecomputedArgs { x, sf: sf.sf()?, npc, out })
+    }
+
+    fn check_data(&self, name: &str, expected: &[u8]) -> Result<(), String> {
+        let all = self.data.to_vec().map_err(text)?;
+        let end = all.len() - GUARD + self.offset as usize;
+        let data = &all[self.offset as usize..end];
+        let outside = || all[..self.offset as usize].iter().chain(&all[end..]);
+        ensure(outside().all(|b| *b == FILL), || format!("data: bytes outside the tensor were written; {name}"))?;
+        match self.format {
+            Format::E4m3 => {
+                compare::equal::<E4m3>("data", name, &self.shape, bytemuck::cast_slice(data), bytemuck::cast_slice(expected))
+            }
+            Format::E2m1 => {
+                compare::equal::<E2m1x2>("data", name, &self.shape, bytemuck::cast_slice(data), bytemuck::cast_slice(expected))
+            }
+        }
+    }
+
+    /// `expected` in the logical order of the tensor.
+    fn check_sf(&self, name: &str, expected: &[u32]) -> Result<(), String> {
+        let SfShape { shape, strides, .. } = &self.sf_shape;
+        let sf = self.sf.to_vec().map_err(text)?;
+        if self.layout.is_packed() {
+            let (got, expected) = (bytemuck::cast_slice(&sf), bytemuck::cast_slice(expected));
+            compare::equal_strided::<Ue8m0x4>("sf", name, shape, strides, got, expected)?;
+        } else {
+            let (got, expected) = (bytemuck::cast_slice(&sf), bytemuck::cast_slice(expected));
+            compare::equal_strided::<f32>("sf", name, shape, strides, got, expected)?;
+        }
+        compare::untouched("sf", name, shape, strides, &sf, FILL)
+    }
+}
+
+const FORMATS: [Format; 2] = [Format::E4m3, Format::E2m1];
+const GROUPS: [u32; 4] = [16, 32, 64, 128];
+/// Rounded scales, layout.
+const CONFIGS: [(bool, SfLayout); 6] = [
+    (true, SfLayout::ColMajorPacked),
+    (true, SfLayout::RowMajor),
+    (true, SfLayout::RowMajorPacked),
+    (true, SfLayout::ColMajor),
+    (false, SfLayout::RowMajor),
+    (false, SfLayout::ColMajor),
+];
+/// The configurations of the published grid.
+const PUBLISHED: &[(bool, SfLayout)] = CONFIGS.split_at(2).0;
+
+/// What to do with an input.
+struct Plan<'a> {
+    npcs: &'a [u32],
+    configs: &'a [(bool, SfLayout)],
+    /// sf-only and precomputed too.
+    variants: bool,
+    /// The floats that the cast approximates: check that errors go both ways.
+    bias: Option<&'a [f32]>,
+    /// Where the output starts in its buffer.
+    out_offset: u64,
+}
+
+impl Default for Plan<'_> {
+    fn default() -> Self {
+        Self { npcs: &GROUPS, configs: &CONFIGS, variants: false, bias: None, out_offset: 0 }
+    }
+}
+
+/// The launchers on one input.
+fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>) -> Result<(), String> {
+    let device = &ctx.device;
+    let stream = device.stream().map_err(text)?;
+    let hidden = source.hidden();
+    let shape = (source.num_tokens(), hidden);
+    for &format in formats {
+        for &npc in plan.npcs {
+            let columns = hidden.div_ceil(npc.into()) as usize;
+            let reference = |round| source.reference.cast(format, npc, round);
+            for &(round, layout) in plan.configs {
+                let name = source.case("cast", format, npc, round, layout);
+                if ctx.case(&name) {
+                    let expected = reference(round);
+                    let words = sf_words(&expected.sf, columns, layout);
+                    let mut out = Outputs::new(device, shape, format, npc, layout)?;
+                    out.offset = plan.out_offset;
+                    // Twice, the second time over its own results, which must be the same.
+                    for _ in 0..if ctx.depth == Depth::Small { 1 } else { 2 } {
+                        out.cast(&stream, source.input().map_err(text)?, npc, round).map_err(text)?;
+                    }
+                    out.check_sf(&name, &words)?;
+                    out.check_data(&name, &expected.data)?;
+                    if round && ctx.depth == Depth::Small {
+                        out.call(&stream, source.input().map_err(text)?, npc, round, true).map_err(text)?;
+                        out.check_data(&name, &expected.data)?;
+                    }
+                    if let Some(exact) = plan.bias.filter(|_| layout == SfLayout::RowMajor) {
+                        let scales = Some(BlockScales { sf: expected.sf.clone(), block: (1, npc) });
+                        let back = Values { values: decode(&expected.data, format), hidden: hidden as usize, scales };
+                        compare::check_bias("data", &name, &back.product(), exact)?;
+                    }
+                }
+                let whole_row = npc as u64 == hidden && !GROUPS.contains(&npc);
+                if !plan.variants || whole_row {
+                    continue;
+                }
+                let x = source.rows.tensor().map_err(text)?;
+                let name = source.case("sf_only", format, npc, round, layout);
+                if ctx.case(&name) {
+                    let mut out = Outputs::new(device, shape, format, npc, layout)?;
+                    out.sf_only(&stream, x, npc, round).map_err(text)?;
+                    out.check_sf(&name, &sf_words(&reference(round).sf, columns, layout))?;
+                }
+                if layout != SfLayout::RowMajor {
+                    continue;
+                }
+                let name = source.case("precomputed", format, npc, round, layout);
+                if ctx.case(&name) {
+                    let computed = reference(round);
+                    // Powers of two have exact inverses, so the data are those of the cast; seen once on the small shapes.
+                    let expected = if round && ctx.depth == Depth::Full && source.kind == "normal" {
+                        computed.clone()
+                    } else {
+                        Rc::new(source.reference.values.cast(format, npc as usize, round, Some(&computed.sf)))
+                    };
+                    ensure(!round || expected.data == computed.data, || format!("the references disagree; {name}"))?;
+                    let given = BlockScales { sf: computed.sf.clone(), block: (1, npc) };
+                    let sf = Scales::new(device, &given, hidden, layout, 3)?;
+                    let mut out = Outputs::new(device, shape, format, npc, layout)?;
+                    out.offset = plan.out_offset;
+                    out.precomputed(&stream, x, npc, &sf).map_err(text)?;
+                    out.check_data(&name, &expected.data)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+const DTYPES: [DType; 2] = [DType::Bf16, DType::F32];
+
+fn run(ctx: &Ctx) -> Result<Report, String> {
+    check_plain_edges(ctx)?;
+    check_quantised_edges(ctx)?;
+    if ctx.depth == Depth::Full {
+        check_grid(ctx)?;
+    }
+    if !ctx.device.is_emulator() {
+        check_graphs(ctx)?;
+        if ctx.depth == Depth::Full {
+            check_large(ctx)?;
+        }
+    }
+    Ok(ctx.report())
+}
+
+/// Plain input of small and awkward shapes and values.
+fn check_plain_edges(ctx: &Ctx) -> Result<(), String> {
+    let device = &ctx.device;
+    for dtype in DTYPES {
+        let source = |kind: &'static str, shape: (u64, u64), at: (u64, u64)| {
+            let name = format!("per_token_cast {dtype} {shape:?} {kind}");
+            let values = if kind == "awkward" { awkward(dtype, shape, &name) } else { normal(dtype, shape, &name) };
+            Source::plain(device, dtype, Reference::new(values), at, kind)
+        };
+        let all = |extra: &[u32]| GROUPS.iter().chain(extra).copied().collect::<Vec<u32>>();
+        // Ragged last group (576 = 4.5 * 128), whole rows, all layouts.
+        let plan = Plan { npcs: &all(&[576]), variants: true, ..Plan::default() };
+        check_source(ctx, &source("awkward", (19, 576), (576, 0))?, &FORMATS, &plan)?;
+        // Several warp tiles a row, the last one cut; rows apart but aligned.
+        let plan = Plan { npcs: &[32, 128, 2176], configs: PUBLISHED, ..Plan::default() };
+        check_source(ctx, &source("normal", (3, 2176), (4352, 8))?, &FORMATS, &plan)?;
+        // Channel by channel: unaligned rows, and rows that are no whole number of vectors. An odd number only for e4m3.
+        let plan = Plan { npcs: &[16, 128], variants: true, ..Plan::default() };
+        check_source(ctx, &source("awkward", (5, 102), (107, 1))?, &FORMATS, &plan)?;
+        check_source(ctx, &source("awkward", (3, 37), (37, 0))?, &FORMATS[..1], &plan)?;
+        let plan = Plan { npcs: &[64, 320], configs: &CONFIGS[..5], out_offset: 1, variants: true, ..Plan::default() };
+        check_source(ctx, &source("awkward", (3, 320), (320, 0))?, &FORMATS, &plan)?;
+        // Nothing to do.
+        let plan = Plan { npcs: &[32, 384], variants: true, ..Plan::default() };
+        check_source(ctx, &source("normal", (0, 384), (384, 0))?, &FORMATS, &plan)?;
+        check_source(ctx, &source("normal", (0, 0), (0, 0))?, &FORMATS, &Plan { npcs: &[32], ..Plan::default() })?;
+        // One token, and a row longer than the threads of a block can hold.
+        let plan = Plan { npcs: &[128, 7168], configs: PUBLISHED, ..Plan::default() };
+        check_source(ctx, &source("normal", (1, 7168), (7168, 0))?, &FORMATS, &plan)?;
+        let plan = Plan { npcs: &[16448], configs: &CONFIGS[..1], ..Plan::default() };
+        check_source(ctx, &source("normal", (1, 16448), (16448, 0))?, &FORMATS, &plan)?;
+        check_source(ctx, &source("normal", (1, 16448), (16449, 1))?, &FORMATS, &plan)?;
+    }
+    Ok(())
+}
+
+/// Quantised input of small and awkward shapes and values.
+fn check_quantised_edges(ctx: &Ctx) -> Result<(), String> {
+    let device = &ctx.device;
+    let layouts = [SfLayout::RowMajor, SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked];
+    for format in FORMATS {
+        let make = |shape: (u64, u64), block, layout: SfLayout, powers: bool, at: (u64, u64)| {
+            let name = format!("per_token_cast {format} {shape:?} {block:?} {powers}");
+            // In e2m1 a NaN has no code of its own, so only casts to e4m3 get some.
+            let (data, scales) = awkward_codes(format, shape, block, powers, false, &name);
+            let kind = if powers { "codes" } else { "codes, any scale" };
+            Source::from_codes(device, data, shape.1, scales, format, layout, at, kind)
+        };
+        let columns = |h: u64| format.columns(h);
+        // Blocks larger than the groups, smaller, and rows of their own; every layout of the input's scales with some pitch.
+        for (i, block) in [(128, 128), (32, 32), (1, 16), (1, 64), (2, 2048)].into_iter().enumerate() {
+            for (j, layout) in layouts.into_iter().enumerate() {
+                let source = make((19, 576), block, layout, true, (columns(576) + 16 * i as u64, 0))?;
+                let configs = [CONFIGS[(i + j) % 6], CONFIGS[(i + j + 3) % 6]];
+                let npcs: &[u32] = if i == j { &GROUPS } else { &[32, 128] };
+                check_source(ctx, &source, &FORMATS, &Plan { npcs, configs: &configs, ..Plan::default() })?;
+            }
+        }
+        // Scales that are no powers of two: the order of the factors shows.
+        for layout in &layouts[..2] {
+            let source = make((6, 576), (2, 32), *layout, false, (columns(576), 0))?;
+            check_source(ctx, &source, &FORMATS, &Plan { npcs: &[16, 128], configs: &CONFIGS[3..], ..Plan::default() })?;
+        }
+        // Channel by channel, a block that covers all, and an output that is not aligned.
+        let plan = Plan { npcs: &[16, 64], configs: &CONFIGS[1..5], ..Plan::default() };
+        check_source(ctx, &make((5, 102), (5, 102), SfLayout::ColMajor, true, (columns(102) + 3, 1))?, &FORMATS, &plan)?;
+        let plan = Plan { npcs: &[32], configs: &CONFIGS[..4], out_offset: 1, ..Plan::default() };
+        check_source(ctx, &make((5, 160), (7, 32), SfLayout::RowMajorPacked, true, (columns(160), 0))?, &FORMATS, &plan)?;
+        // Several warp tiles a row.
+        let plan = Plan { npcs: &[32, 128], configs: PUBLISHED, ..Plan::default() };
+        check_source(ctx, &make((3, 1088), (128, 128), SfLayout::ColMajorPacked, true, (columns(1088), 0))?, &FORMATS, &plan)?;
+        check_source(ctx, &make((0, 384), (128, 128), SfLayout::RowMajor, true, (columns(384), 0))?, &FORMATS, &plan)?;
+    }
+    // NaN codes: not part of the maximum, and NaN again.
+    let (data, scales) = awkward_codes(Format::E4m3, (7, 192), (32, 32), true, true, "per_token_cast nan");
+    let source = Source::from_codes(device, data, 192, scales, Format::E4m3, SfLayout::RowMajor, (192, 0), "codes, nan")?;
+    check_source(ctx, &source, &FORMATS[..1], &Plan { npcs: &[32, 128], configs: PUBLISHED, ..Plan::default() })
+}
+
+/// The published grid: 4001 and 8001 tokens, seven hidden sizes, all inputs and formats; and all layouts where rows are ragged.
+fn check_grid(ctx: &Ctx) -> Result<(), String> {
+    let device = &ctx.device;
+    for h in HIDDENS {
+        for t in TOKENS {
+            for dtype in DTYPES {
+                let reference = Reference::new(normal(dtype, (t, h), &format!("per_token_cast {dtype} {t} {h}")));
+                let values = &reference.values;
+                let source = Source::plain(device, dtype, reference.clone(), (h, 0), "normal")?;
+                let npcs = [32, 64, 128, h as u32];
+                let configs = if h == 576 { &CONFIGS[..] } else { PUBLISHED };
+                let plan = Plan { npcs: &npcs, configs, variants: true, bias: Some(&values.values), out_offset: 0 };
+                check_source(ctx, &source, &FORMATS, &plan)?;
+                // The same as a view of rows twice as long.
+                let view = Source::plain(device, dtype, reference.clone(), (2 * h, 0), "normal")?;
+                let plan = Plan { npcs: &npcs, configs: &CONFIGS[1..2], variants: true, ..Plan::default() };
+                check_source(ctx, &view, &FORMATS[..1], &plan)?;
+                if dtype == DType::F32 {
+                    continue;
+                }
+                for format in FORMATS {
+                    for block in [(128, 128), (32, 32)] {
+                        let at = (format.columns(h), 0);
+                        let mut source = Source::quantised(device, values, format, block, SfLayout::RowMajor, at, "normal")?;
+                        for config in PUBLISHED {
+                            source = source.with_layout(device, config.1)?;
+                            let (npcs, configs, bias) = (&[32, 128], std::slice::from_ref(config), Some(&values.values[..]));
+                            check_source(ctx, &source, &FORMATS, &Plan { npcs, configs, bias, ..Plan::default() })?;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every launcher recorded in a graph and replayed.
+fn check_graphs(ctx: &Ctx) -> Result<(), String> {
+    let name = "kind=graph,h=576,t=133";
+    if !ctx.case(name) {
+        return Ok(());
+    }
+    let device = &ctx.device;
+    let (format, npc, layout, shape) = (Format::E4m3, 128, SfLayout::RowMajor, (133, 576));
+    let reference = Reference::new(normal(DType::Bf16, shape, name));
+    let plain = Source::plain(device, DType::Bf16, reference.clone(), (576, 0), "graph")?;
+    let pair = Source::quantised(device, &reference.values, Format::E2m1, (32, 32), SfLayout::ColMajorPacked, (288, 0), "graph")?;
+    let (expected, of_rows) = (reference.cast(format, npc, true), reference.cast(format, 576, true));
+    let of_pair = pair.reference.cast(format, npc, true);
+    let given = Scales::new(device, &BlockScales { sf: expected.sf.clone(), block: (1, npc) }, 576, layout, 0)?;
+    let outputs = |npc| Outputs::new(device, shape, format, npc, layout);
+    let (mut all, mut scales, mut data) = (outputs(npc)?, outputs(npc)?, outputs(npc)?);
+    let (mut rows, mut from_pair) = (outputs(576)?, outputs(npc)?);
+    let stream = device.stream().map_err(text)?;
+    let graph = stream
+        .capture(|s| {
+            let x = plain.rows.tensor()?;
+            all.cast(s, plain.input()?, npc, true)?;
+            scales.sf_only(s, x, npc, true)?;
+            data.precomputed(s, x, npc, &given)?;
+            rows.cast(s, plain.input()?, 576, true)?;
+            from_pair.cast(s, pair.input()?, npc, true)
+        })
+        .map_err(text)?;
+    let words = |sf: &[f32], npc: u64| sf_words(sf, 576u64.div_ceil(npc) as usize, layout);
+    for replay in 0..2 {
+        for out in [&mut all, &mut scales, &mut data, &mut rows, &mut from_pair] {
+            out.data.fill_bytes(FILL).map_err(text)?;
+            out.sf.fill_bytes(FILL).map_err(text)?;
+        }
+        graph.launch(&stream).map_err(text)?;
+        stream.synchronize().map_err(text)?;
+        let name = format!("{name},replay={replay}");
+        all.check_data(&name, &expected.data)?;
+        all.check_sf(&name, &words(&expected.sf, 128))?;
+        scales.check_sf(&name, &words(&expected.sf, 128))?;
+        data.check_data(&name, &expected.data)?;
+        rows.check_data(&name, &of_rows.data)?;
+        rows.check_sf(&name, &words(&of_rows.sf, 576))?;
+        from_pair.check_data(&name, &of_pair.data)?;
+        from_pair.check_sf(&name, &words(&of_pair.sf, 128))?;
+    }
+    Ok(())
+}
+
+/// More than 2^32 bytes of output, and rows of the input that far apart. Rows are one row in memory (stride 0) in the first case, so every
+/// row of the output must be the same.
+fn check_large(ctx: &Ctx) -> Result<(), String> {
+    let device = &ctx.device;
+    let stream = device.stream().map_err(text)?;
+    let (t, h) = (600_001u64, 7168u64);
+    let name = "kind=large output,h=7168,t=600001";
+    if ctx.case(name) {
+        let row = normal(DType::Bf16, (1, h), name);
+        let expected = row.cast(Format::E4m3, 128, true, None);
+        let mut rows = Rows::plain(device, DType::Bf16, &row.values, [1, h], (h, 0))?;
+        (rows.shape, rows.stride) = ([t, h], 0);
+        let mut out = Outputs::new(device, (t, h), Format::E4m3, 128, SfLayout::ColMajorPacked)?;
+        out.cast(&stream, Input::Plain(rows.tensor().map_err(text)?), 128, true).map_err(text)?;
+        let data = out.data.to_vec().map_err(text)?;
+        let found = data[..(t * h) as usize].par_chunks_exact(h as usize).enumerate();
+        if let Some(bad) = found.filter(|(_, row)| *row != expected.data).map(|(i, _)| i).min() {
+            return Err(format!("data: row {bad} differs; {name}"));
+        }
+        let sf: Vec<f32> = expected.sf.iter().copied().cycle().take(t as usize * expected.sf.len()).collect();
+        out.check_sf(name, &sf_words(&sf, expected.sf.len(), out.layout))?;
+    }
+    let (t, h, stride) = (130u64, 576u64, (1u64 << 24) + 8);
+    let name = "kind=large input,h=576,t=130";
+    if ctx.case(name) {
+        let values = normal(DType::Bf16, (t, h), name);
+        let expected = values.cast(Format::E2m1, 32, true, None);
+        let compact = Rows::plain(device, DType::Bf16, &values.values, [t, h], (h, 0))?;
+        let Elements::Bf16(compact) = &compact.elements else { return Err(format!("no bf16; {name}")) };
+        let mut wide = device.alloc::<bf16>(((t - 1) * stride + h) as usize).map_err(text)?;
+        for i in 0..t {
+            let mut to = wide.strided_mut(&[h], &[1], i * stride).map_err(text)?;
+            stream.copy(&mut to, &compact.strided(&[h], &[1], i * h).map_err(text)?).map_err(text)?;
+        }
+        let mut out = Outputs::new(device, (t, h), Format::E2m1, 32, SfLayout::RowMajorPacked)?;
+        let x = wide.strided(&[t, h], &[stride, 1], 0).map_err(text)?;
+        out.cast(&stream, Input::Plain(x), 32, true).map_err(text)?;
+        out.check_data(name, &expected.data)?;
+        out.check_sf(name, &sf_words(&expected.sf, 18, out.layout))?;
+    }
+    Ok(())
+}
+
+// The benchmark.
+
+/// A row; `block` and with it a quantised input, if `input` is a format's data type.
+fn row(
+    case: String,
+    input: DType,
+    (t, h): (u64, u64),
+    format: Format,
+    npc: u32,
+    layout: SfLayout,
+    block: Option<(u32, u32)>,
+) -> Row {
+    let sf = sf_shape(t, h, (1, npc), layout);
+    let x_sf = block.map_or(0, |block| sf_shape(t, h, block, SfLayout::ColMajorPacked).shape.iter().product());
+    let x_columns = if input == DType::E2m1x2 { h / 2 } else { h };
+    let bytes = t * x_columns * input.size() + 4 * x_sf + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
+    let row_case = case.clone();
+    let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
+        let name = format!("per_token_cast benchmark {t} {h}");
+        let source = match (block, Format::of(input)) {
+            (Some(block), Some(from)) => {
+                let values = normal(DType::Bf16, (t, h), &name);
+                Source::quantised(device, &values, from, block, SfLayout::ColMajorPacked, (x_columns, 0), "benchmark")?
+            }
+            _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
+        };
+        let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
+        let streaming = streaming(&row_case);
+        Ok(Box::new(move |stream| out.call(stream, source.input()?, npc, true, streaming)))
+    };
+    Row { op: "per_token_cast", case, bytes, build: Box::new(build) }
+}
+
+/// Whether the case asks for the entry that writes data past the caches.
+fn streaming(case: &str) -> bool {
+    case.ends_with(",stores=stream")
+}
+
+/// The peers' cases, shapes of 1.0.0's own benchmark (8001 tokens), whole rows, and small inputs.
+pub fn bench() -> Vec<Row> {
+    let mut rows = Vec::new();
+    let packed = SfLayout::ColMajorPacked;
+    let case = |format: Format, h: u64, input: &str, npc: u32, t: u64| {
+        format!("fmt={format},h={h},input={input},npc={npc},sf=packed,t={t}")
+    };
+    for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
+        for t in [8064, 8001] {
+            for format in FORMATS {
+                for npc in [32, 128, 7168] {
+                    rows.push(row(case(format, 7168, input, npc, t), dtype, (t, 7168), format, npc, packed, None));
+                }
+            }
+        }
+        rows.push(row(case(Format::E4m3, 2048, input, 32, 4001), dtype, (4001, 2048), Format::E4m3, 32, packed, None));
+        rows.push(row(case(Format::E4m3, 576, input, 128, 8001), dtype, (8001, 576), Format::E4m3, 128, packed, None));
+    }
+    for (dtype, input) in [(DType::E4m3, "e4m3"), (DType::E2m1x2, "e2m1")] {
+        for format in FORMATS {
+            for npc in [32, 128] {
+                for block in [(128, 128), (32, 32)] {
+                    let input = format!("{input},{}x{}", block.0, block.1);
+                    rows.push(row(case(format, 7168, &input, npc, 8001), dtype, (8001, 7168), format, npc, packed, Some(block)));
+                }
+            }
+        }
+    }
+    for t in [1, 16, 128] {
+        for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
+            rows.push(row(case(Format::E4m3, 7168, input, 128, t), dtype, (t, 7168), Format::E4m3, 128, packed, None));
+        }
+        rows.push(row(case(Format::E2m1, 7168, "bf16", 32, t), DType::Bf16, (t, 7168), Format::E2m1, 32, packed, None));
+        let input = "e4m3,128x128";
+        rows.push(row(
+            case(Format::E4m3, 7168, input, 128, t),
+            DType::E4m3,
+            (t, 7168),
+            Format::E4m3,
+            128,
+            packed,
+            Some((128, 128)),
+        ));
+    }
+    // Two ways to store, of which the faster one stays.
+    let stream = |case: String| case + ",stores=stream";
+    for npc in [32, 128] {
+        for (dtype, input, format) in
+            [(DType::Bf16, "bf16", Format::E4m3), (DType::F32, "f32", Format::E4m3), (DType::Bf16, "bf16", Format::E2m1)]
+        {
+            let case = stream(case(format, 7168, input, npc, 8064));
+            rows.push(row(case, dtype, (8064, 7168), format, npc, packed, None));
+        }
+        for (dtype, input) in [(DType::E4m3, "e4m3,128x128"), (DType::E2m1x2, "e2m1,128x128")] {
+            let case = stream(case(Format::E4m3, 7168, input, npc, 8001));
+            rows.push(row(case, dtype, (8001, 7168), Format::E4m3, npc, packed, Some((128, 128))));
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::support::golden::Golden;
+    use ferrotile::{Error, Result, TensorMut};
+    use proptest::prelude::{Just, ProptestConfig, any, prop_oneof, proptest};
+
+    #[test]
+    fn suite() {
+        SUITE.test();
+    }
+
+    /// The vectors of quant.md 9, to hold the reference to something.
+    #[test]
+    fn the_reference_reproduces_the_published_vectors() {
+        let check = |x: [f32; 8], format, round, sf: u32, data: &[u8]| {
+            let got = Values::plain(x.to_vec(), 8).cast(format, 16, round, None);
+            assert_eq!((got.sf[0].to_bits(), &got.data[..]), (sf, data), "{x:?} {format} {round}");
+        };
+        let x = [0.1, -0.25, 1.0, 3.0, -7.5, 0.0, -0.0, 100.0];
+        check(x, Format::E4m3, false, 0x3E64_9249, &[0x2E, 0xB9, 0x49, 0x55, 0xE0, 0x00, 0x80, 0x7E]);
+        check(x, Format::E4m3, true, 0x3E80_0000, &[0x2D, 0xB8, 0x48, 0x54, 0xDF, 0x00, 0x80, 0x7C]);
+        check(x, Format::E2m1, false, 0x4185_5555, &[0x80, 0x00, 0x09, 0x78]);
+        check(x, Format::E2m1, true, 0x4200_0000, &[0x80, 0x00, 0x08, 0x58]);
+        let y = [0.3, -2.0, 5.0, -6.0, 1.25, 2.5, -0.75, 0.26];
+        check(y, Format::E2m1, true, 0x3F80_0000, &[0xC1, 0xF6, 0x42, 0x1A]);
+        check(y, Format::E4m3, true, (127 - 6) << 23, &[0x5A, 0xF0, 0x7A, 0xFC, 0x6A, 0x72, 0xE4, 0x58]);
+        check([0.0; 8], Format::E4m3, false, 0x346F_ACAD, &[0; 8]);
+        check([0.0; 8], Format::E4m3, true, 105 << 23, &[0; 8]);
+        check([0.0; 8], Format::E2m1, true, 1 << 23, &[0; 4]);
+        // The layout example: the scale of row 3, group 4 of 5 is byte 0 of word 11.
+        let sf: Vec<f32> = (0..25).map(|i| f32::from_bits((100 + i) << 23)).collect();
+        let words = sf_words(&sf, 5, SfLayout::ColMajorPacked);
+        assert_eq!((words[3 * 2 + 1], sf_shape(5, 576, (1, 128), SfLayout::ColMajorPacked).strides), (100 + 3 * 5 + 4, [1, 8]));
+    }
+
+    /// What the peers computed on a GPU.
+    #[test]
+    fn golden() {
+        let Some(golden) = Golden::open().unwrap() else { return };
+        let device = Device::emulator();
+        let stream = device.stream().unwrap();
+        for case in golden.cases_of("per_token_cast").unwrap() {
+            let name = case.name();
+            let format = if case.param::<String>("fmt").unwrap() == "e4m3" { Format::E4m3 } else { Format::E2m1 };
+            let npc: u32 = case.param("num_per_channels").unwrap();
+            let round: bool = case.param("round_sf").unwrap();
+            let packed: bool = case.param("use_packed_ue8m0").unwrap();
+            assert_eq!(packed, case.param::<bool>("use_tma_aligned_col_major_sf").unwrap(), "{name}");
+            let layout = if packed { SfLayout::ColMajorPacked } else { SfLayout::RowMajor };
+            let x = golden.tensor(case, "in/x").unwrap();
+            let shape = (x.shape[0], x.shape[1]);
+            let (dtype, values) = if x.bytes.len() as u64 == 2 * shape.0 * shape.1 {
+                (DType::Bf16, x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect())
+            } else {
+                (DType::F32, x.to_vec::<f32>().unwrap())
+            };
+            let source =
+                Source::plain(&device, dtype, Reference::new(Values::plain(values, shape.1)), (shape.1, 0), "golden").unwrap();
+            let mut out = Outputs::new(&device, shape, format, npc, layout).unwrap();
+            out.cast(&stream, source.input().unwrap(), npc, round).unwrap();
+            out.check_data(&name, golden.tensor(case, "out/0").unwrap().bytes).unwrap();
+            let sf = golden.tensor(case, "out/1").unwrap();
+            assert_eq!(&sf.shape[..], &out.sf_shape.shape[..], "{name}");
+            for i in (0..2).filter(|i| sf.shape[*i] > 1) {
+                assert!(sf.strides[i] == out.sf_shape.strides[i], "{name}: strides {:?}", sf.strides);
+            }
+            let mut words = sf.to_vec::<u32>().unwrap();
+            if packed {
+                // Bytes of groups that do not exist hold whatever there; here they are 0.
+                let columns = shape.1.div_ceil(npc.into());
+                for (i, word) in words.iter_mut().enumerate() {
+                    let used = (columns - 4 * (i as u64 % sf.shape[1])).min(4);
+                    *word &= (1u64 << (8 * used)).wrapping_sub(1) as u32;
+                }
+            }
+            out.check_sf(&name, &words).unwrap();
+        }
+    }
+
+    /// Buffers from which good and bad arguments are made.
+    struct Bad {
+        device: Device,
+        x: Buffer<bf16>,
+        bytes: Buffer<u8>,
+        out: Buffer<u8>,
+        sf: Buffer<f32>,
+    }
+
+    impl Bad {
+        fn new() -> Self {
+            let device = Device::emulator();
+            let mut bad = Self {
+                x: device.zeros(4096).unwrap(),
+                bytes: device.zeros(4096).unwrap(),
+                out: device.alloc(4096).unwrap(),
+                sf: device.alloc(4096).unwrap(),
+                device,
+            };
+            bad.out.fill_bytes(FILL).unwrap();
+            bad.sf.fill_bytes(FILL).unwrap();
+            bad
+        }
+
+        /// The arguments of a good call, spoiled by `edit`, fail, and leave the outputs alone.
+        fn refused(&mut self, edit: impl for<'a> FnOnce(&mut Args<'a>, &'a Self)) -> Error {
+            let error = {
+                // SAFETY: the same memory seen twice, but a refused call does not touch it.
+                let twin = unsafe { &*(self as *const Self) };
+                let out = self.out.tensor_mut(&[4, 128]).unwrap().reinterpret(DType::E4m3).unwrap();
+                let sf = SfMut { tensor: self.sf.tensor_mut(&[4, 4]).unwrap(), layout: SfLayout::RowMajor };
+                let mut args = Args { x: Input::Plain(twin.x.tensor(&[4, 128]).unwrap()), npc: 32, round_sf: true, out, sf };
+                edit(&mut args, twin);
+                op::per_token_cast(&twin.device.stream().unwrap(), args).expect_err("this call must be refused")
+            };
+            assert!(error.to_string().starts_with("per_token_cast: "), "{error}");
+            assert!(self.out.to_vec().unwrap().iter().all(|b| *b == FILL));
+            assert!(self.sf.to_vec().unwrap().iter().all(|v| v.to_bits() == 0xA5A5_A5A5));
+            error
+        }
+
+        fn out<'a>(&self, shape: &[u64], strides: &[u64], dtype: DType) -> TensorMut<'a> {
+            // SAFETY: as in `refused`.
+            unsafe { TensorMut::from_raw(&self.device, self.out.as_ptr(), dtype, shape, strides).unwrap() }
+        }
+
+        fn sf<'a>(&self, shape: &[u64], strides: &[u64], layout: SfLayout) -> SfMut<'a> {
+            // SAFETY: as in `refused`.
+            let tensor = unsafe { TensorMut::from_raw(&self.device, self.sf.as_ptr(), layout.dtype(), shape, strides).unwrap() };
+            SfMut { tensor, layout }
+        }
+
+        fn x<'a>(&self, offset: u64, dtype: DType, shape: &[u64], strides: &[u64]) -> TensorRef<'a> {
+            // SAFETY: as in `refused`.
+            unsafe { TensorRef::from_raw(&self.device, self.x.as_ptr() + offset, dtype, shape, strides).unwrap() }
+        }
+
+        fn pair<'a>(&'a self, block: (u32, u32)) -> Input<'a> {
+            let data = self.bytes.tensor(&[4, 128]).unwrap().reinterpret(DType::E4m3).unwrap();
+            let tensor = self.x(0, DType::F32, &[1, 4], &[4, 1]);
+            Input::Quantised { data, sf: Sf { tensor, layout: SfLayout::RowMajor }, block }
+        }
+    }
+
+    macro_rules! refused {
+        ($bad:expr, |$args:ident, $b:ident| $edit:expr, $pattern:pat) => {{
+            let error = $bad.refused(|$args, $b| $edit);
+            assert!(matches!(error, $pattern), "{error:?}");
+        }};
+    }
+
+    #[test]
+    fn bad_arguments_are_refused() {
+        let bad = &mut Bad::new();
+        // Shapes.
+        refused!(bad, |a, b| a.x = Input::Plain(b.x.tensor(&[512]).unwrap()), Error::Shape { arg: "x", .. });
+        refused!(bad, |a, b| a.x = Input::Plain(b.x.tensor(&[4, 96]).unwrap()), Error::Shape { arg: "out", .. });
+        refused!(bad, |a, b| a.out = b.out(&[4, 128], &[128, 1], DType::E2m1x2), Error::Shape { arg: "out", .. });
+        refused!(bad, |a, b| a.sf = b.sf(&[4, 3], &[3, 1], SfLayout::RowMajor), Error::Shape { arg: "sf", .. });
+        refused!(bad, |a, _b| a.npc = 64, Error::Shape { arg: "sf", .. });
+        // Types.
+        refused!(bad, |a, b| a.x = Input::Plain(b.x(0, DType::F16, &[4, 128], &[128, 1])), Error::DType { arg: "x", .. });
+        refused!(bad, |a, b| a.x = Input::Plain(b.x(0, DType::E4m3, &[4, 128], &[128, 1])), Error::DType { arg: "x", .. });
+        refused!(bad, |a, b| a.out = b.out(&[4, 128], &[128, 1], DType::E5m2), Error::DType { arg: "out", .. });
+        refused!(
+            bad,
+            |a, b| {
+                a.sf = b.sf(&[4, 4], &[4, 1], SfLayout::RowMajor);
+                a.sf.layout = SfLayout::RowMajorPacked;
+            },
+            Error::DType { arg: "sf", .. }
+        );
+        // Layouts.
+        refused!(bad, |a, b| a.x = Input::Plain(b.x(0, DType::Bf16, &[4, 128], &[1, 4])), Error::Layout { arg: "x", .. });
+        refused!(bad, |a, b| a.x = Input::Plain(b.x(1, DType::Bf16, &[4, 128], &[128, 1])), Error::Layout { arg: "x", .. });
+        refused!(bad, |a, b| a.out = b.out(&[4, 128], &[256, 1], DType::E4m3), Error::Layout { arg: "out", .. });
+        refused!(bad, |a, b| a.sf = b.sf(&[4, 4], &[1, 4], SfLayout::RowMajor), Error::Layout { arg: "sf", .. });
+        refused!(bad, |a, b| a.sf = b.sf(&[4, 4], &[4, 1], SfLayout::ColMajor), Error::Layout { arg: "sf", .. });
+        refused!(bad, |a, b| a.sf = b.sf(&[4, 4], &[1, 5], SfLayout::ColMajor), Error::Layout { arg: "sf", .. });
+        // Values.
+        for npc in [0, 8, 48, 256] {
+            refused!(bad, |a, _b| a.npc = npc, Error::Value { arg: "npc", .. });
+        }
+        refused!(
+            bad,
+            |a, b| {
+                a.x = Input::Plain(b.x.tensor(&[4, 96]).unwrap());
+                a.out = b.out(&[4, 96], &[96, 1], DType::E4m3);
+                a.sf = b.sf(&[4, 1], &[1, 1], SfLayout::RowMajor);
+                a.npc = 96;
+            },
+            Error::Value { arg: "npc for a whole row", .. }
+        );
+        refused!(
+            bad,
+            |a, b| {
+                a.sf = b.sf(&[4, 1], &[1, 4], SfLayout::ColMajorPacked);
+                a.round_sf = false;
+            },
+            Error::Value { arg: "round_sf", .. }
+        );
+        refused!(
+            bad,
+            |a, b| {
+                a.x = Input::Plain(b.x.tensor(&[4, 33]).unwrap());
+                a.out = b.out(&[4, 16], &[16, 1], DType::E2m1x2);
+            },
+            Error::Value { arg: "hidden", .. }
+        );
+        refused!(
+            bad,
+            |a, b| a.x = Input::Plain(b.x(0, DType::Bf16, &[1 << 31, 128], &[0, 1])),
+            Error::Value { arg: "num_tokens", .. }
+        );
+        refused!(bad, |a, b| a.x = Input::Plain(b.x(0, DType::Bf16, &[1, 1 << 31], &[0, 1])), Error::Value { arg: "hidden", .. });
+        // Memory.
+        refused!(
+            bad,
+            |a, b| a.x = Input::Plain(unsafe {
+                TensorRef::from_raw(&b.device, b.out.as_ptr() + 256, DType::Bf16, &[4, 128], &[128, 1]).unwrap()
+            }),
+            Error::Overlap { a: "x", b: "out", .. }
+        );
+        refused!(
+            bad,
+            |a, b| a.x = Input::Plain(unsafe {
+                TensorRef::from_raw(&b.device, b.sf.as_ptr(), DType::Bf16, &[4, 128], &[128, 1]).unwrap()
+            }),
+            Error::Overlap { a: "x", b: "sf", .. }
+        );
+        let checked = Device::emulator().checked();
+        let elsewhere = checked.zeros::<bf16>(512).unwrap();
+        let tensor = elsewhere.tensor(&[4, 128]).unwrap();
+        let error = bad.refused(|a, _| {
+            // SAFETY: refused, see there; only the device matters.
+            let tensor = unsafe { TensorRef::from_raw(tensor.device(), tensor.ptr(), DType::Bf16, &[4, 128], &[128, 1]) };
+            a.x = Input::Plain(tensor.unwrap());
+        });
+        assert!(matches!(error, Error::DeviceMismatch { arg: "x", .. }), "{error:?}");
+    }
+
+    #[test]
+    fn bad_quantised_inputs_are_refused() {
+        let bad = &mut Bad::new();
+        refused!(
+            bad,
+            |a, b| {
+                a.x = b.pair((128, 32));
+                a.npc = 96;
+            },
+            Error::Value { arg: "npc with quantised input", .. }
+        );
+        // One scale a row is for plain input.
+        refused!(
+            bad,
+            |a, b| {
+                a.x = b.pair((128, 32));
+                a.npc = 256;
+            },
+            Error::Value { arg: "npc with quantised input", .. }
+        );
+        for npt in [0, 3] {
+            refused!(bad, |a, b| a.x = b.pair((npt, 32)), Error::Value { arg: "npt of the input's block", .. });
+        }
+        for npc in [0, 8, 48] {
+            refused!(bad, |a, b| a.x = b.pair((128, npc)), Error::Value { arg: "npc of the input's block", .. });
+        }
+        refused!(bad, |a, b| a.x = b.pair((2, 32)), Error::Shape { arg: "x_sf", .. });
+        refused!(bad, |a, b| a.x = b.pair((128, 64)), Error::Shape { arg: "x_sf", .. });
+        refused!(
+            bad,
+            |a, b| {
+                let Input::Quantised { data, mut sf, block } = b.pair((128, 32)) else { unreachable!() };
+                sf.layout = SfLayout::ColMajorPacked;
+                a.x = Input::Quantised { data, sf, block };
+            },
+            Error::DType { arg: "x_sf", .. }
+        );
+        refused!(
+            bad,
+            |a, b| {
+                let Input::Quantised { sf, block, .. } = b.pair((128, 32)) else { unreachable!() };
+                a.x = Input::Quantised { data: b.x(0, DType::Bf16, &[4, 128], &[128, 1]), sf, block };
+            },
+            Error::DType { arg: "x", .. }
+        );
+        refused!(
+            bad,
+            |a, b| {
+                let Input::Quantised { data, block, .. } = b.pair((128, 32)) else { unreachable!() };
+                // SAFETY: refused, see there.
+                let tensor = unsafe { TensorRef::from_raw(&b.device, b.out.as_ptr() + 16, DType::F32, &[1, 4], &[4, 1]) };
+                a.x = Input::Quantised { data, sf: Sf { tensor: tensor.unwrap(), layout: SfLayout::RowMajor }, block };
+            },
+            Error::Overlap { a: "x_sf", b: "out", .. }
+        );
+    }
+
+    #[test]
+    fn bad_arguments_of_the_variants_are_refused() {
+        let device = Device::emulator();
+        let stream = device.stream().unwrap();
+        let x = device.zeros::<f32>(4 * 128).unwrap();
+        let x = x.tensor(&[4, 128]).unwrap();
+        let mut sf = device.zeros::<f32>(64).unwrap();
+        let mut only = |npc, round_sf, layout: SfLayout| -> Result<()> {
+            let tensor = sf.strided_mut(&[4, 1], &[1, 4], 0)?.reinterpret(layout.dtype())?;
+            let sf = SfMut { tensor, layout };
+            op::per_token_cast_with_sf_only(&stream, SfOnlyArgs { x, format: Format::E4m3, npc, round_sf, sf })
+        };
+        only(128, true, SfLayout::ColMajorPacked).unwrap();
+        assert!(matches!(only(128, false, SfLayout::ColMajorPacked), Err(Error::Value { arg: "round_sf", .. })));
+        assert!(matches!(only(256, true, SfLayout::ColMajor), Err(Error::Value { arg: "npc", .. })));
+        assert!(matches!(only(64, true, SfLayout::ColMajor), Err(Error::Shape { arg: "sf", .. })));
+
+        let sf = device.upload(&[1.0f32; 64]).unwrap();
+        let mut out = device.zeros::<E4m3>(4 * 128).unwrap();
+        let mut given = |npc, layout: SfLayout| -> Result<()> {
+            let tensor = sf.strided(&[4, 1], &[1, 4], 0)?.reinterpret(layout.dtype())?;
+            let args = PrecomputedArgs { x, sf: Sf { tensor, layout }, npc, out: out.tensor_mut(&[4, 128])? };
+            op::per_token_cast_with_precomputed_sf(&stream, args)
+        };
+        given(128, SfLayout::RowMajor).unwrap();
+        for layout in [SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked] {
+            assert!(matches!(given(128, layout), Err(Error::Layout { arg: "sf", .. })));
+        }
+        assert!(matches!(given(96, SfLayout::RowMajor), Err(Error::Value { arg: "npc", .. })));
+        assert!(matches!(given(32, SfLayout::RowMajor), Err(Error::Shape { arg: "sf", .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Any shape, row distance, alignment, magnitude and option.
+        #[test]
+        fn any_plain_input(
+            t in 0u64..9, h in 1u64..300, gap in 0u64..20, offset in 0u64..9, out_offset in 0u64..9, f32_input in any::<bool>(),
+            e2m1 in any::<bool>(), npc in prop_oneof![Just(16u32), Just(32), Just(64), Just(128)], config in 0usize..6,
+            exponent in -120i32..120, seed in any::<u32>(),
+        ) {
+            let h = if e2m1 { h + h % 2 } else { h };
+            let dtype = if f32_input { DType::F32 } else { DType::Bf16 };
+            let mut values = normal(dtype, (t, h), &format!("{seed}"));
+            values.values.iter_mut().for_each(|v| *v *= 2f32.powi(exponent));
+            let ctx = Ctx::new(Device::emulator().checked(), Depth::Small);
+            let source = Source::plain(&ctx.device, dtype, Reference::new(values), (h + gap, offset), "any").unwrap();
+            let plan = Plan { npcs: &[npc], configs: &CONFIGS[config..config + 1], variants: true, bias: None, out_offset };
+            check_source(&ctx, &source, &FORMATS[e2m1 as usize..e2m1 as usize + 1], &plan).unwrap();
+        }
+
+        /// Any quantised input.
+        #[test]
+        fn any_quantised_input(
+            t in 0u64..9, h in 1u64..150, gap in 0u64..20, offset in 0u64..9, out_offset in 0u64..9, from_e2m1 in any::<bool>(),
+            e2m1 in any::<bool>(), npc in prop_oneof![Just(16u32), Just(32), Just(64), Just(128)], config in 0usize..6,
+            npt_log2 in 0u32..4, npc_log2 in 4u32..8, layout in 0usize..4, seed in any::<u32>(),
+        ) {
+            let format = FORMATS[from_e2m1 as usize];
+            let (h, columns) = (2 * h, format.columns(2 * h));
+            let block = (1 << npt_log2, 1 << npc_log2);
+            let layouts = [SfLayout::RowMajor, SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked];
+            let (data, scales) = awkward_codes(format, (t, h), block, layout > 1 || seed % 2 == 0, false, &format!("{seed}"));
+            let ctx = Ctx::new(Device::emulator().checked(), Depth::Small);
+            let at = (columns + gap, offset);
+            let source = Source::from_codes(&ctx.device, data, h, scales, format, layouts[layout], at, "any").unwrap();
+            let plan = Plan { npcs: &[npc], configs: &CONFIGS[config..config + 1], variants: false, bias: None, out_offset };
+            check_source(&ctx, &source, &FORMATS[e2m1 as usize..e2m1 as usize + 1], &plan).unwrap();
+        }
+    }
+}
