@@ -2,7 +2,6 @@
 
 use super::{Format, Sf, SfLayout, SfMut, SfStrides};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
-use ferrotile_kernels::entry::Entry;
 use ferrotile_kernels::launch::LaunchConfig;
 use ferrotile_kernels::quant::per_block_cast as k;
 
@@ -117,16 +116,40 @@ macro_rules! entries {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast(stream, args, false)
+    cast(stream, args, None)
 }
 
-/// [`per_block_cast`] with blocks of 512 threads where `x` is aligned, for the benchmark.
+/// What the benchmark and tests can choose: threads of a block and columns of its tile. Rows are those of a scaling block.
 #[doc(hidden)]
-pub fn per_block_cast_512(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast(stream, args, true)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// 256, 512 or 1024.
+    pub threads: u32,
+    /// 128 or 256.
+    pub columns: u32,
 }
 
-fn cast(stream: &Stream, args: Args<'_>, threads_512: bool) -> Result<()> {
+/// The choices that differ for tensors of bf16 or f32 and blocks of 128 or 32 rows; the first is the launcher's.
+#[doc(hidden)]
+pub fn tunings(bf16: bool, tall: bool) -> &'static [Tuning] {
+    const fn t(threads: u32, columns: u32) -> Tuning {
+        Tuning { threads, columns }
+    }
+    match (bf16, tall) {
+        (true, true) => const { &[t(1024, 128), t(256, 128), t(1024, 256)] },
+        (false, true) => const { &[t(256, 128), t(512, 128), t(1024, 128)] },
+        (true, false) => const { &[t(256, 128), t(512, 256)] },
+        (false, false) => const { &[t(256, 128), t(512, 128)] },
+    }
+}
+
+/// [`per_block_cast`] in another way where `x` is aligned; what is not in [`tunings`] is replaced by the first of them.
+#[doc(hidden)]
+pub fn per_block_cast_tuned(stream: &Stream, args: Args<'_>, tuning: Tuning) -> Result<()> {
+    cast(stream, args, Some(tuning))
+}
+
+fn cast(stream: &Stream, args: Args<'_>, tuning: Option<Tuning>) -> Result<()> {
     let op = "per_block_cast";
     let plan = Plan::new(op, &args.x, args.block)?;
     let format = plan.check_out(op, &args.out)?;
@@ -152,18 +175,68 @@ fn cast(stream: &Stream, args: Args<'_>, threads_512: bool) -> Result<()> {
         round: args.round_sf.into(),
         packed: args.sf.layout.is_packed().into(),
     };
-    if threads_512 && plan.aligned {
-        let entry: &'static Entry<k::cast_512::Args> = match (plan.bf16, format) {
-            (true, Format::E4m3) => &k::cast_512::bf16_e4m3,
-            (true, Format::E2m1) => &k::cast_512::bf16_e2m1,
-            (false, Format::E4m3) => &k::cast_512::f32_e4m3,
-            (false, Format::E2m1) => &k::cast_512::f32_e2m1,
-        };
-        let k::cast::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed } = kernel_args;
-        let kernel_args = k::cast_512::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed };
-        return stream.launch(op, entry, &k::config(plan.num_tokens, plan.hidden, k::THREADS_512), &kernel_args);
+    let tall = plan.npt == 7;
+    let known = tunings(plan.bf16, tall);
+    let Tuning { threads, columns } = tuning.filter(|t| known.contains(t)).unwrap_or(known[0]);
+    let config = k::config(plan.num_tokens, plan.hidden, (if tall { 128 } else { 32 }, columns), threads);
+    macro_rules! launch {
+        ($kernel:ident, $entry:expr) => {{
+            let k::cast::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed } = kernel_args;
+            let kernel_args = k::$kernel::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed };
+            stream.launch(op, $entry, &config, &kernel_args)
+        }};
     }
-    stream.launch(op, plan.pick(entries!(k::cast), format), &plan.config(), &kernel_args)
+    let e4m3 = format == Format::E4m3;
+    if !plan.aligned {
+        use k::cast::*;
+        let entry = match (plan.bf16, e4m3) {
+            (true, true) => &bf16_e4m3_unaligned,
+            (true, false) => &bf16_e2m1_unaligned,
+            (false, true) => &f32_e4m3_unaligned,
+            (false, false) => &f32_e2m1_unaligned,
+        };
+        return stream.launch(op, entry, &plan.config(128), &kernel_args);
+    }
+    match threads {
+        1024 => {
+            use k::cast_1024::*;
+            let entry = match (plan.bf16, e4m3, columns) {
+                (true, true, 128) => &bf16_e4m3_tall,
+                (true, false, 128) => &bf16_e2m1_tall,
+                (true, true, _) => &bf16_e4m3_wide,
+                (true, false, _) => &bf16_e2m1_wide,
+                (false, true, _) => &f32_e4m3_tall,
+                (false, false, _) => &f32_e2m1_tall,
+            };
+            launch!(cast_1024, entry)
+        }
+        512 => {
+            use k::cast_512::*;
+            let entry = match (plan.bf16, e4m3, tall) {
+                (true, true, _) => &bf16_e4m3_flat,
+                (true, false, _) => &bf16_e2m1_flat,
+                (false, true, true) => &f32_e4m3_tall,
+                (false, false, true) => &f32_e2m1_tall,
+                (false, true, false) => &f32_e4m3_flat,
+                (false, false, false) => &f32_e2m1_flat,
+            };
+            launch!(cast_512, entry)
+        }
+        _ => {
+            use k::cast::*;
+            let entry = match (plan.bf16, e4m3, tall) {
+                (true, true, true) => &bf16_e4m3_tall,
+                (true, false, true) => &bf16_e2m1_tall,
+                (false, true, true) => &f32_e4m3_tall,
+                (false, false, true) => &f32_e2m1_tall,
+                (true, true, false) => &bf16_e4m3_flat,
+                (true, false, false) => &bf16_e2m1_flat,
+                (false, true, false) => &f32_e4m3_flat,
+                (false, false, false) => &f32_e2m1_flat,
+            };
+            launch!(cast, entry)
+        }
+    }
 }
 
 /// The scale factors that [`per_block_cast`] would store, without the data.
@@ -215,7 +288,7 @@ pub fn per_block_cast_with_sf_only(stream: &Stream, args: SfOnlyArgs<'_>) -> Res
         round: args.round_sf.into(),
         packed: args.sf.layout.is_packed().into(),
     };
-    stream.launch(op, plan.pick(entries!(k::sf_only), args.format), &plan.config(), &kernel_args)
+    stream.launch(op, plan.pick(entries!(k::sf_only), args.format), &plan.config(128), &kernel_args)
 }
 
 /// Quantise with given scale factors: `q = x * (1 / sf)`, the quotient and the product rounded to f32, then rounded and saturated as by
@@ -275,7 +348,7 @@ pub fn per_block_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         npt: plan.npt,
         npc: plan.npc,
     };
-    stream.launch(op, plan.pick(entries!(k::precomputed), format), &plan.config(), &kernel_args)
+    stream.launch(op, plan.pick(entries!(k::precomputed), format), &plan.config(32), &kernel_args)
 }
 
 /// What the checks of input and block found out.
@@ -320,8 +393,9 @@ impl Plan {
         })
     }
 
-    fn config(&self) -> LaunchConfig {
-        k::config(self.num_tokens, self.hidden, k::THREADS)
+    /// Tiles of `rows` by 128, in blocks of the usual size.
+    fn config(&self, rows: u32) -> LaunchConfig {
+        k::config(self.num_tokens, self.hidden, (rows, 128), k::THREADS)
     }
 
     fn check_out(&self, op: &'static str, out: &View) -> Result<Format> {

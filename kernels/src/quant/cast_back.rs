@@ -2,9 +2,9 @@
 //!
 //! In    x e4m3 [t, h] or e2m1 [t, h/2], any row stride; sf f32 or ue8m0 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
 //! Exact `out = fp32(q) * sf`, one f32 multiplication, then to bf16 by round to nearest even; bitwise the specification's.
-//! Map   `wide`: 16 bytes of output a thread and step, items numbered through the whole tensor, so that every warp store is 512
-//!       bytes in a row; `per_channel` (npc = 1): a thread keeps the scales of its channels and goes down rows; `narrow`: one
-//!       byte of x a step, whatever its alignment.
+//! Map   `wide`: 16 bytes of output a thread, items numbered through the whole tensor, so that every warp store is 512 bytes in a
+//!       row; `per_channel` (npc = 1): a thread keeps the scales of its channels and goes down rows; `narrow`: one byte of x a
+//!       step, whatever its alignment.
 //! Cost  h * (1 or 1/2) bytes read and h * (2 or 4) written a token, and the scales; memory bound.
 
 use crate::device::*;
@@ -12,28 +12,31 @@ pub use crate::quant::common::Divisor;
 use crate::quant::common::{E2m1, E4m3, SfLayout, Target, load_sf};
 use crate::{kernel, unroll};
 
-/// Threads of a block of `wide` and `narrow`: 8 such blocks fill an SM when a thread needs at most 32 registers.
+/// Threads of a block of `wide` and `narrow`. Small blocks with little work a thread come and go evenly, which keeps reads and
+/// writes mixed and the last blocks short.
 pub const THREADS: u32 = 256;
 /// Threads of a block of `per_channel`. 7168 channels are a whole number of such blocks for both outputs.
 pub const PER_CHANNEL_THREADS: u32 = 128;
-/// Items of a thread in the usual entries of `wide`: at 8 bytes of `x` each, the 64 warps of an SM have 64 KB in flight.
-pub const ITEMS: u32 = 4;
 /// Items of a thread in `narrow`.
 pub const NARROW_ITEMS: u32 = 4;
-/// Rows of a thread in `per_channel`: scales are read once for so many rows.
-pub const ROWS: u32 = 8;
 /// Items of one launch must stay below this, see [`Divisor`].
 pub const MAX_ITEMS: u64 = 1 << 31;
+/// Tokens of one launch of `rows`: the limit of a grid's height.
+pub const MAX_ROWS: u32 = 65535;
 
-/// Items of a block of `wide` whose threads have `items` each: a tensor that does not fill the GPU once (132 SMs, 8 blocks
-/// each) gets blocks with one item a thread, so that it is spread over as many SMs as possible.
-pub const fn tile(num_items: u32, items: u32) -> u32 {
-    if num_items <= 132 * 8 * THREADS { THREADS } else { THREADS * items }
-}
-
-/// Grid of `wide` and `narrow` for blocks of `tile` items.
-pub const fn config(num_items: u32, tile: u32) -> LaunchConfig {
-    LaunchConfig::new(ceil_div(num_items, tile), THREADS)
+/// Tokens of the launch that starts with token `first`, at most `limit` of them: whole scaling blocks of `npt` tokens, or a part
+/// of one, so that block rows count from 0 in every launch.
+pub const fn launch_tokens(first: u32, num_tokens: u32, npt: u32, limit: u32) -> u32 {
+    let rest = match first.checked_rem(npt) {
+        Some(begun) => npt - begun,
+        None => 0,
+    };
+    let blocks = match limit.checked_div(npt) {
+        Some(blocks) if blocks > 0 && rest == npt => blocks * npt,
+        _ if limit < rest => limit,
+        _ => rest,
+    };
+    if blocks < num_tokens - first { blocks } else { num_tokens - first }
 }
 
 /// An element type of the output.
@@ -98,7 +101,7 @@ impl Source for E4m3 {
     #[inline(always)]
     #[track_caller]
     fn load<O: Output>(x: In<u8>) -> [u32; 2] {
-        if O::VALUES == 8 { x.load8_stream(0) } else { [x.load4_stream(0), 0] }
+        if O::VALUES == 8 { x.load8(0) } else { [x.load4(0), 0] }
     }
 
     #[inline(always)]
@@ -112,7 +115,7 @@ impl Source for E2m1 {
     #[inline(always)]
     #[track_caller]
     fn load<O: Output>(x: In<u8>) -> [u32; 2] {
-        [if O::VALUES == 8 { x.load4_stream(0) } else { x.cast::<u16>().get(0) as u32 }, 0]
+        [if O::VALUES == 8 { x.load4(0) } else { x.cast::<u16>().get(0) as u32 }, 0]
     }
 
     #[inline(always)]
@@ -121,60 +124,82 @@ impl Source for E2m1 {
     }
 }
 
+/// The 16 bytes of output of one item.
 #[inline(always)]
-#[track_caller]
-fn store<const STREAM: bool>(out: Out<u8>, value: [u32; 4]) {
-    if STREAM { out.store16_stream(0, value) } else { out.store16(0, value) }
+fn product<F: Source, O: Output>(raw: [u32; 2], scale: f32) -> [u32; 4] {
+    O::pack(F::decode(raw).map(|q| q * scale))
 }
 
 kernel! {
     op = cast_back;
-    threads = 256;
+    threads = 512;
     /// Rows of `x` start at a multiple of what an item reads, `out` is contiguous and 16-byte aligned. An item is 16 bytes of
-    /// output; `num_items` of them from token `first_token` on are this launch's, at the start of `x` and `out`. `x_stride`
-    /// counts bytes, the strides of `sf` its elements (packed: words). An item's number within its row, shifted by `k_shift`, is
-    /// its block column. A block has `tile` items: `THREADS * ITEMS`, or fewer so that a small tensor is spread over more blocks.
-    pub fn wide[F: Source, O: Output, const PACKED: bool, const ITEMS: usize, const STREAM: bool](
-        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, first_token: u32,
-        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32, tile: u32,
+    /// output; `num_items` of them, `row_items` in a row. `x_stride` counts bytes, the strides of `sf` its elements (packed:
+    /// words). The magic numbers divide by the items of a row and of a row of scaling blocks; an item's number within its row,
+    /// shifted by `k_shift`, is its block column. Blocks may have any number of threads.
+    pub fn wide[F: Source, O: Output, const PACKED: bool, const ITEMS: usize](
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
+        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
         let row_of = Divisor { magic: row_magic, shift: row_shift };
-        let block_of = Divisor { magic: npt_magic, shift: npt_shift };
-        let load = |item: u32| {
+        let block_of = Divisor { magic: block_magic, shift: block_shift };
+        let first = block_idx_x() * (block_dim() * ITEMS as u32) + thread_idx();
+        if first >= num_items {
+            return;
+        }
+        // Items beyond the end are the last one again, so that all loads are in flight together.
+        let mut held = [([0; 2], 0.0); ITEMS];
+        unroll!(i in ITEMS {
+            let item = (first + i as u32 * block_dim()).min(num_items - 1);
             let row = row_of.divide(item);
             let column = item - row * row_items;
             let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
-            (raw, load_sf::<PACKED>(sf, layout, block_of.divide(first_token + row), column >> k_shift))
-        };
-        let product = |(raw, scale): ([u32; 2], f32)| O::pack(F::decode(raw).map(|q| q * scale));
-
-        let start = block_idx_x() * tile;
-        let end = (start + tile).min(num_items);
-        let first = start + thread_idx();
-        let out = out.at(first as u64 * 16);
-        if end - start == THREADS * ITEMS as u32 {
-            // All loads stand before the first use, so that they are in flight together.
-            let mut held = [([0; 2], 0.0); ITEMS];
-            unroll!(i in ITEMS { held[i] = load(first + i as u32 * THREADS); });
-            unroll!(i in ITEMS { store::<STREAM>(out.at((i as u32 * THREADS * 16) as u64), product(held[i])); });
-        } else {
-            let mut item = first;
-            while item < end {
-                store::<STREAM>(out.at((item - first) as u64 * 16), product(load(item)));
-                item += THREADS;
+            held[i] = (raw, load_sf::<PACKED>(sf, layout, block_of.divide(item), column >> k_shift));
+        });
+        unroll!(i in ITEMS {
+            let item = first + i as u32 * block_dim();
+            if item < num_items {
+                out.at(item as u64 * 16).store16(0, product::<F, O>(held[i].0, held[i].1));
             }
-        }
+        });
     }
     entries {
-        e4m3_bf16_f32[E4m3, Bf16, false, 4, false], e4m3_f32_f32[E4m3, F32, false, 4, false],
-        e2m1_bf16_f32[E2m1, Bf16, false, 4, false], e2m1_f32_f32[E2m1, F32, false, 4, false],
-        e4m3_bf16_ue8m0[E4m3, Bf16, true, 4, false], e4m3_f32_ue8m0[E4m3, F32, true, 4, false],
-        e2m1_bf16_ue8m0[E2m1, Bf16, true, 4, false], e2m1_f32_ue8m0[E2m1, F32, true, 4, false],
-        e4m3_bf16_f32_v1[E4m3, Bf16, false, 4, true], e4m3_f32_f32_v1[E4m3, F32, false, 4, true],
-        e2m1_bf16_f32_v1[E2m1, Bf16, false, 4, true], e2m1_f32_f32_v1[E2m1, F32, false, 4, true],
-        e4m3_bf16_f32_v2[E4m3, Bf16, false, 8, false], e4m3_f32_f32_v2[E4m3, F32, false, 8, false],
-        e2m1_bf16_f32_v2[E2m1, Bf16, false, 8, false], e2m1_f32_f32_v2[E2m1, F32, false, 8, false],
+        e4m3_bf16_f32[E4m3, Bf16, false, 1], e4m3_f32_f32[E4m3, F32, false, 1],
+        e2m1_bf16_f32[E2m1, Bf16, false, 1], e2m1_f32_f32[E2m1, F32, false, 1],
+        e4m3_bf16_ue8m0[E4m3, Bf16, true, 1], e4m3_f32_ue8m0[E4m3, F32, true, 1],
+        e2m1_bf16_ue8m0[E2m1, Bf16, true, 1], e2m1_f32_ue8m0[E2m1, F32, true, 1],
+        e4m3_bf16_f32_x2[E4m3, Bf16, false, 2], e4m3_f32_f32_x2[E4m3, F32, false, 2],
+        e2m1_bf16_f32_x2[E2m1, Bf16, false, 2], e2m1_f32_f32_x2[E2m1, F32, false, 2],
+        e4m3_bf16_ue8m0_x2[E4m3, Bf16, true, 2], e4m3_f32_ue8m0_x2[E4m3, F32, true, 2],
+        e2m1_bf16_ue8m0_x2[E2m1, Bf16, true, 2], e2m1_f32_ue8m0_x2[E2m1, F32, true, 2],
+    }
+}
+
+kernel! {
+    op = cast_back;
+    threads = 512;
+    /// As `wide`, but block `(x, y)` has a part of row `y`, so that nothing is divided where a scaling block is one token high.
+    pub fn rows[F: Source, O: Output, const PACKED: bool](
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
+        row_items: u32, npt_magic: u32, npt_shift: u32, k_shift: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
+        let row = block_idx_y();
+        let column = block_idx_x() * block_dim() + thread_idx();
+        if column >= row_items {
+            return;
+        }
+        let block = Divisor { magic: npt_magic, shift: npt_shift }.divide(row);
+        let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
+        let scale = load_sf::<PACKED>(sf, layout, block, column >> k_shift);
+        out.at((row as u64 * row_items as u64 + column as u64) * 16).store16(0, product::<F, O>(raw, scale));
+    }
+    entries {
+        e4m3_bf16_f32[E4m3, Bf16, false], e4m3_f32_f32[E4m3, F32, false],
+        e2m1_bf16_f32[E2m1, Bf16, false], e2m1_f32_f32[E2m1, F32, false],
+        e4m3_bf16_ue8m0[E4m3, Bf16, true], e4m3_f32_ue8m0[E4m3, F32, true],
+        e2m1_bf16_ue8m0[E2m1, Bf16, true], e2m1_f32_ue8m0[E2m1, F32, true],
     }
 }
 
@@ -182,16 +207,16 @@ kernel! {
     op = cast_back;
     threads = 128;
     /// Blocks of one channel (npc = 1) with row-major f32 scales; aligned as for `wide`, and `sf` for 16-byte loads.
-    /// A thread has one item of a row and goes down [`ROWS`] rows of one scaling block. `tiles` is the number of such row
+    /// A thread has one item of a row and goes down `ROWS` rows of one scaling block. `tiles` is the number of such row
     /// groups in a scaling block, `columns` of grid blocks across a row.
-    pub fn per_channel[F: Source, O: Output](
+    pub fn per_channel[F: Source, O: Output, const ROWS: usize](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_stride: u32, num_tokens: u32, row_items: u32, npt: u32,
         columns: u32, columns_magic: u32, columns_shift: u32, tiles: u32, tiles_magic: u32, tiles_shift: u32,
     ) {
         let down = Divisor { magic: columns_magic, shift: columns_shift }.divide(block_idx_x());
         let item = (block_idx_x() - down * columns) * PER_CHANNEL_THREADS + thread_idx();
         let block = Divisor { magic: tiles_magic, shift: tiles_shift }.divide(down);
-        let row_in_block = (down - block * tiles) * ROWS;
+        let row_in_block = (down - block * tiles) * ROWS as u32;
         let first = block * npt + row_in_block;
         // The last scaling block may have fewer row groups than the others.
         if item >= row_items || first >= num_tokens {
@@ -200,16 +225,15 @@ kernel! {
         let rows = (npt - row_in_block).min(num_tokens - first);
 
         // Rows beyond the end are the last one again, so that all loads are in flight together.
-        const N: usize = ROWS as usize;
         let x = x.at(first as u64 * x_stride as u64 + (item * (O::VALUES * F::BITS / 8)) as u64);
-        let mut held = [[0; 2]; N];
-        unroll!(i in N { held[i] = F::load::<O>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
+        let mut held = [[0; 2]; ROWS];
+        unroll!(i in ROWS { held[i] = F::load::<O>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
         let sf = sf.cast::<f32>().at(block as u64 * sf_stride as u64 + (item * O::VALUES) as u64);
         let (a, b) = (sf.load16(0), if O::VALUES == 8 { sf.load16(4) } else { [0; 4] });
         let scales = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
 
         let out = out.at((first as u64 * row_items as u64 + item as u64) * 16);
-        unroll!(i in N {
+        unroll!(i in ROWS {
             if (i as u32) < rows {
                 let values = F::decode(held[i]);
                 let products = core::array::from_fn(|j| values[j] * scales[j]);
@@ -217,7 +241,10 @@ kernel! {
             }
         });
     }
-    entries { e4m3_bf16[E4m3, Bf16], e4m3_f32[E4m3, F32], e2m1_bf16[E2m1, Bf16], e2m1_f32[E2m1, F32] }
+    entries {
+        e4m3_bf16[E4m3, Bf16, 4], e4m3_f32[E4m3, F32, 4], e2m1_bf16[E2m1, Bf16, 4], e2m1_f32[E2m1, F32, 4],
+        e4m3_bf16_r8[E4m3, Bf16, 8], e4m3_f32_r8[E4m3, F32, 8], e2m1_bf16_r8[E2m1, Bf16, 8], e2m1_f32_r8[E2m1, F32, 8],
+    }
 }
 
 kernel! {
@@ -226,20 +253,20 @@ kernel! {
     /// Any alignment, any hidden size, blocks of any width. An item is one byte of `x`; strides as in `wide`. An e4m3's number
     /// within its row, an e2m1's too, shifted by `k_shift`, is its block column.
     pub fn narrow[F: Source, O: Output, const PACKED: bool](
-        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32, first_token: u32,
-        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, npt_magic: u32, npt_shift: u32, k_shift: u32,
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
+        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
         let values_per_item = 8 / F::BITS;
         let row_of = Divisor { magic: row_magic, shift: row_shift };
-        let block_of = Divisor { magic: npt_magic, shift: npt_shift };
+        let block_of = Divisor { magic: block_magic, shift: block_shift };
         let first = block_idx_x() * (THREADS * NARROW_ITEMS) + thread_idx();
         unroll!(i in (NARROW_ITEMS as usize) {
             let item = first + i as u32 * THREADS;
             if item < num_items {
                 let row = row_of.divide(item);
                 let column = item - row * row_items;
-                let block = block_of.divide(first_token + row);
+                let block = block_of.divide(item);
                 let values = F::decode([x.at(row as u64 * x_stride as u64 + column as u64).get(0) as u32, 0]);
                 let out = out.at(item as u64 * (values_per_item * O::BYTES) as u64);
                 unroll!(j in 2 {

@@ -2,37 +2,34 @@
 //!
 //! In   x  bf16, f32 [t, h], any row stride      Out  data  e4m3 [t, h], e2m1 [t, h/2];  sf  f32, ue8m0 [ceil(t/npt), ceil(h/npc)]
 //! Exact  bit for bit, quant.md 2; blocks at the edges take what there is; NaN does not count for a scale.
-//! Map   a block of 8 warps per 128 x 128 tile, 16 rows a warp, held in registers between maximum and conversion.
+//! Map   a block per tile of whole scaling blocks, held in registers between maximum and conversion; the threads of a scaling
+//!       block join their maxima in shared memory.
 //! Cost  x read once, data and sf written once; 8 to 10 instructions a value, 16 from f32 to e2m1: memory bound.
 
 use super::common::{E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale, ue8m0};
 use crate::device::*;
 use crate::{kernel, unroll};
 
-/// Rows and columns of a tile: the largest scaling block, and a multiple of all.
-pub const TILE: u32 = 128;
-/// Threads of a block: with 128 (bf16) or 256 (f32) bytes of `x` a thread, 128 KB are in flight on an SM.
+/// Threads of the usual block.
 pub const THREADS: u32 = 256;
-/// Threads of a block of `cast_512`, which hold half as much.
-pub const THREADS_512: u32 = 512;
-/// Sides of the smallest scaling block, the unit in which maxima are exchanged: a tile has 4 by 4 of them.
+/// Side of the smallest scaling block.
 const UNIT: u32 = 32;
 /// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
 const GRID_Y: u32 = 1 << 15;
 
-/// One block a tile, columns first: neighbours in x share DRAM pages.
-pub fn config(num_tokens: u32, hidden: u32, threads: u32) -> LaunchConfig {
-    let rows = ceil_div(num_tokens, TILE);
+/// One block a tile of `tile` rows and columns, columns first: neighbours in x share DRAM pages.
+pub fn config(num_tokens: u32, hidden: u32, tile: (u32, u32), threads: u32) -> LaunchConfig {
+    let rows = ceil_div(num_tokens, tile.0);
     let y = if rows < GRID_Y { rows } else { GRID_Y };
     let z = if y == 0 { 0 } else { ceil_div(rows, y) };
-    LaunchConfig::grid([ceil_div(hidden, TILE), y, z], threads).shared(&shared().0)
+    LaunchConfig::grid([ceil_div(hidden, tile.1), y, z], threads).shared(&shared().0)
 }
 
-/// Largest magnitudes, one from each of the up to 4 warps that share a unit of rows, for each of 16 units.
+/// Bits of the largest magnitude of each scaling block in a tile, 128 by 256 values at most.
 #[inline(always)]
 fn shared() -> (SharedLayout, Shared<u32>) {
     let mut layout = SharedLayout::new();
-    let maxima = layout.array(4 * 16);
+    let maxima = layout.array(32);
     (layout, maxima)
 }
 
@@ -62,12 +59,6 @@ struct Bf16;
 #[derive(Clone, Copy)]
 struct F32;
 
-/// Rows of a tile that a warp holds: 16, or 8 in a block of 512 threads.
-#[inline(always)]
-const fn warp_rows<X: Source, const N: usize>() -> u32 {
-    N as u32 * WARP_SIZE * 16 / X::BYTES / TILE
-}
-
 /// Where the vectors of a lane are: the first row and its distance to the next, and the first channel.
 #[derive(Clone, Copy)]
 struct Place {
@@ -76,17 +67,24 @@ struct Place {
     col: u32,
 }
 
+/// Lanes that hold a row of a tile; a warp has at least one row.
+#[inline(always)]
+const fn row_lanes<X: Source, const COLS: u32>() -> u32 {
+    COLS * X::BYTES / 16
+}
+
 impl Place {
-    /// Of the calling lane in its tile: neighbouring lanes take neighbouring vectors of a row.
+    /// Of the calling lane in its tile: neighbouring lanes take neighbouring vectors of a row, and a warp neighbouring rows, all in
+    /// the same scaling blocks.
     #[inline(always)]
-    fn new<X: Source, const N: usize>() -> Self {
-        let per_vector = 16 / X::BYTES;
-        let lanes = TILE / per_vector;
-        let tile_row = (block_idx_z() * grid_dim_y() + block_idx_y()) * TILE;
+    fn new<X: Source, const ROWS: u32, const COLS: u32, const N: usize>() -> Self {
+        let lanes = row_lanes::<X, COLS>();
+        let step = WARP_SIZE / lanes;
+        let tile_row = (block_idx_z() * grid_dim_y() + block_idx_y()) * ROWS;
         Self {
-            row: tile_row + warp_id() * warp_rows::<X, N>() + lane_id() / lanes,
-            step: WARP_SIZE / lanes,
-            col: block_idx_x() * TILE + lane_id() % lanes * per_vector,
+            row: tile_row + warp_id() * (step * N as u32) + lane_id() / lanes,
+            step,
+            col: block_idx_x() * COLS + lane_id() % lanes * (16 / X::BYTES),
         }
     }
 
@@ -104,8 +102,8 @@ impl Place {
 
     /// First row of the tile.
     #[inline(always)]
-    fn tile_row(self) -> u32 {
-        self.row & !(TILE - 1)
+    fn tile_row<const ROWS: u32>(self) -> u32 {
+        self.row & !(ROWS - 1)
     }
 }
 
@@ -118,7 +116,7 @@ fn load<X: Source, const N: usize, const ALIGNED: bool>(x: In<u8>, stride: u32, 
     core::array::from_fn(|i| {
         let row = if at.row(i) < shape.t { at.row(i) } else { shape.t - 1 };
         let from = x.at((row as u64 * stride as u64 + col as u64) * X::BYTES as u64);
-        if ALIGNED { from.load16_stream(0) } else { X::gather(from) }
+        if ALIGNED { from.load16(0) } else { X::gather(from) }
     })
 }
 
@@ -155,14 +153,14 @@ impl Source for Bf16 {
             let [a, b, c, d] = held[i].map(bf16x2_to_f32).map(|pair| pair.map(|v| v * inv));
             if T::BITS == 8 {
                 let (low, high) = ([a[0], a[1], b[0], b[1]], [c[0], c[1], d[0], d[1]]);
-                out.at(to).store8_stream(0, [f32x4_to_e4m3x4(low), f32x4_to_e4m3x4(high)]);
+                out.at(to).store8(0, [f32x4_to_e4m3x4(low), f32x4_to_e4m3x4(high)]);
             } else {
                 let codes = if SAFE {
                     bf16x8_to_e2m1x8(held[i], inv)
                 } else {
                     f32x8_to_e2m1x8([a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]])
                 };
-                out.at(to / 2).store4_stream(0, codes);
+                out.at(to / 2).store4(0, codes);
             }
         });
     }
@@ -199,55 +197,55 @@ impl Source for F32 {
             let next = to + at.step as u64 * shape.h as u64;
             let [[a, b, c, d], [e, f, g, h]] = [held[2 * i], held[2 * i + 1]].map(|v| v.map(|bits| f32::from_bits(bits) * inv));
             if T::BITS == 8 {
-                out.at(to).store4_stream(0, f32x4_to_e4m3x4([a, b, c, d]));
+                out.at(to).store4(0, f32x4_to_e4m3x4([a, b, c, d]));
                 if more {
-                    out.at(next).store4_stream(0, f32x4_to_e4m3x4([e, f, g, h]));
+                    out.at(next).store4(0, f32x4_to_e4m3x4([e, f, g, h]));
                 }
             } else {
                 let codes = f32x8_to_e2m1x8([a, b, c, d, e, f, g, h]);
-                out.at(to / 2).cast::<u16>().set_stream(0, codes as u16);
+                out.at(to / 2).cast::<u16>().set(0, codes as u16);
                 if more {
-                    out.at(next / 2).cast::<u16>().set_stream(0, (codes >> 16) as u16);
+                    out.at(next / 2).cast::<u16>().set(0, (codes >> 16) as u16);
                 }
             }
         });
     }
 }
 
-/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it.
+/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it, after their loads.
 #[inline(always)]
-fn block_scale<X: Source, T: Target, const N: usize>(held: &[[u32; 4]; N], shape: Shape, round: bool) -> Scale {
-    let max = |a: u32, b: u32| if a > b { a } else { b };
+fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize>(
+    held: &[[u32; 4]; N],
+    at: Place,
+    shape: Shape,
+    round: bool,
+) -> Scale {
     let maxima = shared().1;
-    // 32 columns by the warp's rows: magnitudes are compared as integers.
-    let lanes_per_unit = UNIT * X::BYTES / 16;
-    let lanes_per_row = TILE * X::BYTES / 16;
+    if thread_idx() < WARP_SIZE {
+        maxima.set(thread_idx(), 0);
+    }
+    // While the loads are on their way.
+    block_sync();
+    // Magnitudes are compared as integers. A distance of 0 leaves what need not be joined.
+    let lanes = row_lanes::<X, COLS>();
+    let unit_lanes = row_lanes::<X, UNIT>();
+    let wide = (shape.npc == 7) as u32;
     let mut amax = X::amax(held);
     let mut mask = 1;
     while mask < WARP_SIZE {
-        if mask < lanes_per_unit || mask >= lanes_per_row {
-            amax = max(amax, warp_shuffle_xor(amax, mask));
+        if mask < unit_lanes || mask >= lanes {
+            amax = amax.max(warp_shuffle_xor(amax, mask));
+        } else if mask < 4 * unit_lanes {
+            amax = amax.max(warp_shuffle_xor(amax, mask * wide));
         }
         mask *= 2;
     }
-    let warps = UNIT / warp_rows::<X, N>();
-    let unit = warp_id() / warps * 4 + lane_id() % lanes_per_row / lanes_per_unit;
-    if lane_id().is_multiple_of(lanes_per_unit) && lane_id() < lanes_per_row {
-        maxima.set(warp_id() % warps * 16 + unit, amax);
+    let slot = ((at.row % ROWS) >> shape.npt) * (COLS / UNIT) + ((at.col % COLS) >> shape.npc);
+    if lane_id() < lanes && lane_id() & ((unit_lanes << (2 * wide)) - 1) == 0 {
+        maxima.atomic(AtomicOp::Max, slot, amax);
     }
     block_sync();
-    // Lane `l` takes unit `l % 16`, from half of its warps. A distance of 0 leaves what need not be joined.
-    let mut amax = maxima.get(lane_id());
-    if warps == 4 {
-        amax = max(amax, maxima.get(WARP_SIZE + lane_id()));
-    }
-    let (wide, tall) = ((shape.npc == 7) as u32, (shape.npt == 7) as u32);
-    amax = max(amax, warp_shuffle_xor(amax, 16));
-    amax = max(amax, warp_shuffle_xor(amax, wide));
-    amax = max(amax, warp_shuffle_xor(amax, 2 * wide));
-    amax = max(amax, warp_shuffle_xor(amax, 4 * tall));
-    amax = max(amax, warp_shuffle_xor(amax, 8 * tall));
-    let amax = f32::from_bits(warp_shuffle(amax, unit));
+    let amax = f32::from_bits(maxima.get(slot));
     if round { scale::<T, true>(amax) } else { scale::<T, false>(amax) }
 }
 
@@ -273,10 +271,10 @@ fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, 
     }
 }
 
-/// The body of [`cast`] and [`cast_512`].
+/// The body of [`cast`] and its variants.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn cast_tile<X: Source, T: Target, const N: usize, const ALIGNED: bool>(
+fn cast_tile<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool>(
     x: In<u8>,
     out: Out<u8>,
     sf: Out<u8>,
@@ -286,13 +284,13 @@ fn cast_tile<X: Source, T: Target, const N: usize, const ALIGNED: bool>(
     round: bool,
     packed: bool,
 ) {
-    let at = Place::new::<X, N>();
+    let at = Place::new::<X, ROWS, COLS, N>();
     // Blocks of the last z that have no rows: all threads of a block leave together.
-    if at.tile_row() >= shape.t {
+    if at.tile_row::<ROWS>() >= shape.t {
         return;
     }
     let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
-    let Scale { sf: value, inv } = block_scale::<X, T, N>(&held, shape, round);
+    let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, round);
     store_sf(sf, layout, packed, value, at, shape);
     if at.col >= shape.h {
         return;
@@ -308,19 +306,23 @@ fn cast_tile<X: Source, T: Target, const N: usize, const ALIGNED: bool>(
 kernel! {
     op = per_block_cast;
     threads = 256;
-    /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two.
-    pub fn cast[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+    /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two. A tile is
+    /// `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`.
+    pub fn cast[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        cast_tile::<X, T, N, ALIGNED>(x, out, sf, layout, x_stride, Shape { t, h, npt, npc }, round != 0, packed != 0);
+        let shape = Shape { t, h, npt, npc };
+        cast_tile::<X, T, ROWS, COLS, N, ALIGNED>(x, out, sf, layout, x_stride, shape, round != 0, packed != 0);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
-        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
-        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
-        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+        bf16_e4m3_tall[Bf16, E4m3, 128, 128, 8, true], bf16_e2m1_tall[Bf16, E2m1, 128, 128, 8, true],
+        f32_e4m3_tall[F32, E4m3, 128, 128, 16, true], f32_e2m1_tall[F32, E2m1, 128, 128, 16, true],
+        bf16_e4m3_flat[Bf16, E4m3, 32, 128, 2, true], bf16_e2m1_flat[Bf16, E2m1, 32, 128, 2, true],
+        f32_e4m3_flat[F32, E4m3, 32, 128, 4, true], f32_e2m1_flat[F32, E2m1, 32, 128, 4, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 128, 128, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 128, 128, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 128, 128, 16, false], f32_e2m1_unaligned[F32, E2m1, 128, 128, 16, false],
     }
 }
 
@@ -328,50 +330,71 @@ kernel! {
     op = per_block_cast;
     threads = 512;
     /// `cast` with blocks of 512 threads, for comparison.
-    pub fn cast_512[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+    pub fn cast_512[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        cast_tile::<X, T, N, ALIGNED>(x, out, sf, layout, x_stride, Shape { t, h, npt, npc }, round != 0, packed != 0);
+        let shape = Shape { t, h, npt, npc };
+        cast_tile::<X, T, ROWS, COLS, N, ALIGNED>(x, out, sf, layout, x_stride, shape, round != 0, packed != 0);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, 4, true], bf16_e2m1[Bf16, E2m1, 4, true],
-        f32_e4m3[F32, E4m3, 8, true], f32_e2m1[F32, E2m1, 8, true],
+        f32_e4m3_tall[F32, E4m3, 128, 128, 8, true], f32_e2m1_tall[F32, E2m1, 128, 128, 8, true],
+        bf16_e4m3_flat[Bf16, E4m3, 32, 256, 2, true], bf16_e2m1_flat[Bf16, E2m1, 32, 256, 2, true],
+        f32_e4m3_flat[F32, E4m3, 32, 128, 2, true], f32_e2m1_flat[F32, E2m1, 32, 128, 2, true],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 1024, blocks = 2;
+    /// `cast` with blocks of 1024 threads, for comparison.
+    pub fn cast_1024[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        let shape = Shape { t, h, npt, npc };
+        cast_tile::<X, T, ROWS, COLS, N, ALIGNED>(x, out, sf, layout, x_stride, shape, round != 0, packed != 0);
+    }
+    entries {
+        bf16_e4m3_tall[Bf16, E4m3, 128, 128, 2, true], bf16_e2m1_tall[Bf16, E2m1, 128, 128, 2, true],
+        f32_e4m3_tall[F32, E4m3, 128, 128, 4, true], f32_e2m1_tall[F32, E2m1, 128, 128, 4, true],
+        bf16_e4m3_wide[Bf16, E4m3, 128, 256, 4, true], bf16_e2m1_wide[Bf16, E2m1, 128, 256, 4, true],
     }
 }
 
 kernel! {
     op = per_block_cast;
     threads = 256;
-    /// The scales alone.
-    pub fn sf_only[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+    /// The scales alone, from tiles of 128 by 128.
+    pub fn sf_only[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
         x: In<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
-        let (at, shape) = (Place::new::<X, N>(), Shape { t, h, npt, npc });
-        if at.tile_row() >= t { return; }
+        let (at, shape) = (Place::new::<X, ROWS, COLS, N>(), Shape { t, h, npt, npc });
+        if at.tile_row::<ROWS>() >= t { return; }
         let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
-        let scale = block_scale::<X, T, N>(&held, shape, round != 0);
+        let scale = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
         store_sf(sf, layout, packed != 0, scale.sf, at, shape);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
-        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
-        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
-        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+        bf16_e4m3[Bf16, E4m3, 128, 128, 8, true], bf16_e2m1[Bf16, E2m1, 128, 128, 8, true],
+        f32_e4m3[F32, E4m3, 128, 128, 16, true], f32_e2m1[F32, E2m1, 128, 128, 16, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 128, 128, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 128, 128, 8, false],
+        f32_e4m3_unaligned[F32, E4m3, 128, 128, 16, false], f32_e2m1_unaligned[F32, E2m1, 128, 128, 16, false],
     }
 }
 
 kernel! {
     op = per_block_cast;
     threads = 256;
-    /// The data alone, with given row-major f32 scales.
-    pub fn precomputed[X: Source, T: Target, const N: usize, const ALIGNED: bool](
+    /// The data alone, with given row-major f32 scales, in tiles of 32 by 128.
+    pub fn precomputed[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
         x: In<u8>, out: Out<u8>, sf: In<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32, npt: u32, npc: u32,
     ) {
-        let (at, shape) = (Place::new::<X, N>(), Shape { t, h, npt, npc });
+        let (at, shape) = (Place::new::<X, ROWS, COLS, N>(), Shape { t, h, npt, npc });
         if at.row >= t || at.col >= h { return; }
         let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
         let (m, k) = at.block(shape);
@@ -379,9 +402,9 @@ kernel! {
         X::store::<T, N, false>(&held, 1.0 / sf, out, at, shape);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, 8, true], bf16_e2m1[Bf16, E2m1, 8, true],
-        f32_e4m3[F32, E4m3, 16, true], f32_e2m1[F32, E2m1, 16, true],
-        bf16_e4m3_unaligned[Bf16, E4m3, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 8, false],
-        f32_e4m3_unaligned[F32, E4m3, 16, false], f32_e2m1_unaligned[F32, E2m1, 16, false],
+        bf16_e4m3[Bf16, E4m3, 32, 128, 2, true], bf16_e2m1[Bf16, E2m1, 32, 128, 2, true],
+        f32_e4m3[F32, E4m3, 32, 128, 4, true], f32_e2m1[F32, E2m1, 32, 128, 4, true],
+        bf16_e4m3_unaligned[Bf16, E4m3, 32, 128, 2, false], bf16_e2m1_unaligned[Bf16, E2m1, 32, 128, 2, false],
+        f32_e4m3_unaligned[F32, E4m3, 32, 128, 4, false], f32_e2m1_unaligned[F32, E2m1, 32, 128, 4, false],
     }
 }

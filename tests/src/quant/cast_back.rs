@@ -7,7 +7,7 @@ use crate::support::compare::{Bits, equal};
 use crate::support::golden::{Case as GoldenCase, Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::cast_back::{Args, PerTokenArgs, cast_back, cast_back_variant, per_token_cast_back};
+use ferrotile::quant::cast_back::{Args, PerTokenArgs, Tuning, cast_back, cast_back_tuned, per_token_cast_back};
 use ferrotile::quant::{Format, Sf, SfLayout};
 use ferrotile::{Buffer, DType, Device, E4m3, Element, Stream, TensorMut, TensorRef};
 use half::bf16;
@@ -214,14 +214,14 @@ impl<O: Output> Destination<O> {
 enum Way {
     Block,
     PerToken,
-    Variant(u32),
+    Tuned(Tuning),
 }
 
 fn call(stream: &Stream, way: Way, x: TensorRef<'_>, sf: Sf<'_>, block: (u32, u32), out: TensorMut<'_>) -> ferrotile::Result<()> {
     match way {
         Way::Block => cast_back(stream, Args { x, sf, block, out }),
         Way::PerToken => per_token_cast_back(stream, PerTokenArgs { x, sf, npc: block.1, out }),
-        Way::Variant(variant) => cast_back_variant(stream, Args { x, sf, block, out }, variant),
+        Way::Tuned(tuning) => cast_back_tuned(stream, Args { x, sf, block, out }, tuning),
     }
 }
 
@@ -264,9 +264,17 @@ fn name(way: Way, p: &Problem, layout: SfLayout, out: &str) -> String {
     let way = match way {
         Way::Block => String::new(),
         Way::PerToken => ",per_token".to_owned(),
-        Way::Variant(v) => format!(",variant={v}"),
+        Way::Tuned(tuning) => format!(",{}", tuned(tuning)),
     };
     format!("fmt={format},h={hidden},layout={layout},out={out},sf={npt}x{npc},t={tokens}{way}")
+}
+
+/// How a case is called that the launcher would do in another way.
+fn tuned(tuning: Tuning) -> String {
+    let Tuning { rows, items, threads, channel_rows, max_tokens } = tuning;
+    let by = if rows { "row" } else { "tensor" };
+    let limit = if max_tokens == u32::MAX { String::new() } else { format!(",max_tokens={max_tokens}") };
+    format!("by={by},items={items},threads={threads},channel_rows={channel_rows}{limit}")
 }
 
 /// The blocks and layouts of one shape that are checked at both depths: every width of a block, every layout, ragged edges.
@@ -393,19 +401,31 @@ fn placements(ctx: &Ctx) -> Result<(), String> {
     Ok(())
 }
 
-/// Blocks of full size, in both numbers of items a thread, with and without a ragged last block.
+/// Other numbers of items and threads, blocks in one row, and more launches than one.
 fn variants(ctx: &Ctx) -> Result<(), String> {
+    use SfLayout::{ColMajor, ColMajorPacked, RowMajor, RowMajorPacked};
+    let usual = Tuning::default();
+    let tunings = [
+        (Tuning { threads: 512, ..usual }, RowMajor),
+        (Tuning { items: 2, ..usual }, ColMajor),
+        (Tuning { items: 2, threads: 512, max_tokens: 4, ..usual }, ColMajorPacked),
+        (Tuning { rows: true, ..usual }, RowMajor),
+        (Tuning { rows: true, max_tokens: 7, ..usual }, RowMajorPacked),
+        (Tuning { max_tokens: 2, ..usual }, ColMajor),
+        (Tuning { max_tokens: 7, ..usual }, ColMajorPacked),
+        (Tuning { channel_rows: 8, ..usual }, RowMajor),
+    ];
     for shape in [(17, 1024), (9, 2048), (33, 192)] {
         for format in [Format::E4m3, Format::E2m1] {
-            for (variant, layout) in
-                [(1, SfLayout::RowMajor), (2, SfLayout::ColMajor), (3, SfLayout::RowMajor), (3, SfLayout::ColMajorPacked)]
-            {
-                let way = Way::Variant(variant);
-                let p = Problem::random(format, shape, (3, 128), layout.is_packed());
-                let case = name(way, &p, layout, "both");
-                if ctx.case(&case) {
-                    compare::<bf16>(ctx, way, &p, layout, Placement::default(), &case)?;
-                    compare::<f32>(ctx, way, &p, layout, Placement::default(), &case)?;
+            for (tuning, layout) in tunings {
+                for block in [(3, 128), (11, 1)] {
+                    let way = Way::Tuned(tuning);
+                    let p = Problem::random(format, shape, block, layout.is_packed());
+                    let case = name(way, &p, layout, "both");
+                    if ctx.case(&case) {
+                        compare::<bf16>(ctx, way, &p, layout, Placement::default(), &case)?;
+                        compare::<f32>(ctx, way, &p, layout, Placement::default(), &case)?;
+                    }
                 }
             }
         }
@@ -512,17 +532,22 @@ pub fn bench() -> Vec<Row> {
         |case: String, format, shape, block, layout, out, way| rows.push(row(case, format, shape, block, layout, out, way));
     let (r, cp) = (SfLayout::RowMajor, SfLayout::ColMajorPacked);
     let (e4m3, e2m1) = (Format::E4m3, Format::E2m1);
-    let large = (8064, 7168);
+    let (large, usual) = ((8064, 7168), Tuning::default());
     for format in [e4m3, e2m1] {
         for out in ["bf16", "fp32"] {
             let case = format!("fmt={format},h=7168,out={out},sf=1x128,t=8064");
             add(case.clone(), format, large, (1, 128), r, out, Way::PerToken);
-            for variant in 1..=2 {
-                add(format!("{case},variant={variant}"), format, large, (1, 128), r, out, Way::Variant(variant));
+            for tuning in [Tuning { threads: 512, ..usual }, Tuning { items: 2, ..usual }, Tuning { rows: true, ..usual }] {
+                add(format!("{case},{}", tuned(tuning)), format, large, (1, 128), r, out, Way::Tuned(tuning));
             }
         }
     }
     add("fmt=e4m3,h=7168,out=bf16,sf=128x128,t=8064".to_owned(), e4m3, large, (128, 128), r, "bf16", Way::Block);
+    for out in ["bf16", "fp32"] {
+        let tuning = Tuning { channel_rows: 8, ..usual };
+        let case = format!("fmt=e4m3,h=7168,layout=R,out={out},sf=128x1,t=8001,{}", tuned(tuning));
+        add(case, e4m3, (8001, 7168), (128, 1), r, out, Way::Tuned(tuning));
+    }
     for (format, hidden, tokens, block, layout, out) in [
         (e2m1, 7168, 8001, (1, 7168), r, "fp32"),
         (e2m1, 7168, 8001, (1, 128), cp, "fp32"),
@@ -588,7 +613,7 @@ mod tests {
     use crate::support::compare::calc_diff;
     use ferrotile::Error;
     use ferrotile_kernels::device::e2m1x8_to_f32;
-    use ferrotile_kernels::quant::cast_back::Divisor;
+    use ferrotile_kernels::quant::cast_back::{Divisor, launch_tokens};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 
     #[test]
@@ -613,6 +638,25 @@ mod tests {
                 assert_eq!(divisor.divide(n), n / d, "{n} / {d}");
             }
         }
+    }
+
+    /// Launches cover all tokens, and each holds whole scaling blocks or lies within one.
+    #[test]
+    fn launches_do_not_split_blocks_and_go_on() {
+        for (num_tokens, npt) in [(1, 1), (10, 1), (10, 3), (10, 10), (64, 32), (33, 32)] {
+            for limit in 1..=12 {
+                let mut first = 0;
+                while first < num_tokens {
+                    let tokens = launch_tokens(first, num_tokens, npt, limit);
+                    assert!(tokens > 0 && tokens <= limit);
+                    let last = first + tokens - 1;
+                    assert!(first % npt == 0 || first / npt == last / npt, "{first} to {last} with {npt}");
+                    first += tokens;
+                }
+                assert_eq!(first, num_tokens);
+            }
+        }
+        assert_eq!(launch_tokens(0, u32::MAX, 3, 1 << 20), ((1 << 20) / 3) * 3);
     }
 
     /// All pairs of neighbouring codes in each place, with other codes around them.

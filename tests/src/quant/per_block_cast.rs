@@ -291,7 +291,7 @@ impl Outputs {
     /// By one of the launchers that do the same.
     fn cast_by(
         &mut self,
-        launcher: fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
+        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
         stream: &Stream,
         x: TensorRef<'_>,
         block: Block,
@@ -400,10 +400,14 @@ fn check_input(ctx: &Ctx, input: &Input, blocks: &[Block], kind: &str) -> Result
                             out.check_data(&name, &expected().data)?;
                         }
                         if i == 1 {
-                            let mut out = Outputs::new(&ctx.device, input, format, block, layout)?;
-                            out.cast_by(op::per_block_cast_512, &stream, x, block, round).map_err(text)?;
-                            out.check_sf(&name, &words)?;
-                            out.check_data(&name, &expected().data)?;
+                            for &tuning in &op::tunings(input.dtype() == DType::Bf16, block.0 == 128)[1..] {
+                                let mut out = Outputs::new(&ctx.device, input, format, block, layout)?;
+                                let launcher = |s: &Stream, args: Args<'_>| op::per_block_cast_tuned(s, args, tuning);
+                                out.cast_by(launcher, &stream, x, block, round).map_err(text)?;
+                                let name = format!("{name},{tuning:?}");
+                                out.check_sf(&name, &words)?;
+                                out.check_data(&name, &expected().data)?;
+                            }
                         }
                     }
                     let name = case("sf_only", layout);
@@ -577,7 +581,7 @@ fn row(case: String, dtype: DType, shape: (u64, u64), format: Format, block: Blo
 }
 
 fn row_by(
-    launcher: fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
+    launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()> + Copy + 'static,
     case: String,
     dtype: DType,
     (t, h): (u64, u64),
@@ -609,12 +613,19 @@ pub fn bench() -> Vec<Row> {
         let case = format!("block=128x128,fmt={format},h=7168,input=bf16,t=8064");
         rows.push(row(case, DType::Bf16, (8064, 7168), format, (128, 128), SfLayout::RowMajor));
     }
-    // Which of the two block sizes is faster is for a GPU to say.
+    // Which blocks are the fastest is for a GPU to say.
     for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
         for format in [Format::E4m3, Format::E2m1] {
-            let case = format!("block=128x128,fmt={format},h=7168,input={input},t=8064,threads=512");
-            let (shape, block, layout) = ((8064, 7168), (128, 128), SfLayout::RowMajor);
-            rows.push(row_by(op::per_block_cast_512, case, dtype, shape, format, block, layout));
+            for block in [(128, 128), (32, 32)] {
+                for &tuning in op::tunings(dtype == DType::Bf16, block.0 == 128) {
+                    let op::Tuning { threads, columns } = tuning;
+                    let block_name = format!("{}x{}", block.0, block.1);
+                    let case =
+                        format!("block={block_name},cols={columns},fmt={format},h=7168,input={input},t=8064,threads={threads}");
+                    let launcher = move |s: &Stream, args: Args<'_>| op::per_block_cast_tuned(s, args, tuning);
+                    rows.push(row_by(launcher, case, dtype, (8064, 7168), format, block, SfLayout::RowMajor));
+                }
+            }
         }
     }
     for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
