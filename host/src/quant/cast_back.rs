@@ -71,7 +71,7 @@ pub struct PerTokenArgs<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn cast_back(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch("cast_back", stream, args, Tuning::default())
+    launch("cast_back", stream, args, u32::MAX)
 }
 
 /// Dequantise what a per-token cast made: [`cast_back`] with blocks of one token and `npc` channels.
@@ -103,35 +103,13 @@ pub fn per_token_cast_back(stream: &Stream, args: PerTokenArgs<'_>) -> Result<()
     let op = "per_token_cast_back";
     let hidden = hidden(op, &args.x)?;
     allowed_npc(op, "npc", args.npc, hidden, &[16, 32, 64, 128])?;
-    launch(op, stream, Args { x: args.x, sf: args.sf, block: (1, args.npc), out: args.out }, Tuning::default())
+    launch(op, stream, Args { x: args.x, sf: args.sf, block: (1, args.npc), out: args.out }, u32::MAX)
 }
 
-/// What the benchmark and tests can choose.
+/// [`cast_back`] in launches of at most `max_tokens` tokens each, as it goes about tensors of more than 2^31 items.
 #[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuning {
-    /// Blocks lie in one row.
-    pub rows: bool,
-    /// Items of a thread, 1 or 2, where blocks do not lie in one row.
-    pub items: u32,
-    /// Threads of a block, at most 512.
-    pub threads: u32,
-    /// Rows of a thread with scales for each channel, 4 or 8.
-    pub channel_rows: u32,
-    /// Tokens of one launch, at most.
-    pub max_tokens: u32,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Self { rows: false, items: 1, threads: k::THREADS, channel_rows: 4, max_tokens: u32::MAX }
-    }
-}
-
-/// [`cast_back`] with another way to go about it.
-#[doc(hidden)]
-pub fn cast_back_tuned(stream: &Stream, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    launch("cast_back", stream, args, tuning)
+pub fn cast_back_in_parts(stream: &Stream, args: Args<'_>, max_tokens: u32) -> Result<()> {
+    launch("cast_back", stream, args, max_tokens)
 }
 
 /// Channels of `x`.
@@ -251,22 +229,20 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     Ok(Some(plan))
 }
 
-fn launch(op: &'static str, stream: &Stream, args: Args<'_>, tuning: Tuning) -> Result<()> {
+fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) -> Result<()> {
     let Some(plan) = check(op, stream, &args)? else { return Ok(()) };
     if plan.path == Path::PerChannel {
-        return launch_per_channel(op, stream, &args, &plan, tuning);
+        return launch_per_channel(op, stream, &args, &plan);
     }
     let values = plan.values_per_item();
     let row_items = plan.hidden / values;
     let row = k::Divisor::new(row_items);
-    let npt = k::Divisor::new(plan.npt);
     // A scaling block with more items than a launch can have is the only one of its launch.
     let block = k::Divisor::new((row_items as u64 * plan.npt as u64).min(k::MAX_ITEMS) as u32);
     let one_column = plan.npc_shift == 31;
     let k_shift = if one_column || plan.path == Path::Narrow { plan.npc_shift } else { plan.npc_shift - values.trailing_zeros() };
     // Beyond 2^31 items (32 GiB of output) it takes more than one launch.
-    let limit = ((k::MAX_ITEMS - 1) / row_items as u64).min(tuning.max_tokens.into()) as u32;
-    let limit = if tuning.rows { limit.min(k::MAX_ROWS) } else { limit };
+    let limit = ((k::MAX_ITEMS - 1) / row_items as u64).min(max_tokens.into()) as u32;
     let mut first_token = 0;
     while first_token < plan.tokens {
         let tokens = k::launch_tokens(first_token, plan.tokens, plan.npt, limit);
@@ -292,24 +268,8 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, tuning: Tuning) -> 
                 k_shift,
             };
             stream.launch(op, narrow_entry(&plan), &config, &args)?;
-        } else if tuning.rows {
-            let parts = row_items.div_ceil(tuning.threads);
-            let config = LaunchConfig::grid([parts, tokens, 1], row_items.div_ceil(parts).next_multiple_of(32));
-            let args = k::rows::Args {
-                x,
-                sf,
-                out,
-                x_stride: plan.x_stride,
-                sf_row_stride: plan.sf.row,
-                sf_col_stride: plan.sf.col,
-                row_items,
-                npt_magic: npt.magic,
-                npt_shift: npt.shift,
-                k_shift,
-            };
-            stream.launch(op, rows_entry(&plan), &config, &args)?;
         } else {
-            let config = LaunchConfig::new(num_items.div_ceil(tuning.threads * tuning.items), tuning.threads);
+            let config = LaunchConfig::new(num_items.div_ceil(k::THREADS), k::THREADS);
             let args = k::wide::Args {
                 x,
                 sf,
@@ -325,17 +285,17 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, tuning: Tuning) -> 
                 block_shift: block.shift,
                 k_shift,
             };
-            stream.launch(op, wide_entry(&plan, tuning.items), &config, &args)?;
+            stream.launch(op, wide_entry(&plan), &config, &args)?;
         }
         first_token += tokens;
     }
     Ok(())
 }
 
-fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: &Plan, tuning: Tuning) -> Result<()> {
+fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: &Plan) -> Result<()> {
     let row_items = plan.hidden / plan.values_per_item();
     let columns = row_items.div_ceil(k::PER_CHANNEL_THREADS);
-    let tiles = plan.npt.div_ceil(tuning.channel_rows);
+    let tiles = plan.npt.div_ceil(k::CHANNEL_ROWS);
     let blocks = columns as u64 * tiles as u64 * plan.tokens.div_ceil(plan.npt) as u64;
     check::in_range(op, "number of blocks", blocks, 0, i32::MAX as u64)?;
     let config = LaunchConfig::new(blocks as u32, k::PER_CHANNEL_THREADS);
@@ -356,43 +316,17 @@ fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: 
         tiles_magic: down.magic,
         tiles_shift: down.shift,
     };
-    let entry = match (plan.format, plan.out, tuning.channel_rows) {
-        (Format::E4m3, DType::Bf16, 8) => &k::per_channel::e4m3_bf16_r8,
-        (Format::E4m3, _, 8) => &k::per_channel::e4m3_f32_r8,
-        (Format::E2m1, DType::Bf16, 8) => &k::per_channel::e2m1_bf16_r8,
-        (Format::E2m1, _, 8) => &k::per_channel::e2m1_f32_r8,
-        (Format::E4m3, DType::Bf16, _) => &k::per_channel::e4m3_bf16,
-        (Format::E4m3, _, _) => &k::per_channel::e4m3_f32,
-        (Format::E2m1, DType::Bf16, _) => &k::per_channel::e2m1_bf16,
-        (Format::E2m1, _, _) => &k::per_channel::e2m1_f32,
+    let entry = match (plan.format, plan.out) {
+        (Format::E4m3, DType::Bf16) => &k::per_channel::e4m3_bf16,
+        (Format::E4m3, _) => &k::per_channel::e4m3_f32,
+        (Format::E2m1, DType::Bf16) => &k::per_channel::e2m1_bf16,
+        (Format::E2m1, _) => &k::per_channel::e2m1_f32,
     };
     stream.launch(op, entry, &config, &args)
 }
 
-fn wide_entry(plan: &Plan, items: u32) -> &'static Entry<k::wide::Args> {
+fn wide_entry(plan: &Plan) -> &'static Entry<k::wide::Args> {
     use k::wide as e;
-    match (plan.format, plan.out, plan.packed, items) {
-        (Format::E4m3, DType::Bf16, false, 2) => &e::e4m3_bf16_f32_x2,
-        (Format::E4m3, _, false, 2) => &e::e4m3_f32_f32_x2,
-        (Format::E2m1, DType::Bf16, false, 2) => &e::e2m1_bf16_f32_x2,
-        (Format::E2m1, _, false, 2) => &e::e2m1_f32_f32_x2,
-        (Format::E4m3, DType::Bf16, true, 2) => &e::e4m3_bf16_ue8m0_x2,
-        (Format::E4m3, _, true, 2) => &e::e4m3_f32_ue8m0_x2,
-        (Format::E2m1, DType::Bf16, true, 2) => &e::e2m1_bf16_ue8m0_x2,
-        (Format::E2m1, _, true, 2) => &e::e2m1_f32_ue8m0_x2,
-        (Format::E4m3, DType::Bf16, false, _) => &e::e4m3_bf16_f32,
-        (Format::E4m3, _, false, _) => &e::e4m3_f32_f32,
-        (Format::E2m1, DType::Bf16, false, _) => &e::e2m1_bf16_f32,
-        (Format::E2m1, _, false, _) => &e::e2m1_f32_f32,
-        (Format::E4m3, DType::Bf16, true, _) => &e::e4m3_bf16_ue8m0,
-        (Format::E4m3, _, true, _) => &e::e4m3_f32_ue8m0,
-        (Format::E2m1, DType::Bf16, true, _) => &e::e2m1_bf16_ue8m0,
-        (Format::E2m1, _, true, _) => &e::e2m1_f32_ue8m0,
-    }
-}
-
-fn rows_entry(plan: &Plan) -> &'static Entry<k::rows::Args> {
-    use k::rows as e;
     match (plan.format, plan.out, plan.packed) {
         (Format::E4m3, DType::Bf16, false) => &e::e4m3_bf16_f32,
         (Format::E4m3, _, false) => &e::e4m3_f32_f32,

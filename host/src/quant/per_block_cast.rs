@@ -116,40 +116,6 @@ macro_rules! entries {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast(stream, args, None)
-}
-
-/// What the benchmark and tests can choose: threads of a block and columns of its tile. Rows are those of a scaling block.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuning {
-    /// 256, 512 or 1024.
-    pub threads: u32,
-    /// 128 or 256.
-    pub columns: u32,
-}
-
-/// The choices that differ for tensors of bf16 or f32 and blocks of 128 or 32 rows; the first is the launcher's.
-#[doc(hidden)]
-pub fn tunings(bf16: bool, tall: bool) -> &'static [Tuning] {
-    const fn t(threads: u32, columns: u32) -> Tuning {
-        Tuning { threads, columns }
-    }
-    match (bf16, tall) {
-        (true, true) => const { &[t(1024, 128), t(256, 128), t(1024, 256)] },
-        (false, true) => const { &[t(256, 128), t(512, 128), t(1024, 128)] },
-        (true, false) => const { &[t(256, 128), t(512, 256)] },
-        (false, false) => const { &[t(256, 128), t(512, 128)] },
-    }
-}
-
-/// [`per_block_cast`] in another way where `x` is aligned; what is not in [`tunings`] is replaced by the first of them.
-#[doc(hidden)]
-pub fn per_block_cast_tuned(stream: &Stream, args: Args<'_>, tuning: Tuning) -> Result<()> {
-    cast(stream, args, Some(tuning))
-}
-
-fn cast(stream: &Stream, args: Args<'_>, tuning: Option<Tuning>) -> Result<()> {
     let op = "per_block_cast";
     let plan = Plan::new(op, &args.x, args.block)?;
     let format = plan.check_out(op, &args.out)?;
@@ -175,68 +141,12 @@ fn cast(stream: &Stream, args: Args<'_>, tuning: Option<Tuning>) -> Result<()> {
         round: args.round_sf.into(),
         packed: args.sf.layout.is_packed().into(),
     };
-    let tall = plan.npt == 7;
-    let known = tunings(plan.bf16, tall);
-    let Tuning { threads, columns } = tuning.filter(|t| known.contains(t)).unwrap_or(known[0]);
-    let config = k::config(plan.num_tokens, plan.hidden, (if tall { 128 } else { 32 }, columns), threads);
-    macro_rules! launch {
-        ($kernel:ident, $entry:expr) => {{
-            let k::cast::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed } = kernel_args;
-            let kernel_args = k::$kernel::Args { x, out, sf, t, h, x_stride, sf_row, sf_col, npt, npc, round, packed };
-            stream.launch(op, $entry, &config, &kernel_args)
-        }};
+    if plan.npt == 5 && plan.aligned {
+        use k::cast::{bf16_e2m1_flat, bf16_e4m3_flat, f32_e2m1_flat, f32_e4m3_flat};
+        let [a, b, c, d] = [&bf16_e4m3_flat, &bf16_e2m1_flat, &f32_e4m3_flat, &f32_e2m1_flat];
+        return stream.launch(op, plan.pick([a, b, c, d, a, b, c, d], format), &plan.config(32), &kernel_args);
     }
-    let e4m3 = format == Format::E4m3;
-    if !plan.aligned {
-        use k::cast::*;
-        let entry = match (plan.bf16, e4m3) {
-            (true, true) => &bf16_e4m3_unaligned,
-            (true, false) => &bf16_e2m1_unaligned,
-            (false, true) => &f32_e4m3_unaligned,
-            (false, false) => &f32_e2m1_unaligned,
-        };
-        return stream.launch(op, entry, &plan.config(128), &kernel_args);
-    }
-    match threads {
-        1024 => {
-            use k::cast_1024::*;
-            let entry = match (plan.bf16, e4m3, columns) {
-                (true, true, 128) => &bf16_e4m3_tall,
-                (true, false, 128) => &bf16_e2m1_tall,
-                (true, true, _) => &bf16_e4m3_wide,
-                (true, false, _) => &bf16_e2m1_wide,
-                (false, true, _) => &f32_e4m3_tall,
-                (false, false, _) => &f32_e2m1_tall,
-            };
-            launch!(cast_1024, entry)
-        }
-        512 => {
-            use k::cast_512::*;
-            let entry = match (plan.bf16, e4m3, tall) {
-                (true, true, _) => &bf16_e4m3_flat,
-                (true, false, _) => &bf16_e2m1_flat,
-                (false, true, true) => &f32_e4m3_tall,
-                (false, false, true) => &f32_e2m1_tall,
-                (false, true, false) => &f32_e4m3_flat,
-                (false, false, false) => &f32_e2m1_flat,
-            };
-            launch!(cast_512, entry)
-        }
-        _ => {
-            use k::cast::*;
-            let entry = match (plan.bf16, e4m3, tall) {
-                (true, true, true) => &bf16_e4m3_tall,
-                (true, false, true) => &bf16_e2m1_tall,
-                (false, true, true) => &f32_e4m3_tall,
-                (false, false, true) => &f32_e2m1_tall,
-                (true, true, false) => &bf16_e4m3_flat,
-                (true, false, false) => &bf16_e2m1_flat,
-                (false, true, false) => &f32_e4m3_flat,
-                (false, false, false) => &f32_e2m1_flat,
-            };
-            launch!(cast, entry)
-        }
-    }
+    stream.launch(op, plan.pick(entries!(k::cast), format), &plan.config(128), &kernel_args)
 }
 
 /// The scale factors that [`per_block_cast`] would store, without the data.
@@ -393,9 +303,9 @@ impl Plan {
         })
     }
 
-    /// Tiles of `rows` by 128, in blocks of the usual size.
+    /// Tiles of `rows` by 128.
     fn config(&self, rows: u32) -> LaunchConfig {
-        k::config(self.num_tokens, self.hidden, (rows, 128), k::THREADS)
+        k::config(self.num_tokens, self.hidden, (rows, 128))
     }
 
     fn check_out(&self, op: &'static str, out: &View) -> Result<Format> {

@@ -21,8 +21,8 @@ pub const PER_CHANNEL_THREADS: u32 = 128;
 pub const NARROW_ITEMS: u32 = 4;
 /// Items of one launch must stay below this, see [`Divisor`].
 pub const MAX_ITEMS: u64 = 1 << 31;
-/// Tokens of one launch of `rows`: the limit of a grid's height.
-pub const MAX_ROWS: u32 = 65535;
+/// Rows of a thread in `per_channel`.
+pub const CHANNEL_ROWS: u32 = 4;
 
 /// Tokens of the launch that starts with token `first`, at most `limit` of them: whole scaling blocks of `npt` tokens, or a part
 /// of one, so that block rows count from 0 in every launch.
@@ -132,68 +132,26 @@ fn product<F: Source, O: Output>(raw: [u32; 2], scale: f32) -> [u32; 4] {
 
 kernel! {
     op = cast_back;
-    threads = 512;
+    threads = 256;
     /// Rows of `x` start at a multiple of what an item reads, `out` is contiguous and 16-byte aligned. An item is 16 bytes of
     /// output; `num_items` of them, `row_items` in a row. `x_stride` counts bytes, the strides of `sf` its elements (packed:
     /// words). The magic numbers divide by the items of a row and of a row of scaling blocks; an item's number within its row,
-    /// shifted by `k_shift`, is its block column. Blocks may have any number of threads.
-    pub fn wide[F: Source, O: Output, const PACKED: bool, const ITEMS: usize](
+    /// shifted by `k_shift`, is its block column.
+    pub fn wide[F: Source, O: Output, const PACKED: bool](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
         num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
-        let row_of = Divisor { magic: row_magic, shift: row_shift };
-        let block_of = Divisor { magic: block_magic, shift: block_shift };
-        let first = block_idx_x() * (block_dim() * ITEMS as u32) + thread_idx();
-        if first >= num_items {
+        let item = block_idx_x() * THREADS + thread_idx();
+        if item >= num_items {
             return;
         }
-        // Items beyond the end are the last one again, so that all loads are in flight together.
-        let mut held = [([0; 2], 0.0); ITEMS];
-        unroll!(i in ITEMS {
-            let item = (first + i as u32 * block_dim()).min(num_items - 1);
-            let row = row_of.divide(item);
-            let column = item - row * row_items;
-            let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
-            held[i] = (raw, load_sf::<PACKED>(sf, layout, block_of.divide(item), column >> k_shift));
-        });
-        unroll!(i in ITEMS {
-            let item = first + i as u32 * block_dim();
-            if item < num_items {
-                out.at(item as u64 * 16).store16(0, product::<F, O>(held[i].0, held[i].1));
-            }
-        });
-    }
-    entries {
-        e4m3_bf16_f32[E4m3, Bf16, false, 1], e4m3_f32_f32[E4m3, F32, false, 1],
-        e2m1_bf16_f32[E2m1, Bf16, false, 1], e2m1_f32_f32[E2m1, F32, false, 1],
-        e4m3_bf16_ue8m0[E4m3, Bf16, true, 1], e4m3_f32_ue8m0[E4m3, F32, true, 1],
-        e2m1_bf16_ue8m0[E2m1, Bf16, true, 1], e2m1_f32_ue8m0[E2m1, F32, true, 1],
-        e4m3_bf16_f32_x2[E4m3, Bf16, false, 2], e4m3_f32_f32_x2[E4m3, F32, false, 2],
-        e2m1_bf16_f32_x2[E2m1, Bf16, false, 2], e2m1_f32_f32_x2[E2m1, F32, false, 2],
-        e4m3_bf16_ue8m0_x2[E4m3, Bf16, true, 2], e4m3_f32_ue8m0_x2[E4m3, F32, true, 2],
-        e2m1_bf16_ue8m0_x2[E2m1, Bf16, true, 2], e2m1_f32_ue8m0_x2[E2m1, F32, true, 2],
-    }
-}
-
-kernel! {
-    op = cast_back;
-    threads = 512;
-    /// As `wide`, but block `(x, y)` has a part of row `y`, so that nothing is divided where a scaling block is one token high.
-    pub fn rows[F: Source, O: Output, const PACKED: bool](
-        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
-        row_items: u32, npt_magic: u32, npt_shift: u32, k_shift: u32,
-    ) {
-        let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
-        let row = block_idx_y();
-        let column = block_idx_x() * block_dim() + thread_idx();
-        if column >= row_items {
-            return;
-        }
-        let block = Divisor { magic: npt_magic, shift: npt_shift }.divide(row);
+        let row = Divisor { magic: row_magic, shift: row_shift }.divide(item);
+        let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
+        let column = item - row * row_items;
         let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
         let scale = load_sf::<PACKED>(sf, layout, block, column >> k_shift);
-        out.at((row as u64 * row_items as u64 + column as u64) * 16).store16(0, product::<F, O>(raw, scale));
+        out.at(item as u64 * 16).store16(0, product::<F, O>(raw, scale));
     }
     entries {
         e4m3_bf16_f32[E4m3, Bf16, false], e4m3_f32_f32[E4m3, F32, false],
@@ -207,16 +165,16 @@ kernel! {
     op = cast_back;
     threads = 128;
     /// Blocks of one channel (npc = 1) with row-major f32 scales; aligned as for `wide`, and `sf` for 16-byte loads.
-    /// A thread has one item of a row and goes down `ROWS` rows of one scaling block. `tiles` is the number of such row
+    /// A thread has one item of a row and goes down `CHANNEL_ROWS` rows of one scaling block. `tiles` is the number of such row
     /// groups in a scaling block, `columns` of grid blocks across a row.
-    pub fn per_channel[F: Source, O: Output, const ROWS: usize](
+    pub fn per_channel[F: Source, O: Output](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_stride: u32, num_tokens: u32, row_items: u32, npt: u32,
         columns: u32, columns_magic: u32, columns_shift: u32, tiles: u32, tiles_magic: u32, tiles_shift: u32,
     ) {
         let down = Divisor { magic: columns_magic, shift: columns_shift }.divide(block_idx_x());
         let item = (block_idx_x() - down * columns) * PER_CHANNEL_THREADS + thread_idx();
         let block = Divisor { magic: tiles_magic, shift: tiles_shift }.divide(down);
-        let row_in_block = (down - block * tiles) * ROWS as u32;
+        let row_in_block = (down - block * tiles) * CHANNEL_ROWS;
         let first = block * npt + row_in_block;
         // The last scaling block may have fewer row groups than the others.
         if item >= row_items || first >= num_tokens {
@@ -226,14 +184,14 @@ kernel! {
 
         // Rows beyond the end are the last one again, so that all loads are in flight together.
         let x = x.at(first as u64 * x_stride as u64 + (item * (O::VALUES * F::BITS / 8)) as u64);
-        let mut held = [[0; 2]; ROWS];
-        unroll!(i in ROWS { held[i] = F::load::<O>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
+        let mut held = [[0; 2]; CHANNEL_ROWS as usize];
+        unroll!(i in (CHANNEL_ROWS as usize) { held[i] = F::load::<O>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
         let sf = sf.cast::<f32>().at(block as u64 * sf_stride as u64 + (item * O::VALUES) as u64);
         let (a, b) = (sf.load16(0), if O::VALUES == 8 { sf.load16(4) } else { [0; 4] });
         let scales = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
 
         let out = out.at((first as u64 * row_items as u64 + item as u64) * 16);
-        unroll!(i in ROWS {
+        unroll!(i in (CHANNEL_ROWS as usize) {
             if (i as u32) < rows {
                 let values = F::decode(held[i]);
                 let products = core::array::from_fn(|j| values[j] * scales[j]);
@@ -242,8 +200,7 @@ kernel! {
         });
     }
     entries {
-        e4m3_bf16[E4m3, Bf16, 4], e4m3_f32[E4m3, F32, 4], e2m1_bf16[E2m1, Bf16, 4], e2m1_f32[E2m1, F32, 4],
-        e4m3_bf16_r8[E4m3, Bf16, 8], e4m3_f32_r8[E4m3, F32, 8], e2m1_bf16_r8[E2m1, Bf16, 8], e2m1_f32_r8[E2m1, F32, 8],
+        e4m3_bf16[E4m3, Bf16], e4m3_f32[E4m3, F32], e2m1_bf16[E2m1, Bf16], e2m1_f32[E2m1, F32],
     }
 }
 

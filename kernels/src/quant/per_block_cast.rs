@@ -10,7 +10,7 @@ use super::common::{E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale, ue8m0};
 use crate::device::*;
 use crate::{kernel, unroll};
 
-/// Threads of the usual block.
+/// Threads of a block.
 pub const THREADS: u32 = 256;
 /// Side of the smallest scaling block.
 const UNIT: u32 = 32;
@@ -18,18 +18,18 @@ const UNIT: u32 = 32;
 const GRID_Y: u32 = 1 << 15;
 
 /// One block a tile of `tile` rows and columns, columns first: neighbours in x share DRAM pages.
-pub fn config(num_tokens: u32, hidden: u32, tile: (u32, u32), threads: u32) -> LaunchConfig {
+pub fn config(num_tokens: u32, hidden: u32, tile: (u32, u32)) -> LaunchConfig {
     let rows = ceil_div(num_tokens, tile.0);
     let y = if rows < GRID_Y { rows } else { GRID_Y };
     let z = if y == 0 { 0 } else { ceil_div(rows, y) };
-    LaunchConfig::grid([ceil_div(hidden, tile.1), y, z], threads).shared(&shared().0)
+    LaunchConfig::grid([ceil_div(hidden, tile.1), y, z], THREADS).shared(&shared().0)
 }
 
-/// Bits of the largest magnitude of each scaling block in a tile, 128 by 256 values at most.
+/// Bits of the largest magnitude of each scaling block in a tile, 128 by 128 values at most.
 #[inline(always)]
 fn shared() -> (SharedLayout, Shared<u32>) {
     let mut layout = SharedLayout::new();
-    let maxima = layout.array(32);
+    let maxima = layout.array(WARP_SIZE);
     (layout, maxima)
 }
 
@@ -212,7 +212,7 @@ impl Source for F32 {
     }
 }
 
-/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it, after their loads.
+/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it.
 #[inline(always)]
 fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize>(
     held: &[[u32; 4]; N],
@@ -224,7 +224,6 @@ fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: 
     if thread_idx() < WARP_SIZE {
         maxima.set(thread_idx(), 0);
     }
-    // While the loads are on their way.
     block_sync();
     // Magnitudes are compared as integers. A distance of 0 leaves what need not be joined.
     let lanes = row_lanes::<X, COLS>();
@@ -271,96 +270,42 @@ fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, 
     }
 }
 
-/// The body of [`cast`] and its variants.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn cast_tile<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool>(
-    x: In<u8>,
-    out: Out<u8>,
-    sf: Out<u8>,
-    layout: SfLayout,
-    x_stride: u32,
-    shape: Shape,
-    round: bool,
-    packed: bool,
-) {
-    let at = Place::new::<X, ROWS, COLS, N>();
-    // Blocks of the last z that have no rows: all threads of a block leave together.
-    if at.tile_row::<ROWS>() >= shape.t {
-        return;
-    }
-    let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
-    let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, round);
-    store_sf(sf, layout, packed, value, at, shape);
-    if at.col >= shape.h {
-        return;
-    }
-    // Only bf16 to e2m1 has a shorter way, so only it is there twice.
-    if X::BYTES == 2 && T::BITS == 4 && round {
-        X::store::<T, N, true>(&held, inv, out, at, shape);
-    } else {
-        X::store::<T, N, false>(&held, inv, out, at, shape);
-    }
-}
-
 kernel! {
     op = per_block_cast;
     threads = 256;
     /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two. A tile is
-    /// `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`.
+    /// `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`. Where it is 32, the `flat` entries have less work a
+    /// block, which makes the tail shorter.
     pub fn cast[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
+        let (at, shape) = (Place::new::<X, ROWS, COLS, N>(), Shape { t, h, npt, npc });
+        // Blocks of the last z that have no rows: all threads of a block leave together.
+        if at.tile_row::<ROWS>() >= t {
+            return;
+        }
+        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
+        let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        let shape = Shape { t, h, npt, npc };
-        cast_tile::<X, T, ROWS, COLS, N, ALIGNED>(x, out, sf, layout, x_stride, shape, round != 0, packed != 0);
+        store_sf(sf, layout, packed != 0, value, at, shape);
+        if at.col >= h {
+            return;
+        }
+        // Only bf16 to e2m1 has a shorter way, so only it is there twice.
+        if X::BYTES == 2 && T::BITS == 4 && round != 0 {
+            X::store::<T, N, true>(&held, inv, out, at, shape);
+        } else {
+            X::store::<T, N, false>(&held, inv, out, at, shape);
+        }
     }
     entries {
-        bf16_e4m3_tall[Bf16, E4m3, 128, 128, 8, true], bf16_e2m1_tall[Bf16, E2m1, 128, 128, 8, true],
-        f32_e4m3_tall[F32, E4m3, 128, 128, 16, true], f32_e2m1_tall[F32, E2m1, 128, 128, 16, true],
+        bf16_e4m3[Bf16, E4m3, 128, 128, 8, true], bf16_e2m1[Bf16, E2m1, 128, 128, 8, true],
+        f32_e4m3[F32, E4m3, 128, 128, 16, true], f32_e2m1[F32, E2m1, 128, 128, 16, true],
         bf16_e4m3_flat[Bf16, E4m3, 32, 128, 2, true], bf16_e2m1_flat[Bf16, E2m1, 32, 128, 2, true],
         f32_e4m3_flat[F32, E4m3, 32, 128, 4, true], f32_e2m1_flat[F32, E2m1, 32, 128, 4, true],
         bf16_e4m3_unaligned[Bf16, E4m3, 128, 128, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 128, 128, 8, false],
         f32_e4m3_unaligned[F32, E4m3, 128, 128, 16, false], f32_e2m1_unaligned[F32, E2m1, 128, 128, 16, false],
-    }
-}
-
-kernel! {
-    op = per_block_cast;
-    threads = 512;
-    /// `cast` with blocks of 512 threads, for comparison.
-    pub fn cast_512[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
-        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
-        npt: u32, npc: u32, round: u32, packed: u32,
-    ) {
-        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        let shape = Shape { t, h, npt, npc };
-        cast_tile::<X, T, ROWS, COLS, N, ALIGNED>(x, out, sf, layout, x_stride, shape, round != 0, packed != 0);
-    }
-    entries {
-        f32_e4m3_tall[F32, E4m3, 128, 128, 8, true], f32_e2m1_tall[F32, E2m1, 128, 128, 8, true],
-        bf16_e4m3_flat[Bf16, E4m3, 32, 256, 2, true], bf16_e2m1_flat[Bf16, E2m1, 32, 256, 2, true],
-        f32_e4m3_flat[F32, E4m3, 32, 128, 2, true], f32_e2m1_flat[F32, E2m1, 32, 128, 2, true],
-    }
-}
-
-kernel! {
-    op = per_block_cast;
-    threads = 1024, blocks = 2;
-    /// `cast` with blocks of 1024 threads, for comparison.
-    pub fn cast_1024[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
-        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
-        npt: u32, npc: u32, round: u32, packed: u32,
-    ) {
-        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        let shape = Shape { t, h, npt, npc };
-        cast_tile::<X, T, ROWS, COLS, N, ALIGNED>(x, out, sf, layout, x_stride, shape, round != 0, packed != 0);
-    }
-    entries {
-        bf16_e4m3_tall[Bf16, E4m3, 128, 128, 2, true], bf16_e2m1_tall[Bf16, E2m1, 128, 128, 2, true],
-        f32_e4m3_tall[F32, E4m3, 128, 128, 4, true], f32_e2m1_tall[F32, E2m1, 128, 128, 4, true],
-        bf16_e4m3_wide[Bf16, E4m3, 128, 256, 4, true], bf16_e2m1_wide[Bf16, E2m1, 128, 256, 4, true],
     }
 }
 

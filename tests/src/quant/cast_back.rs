@@ -7,7 +7,7 @@ use crate::support::compare::{Bits, equal};
 use crate::support::golden::{Case as GoldenCase, Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::cast_back::{Args, PerTokenArgs, Tuning, cast_back, cast_back_tuned, per_token_cast_back};
+use ferrotile::quant::cast_back::{Args, PerTokenArgs, cast_back, cast_back_in_parts, per_token_cast_back};
 use ferrotile::quant::{Format, Sf, SfLayout};
 use ferrotile::{Buffer, DType, Device, E4m3, Element, Stream, TensorMut, TensorRef};
 use half::bf16;
@@ -214,14 +214,15 @@ impl<O: Output> Destination<O> {
 enum Way {
     Block,
     PerToken,
-    Tuned(Tuning),
+    /// In launches of so many tokens.
+    Parts(u32),
 }
 
 fn call(stream: &Stream, way: Way, x: TensorRef<'_>, sf: Sf<'_>, block: (u32, u32), out: TensorMut<'_>) -> ferrotile::Result<()> {
     match way {
         Way::Block => cast_back(stream, Args { x, sf, block, out }),
         Way::PerToken => per_token_cast_back(stream, PerTokenArgs { x, sf, npc: block.1, out }),
-        Way::Tuned(tuning) => cast_back_tuned(stream, Args { x, sf, block, out }, tuning),
+        Way::Parts(tokens) => cast_back_in_parts(stream, Args { x, sf, block, out }, tokens),
     }
 }
 
@@ -264,17 +265,9 @@ fn name(way: Way, p: &Problem, layout: SfLayout, out: &str) -> String {
     let way = match way {
         Way::Block => String::new(),
         Way::PerToken => ",per_token".to_owned(),
-        Way::Tuned(tuning) => format!(",{}", tuned(tuning)),
+        Way::Parts(tokens) => format!(",max_tokens={tokens}"),
     };
     format!("fmt={format},h={hidden},layout={layout},out={out},sf={npt}x{npc},t={tokens}{way}")
-}
-
-/// How a case is called that the launcher would do in another way.
-fn tuned(tuning: Tuning) -> String {
-    let Tuning { rows, items, threads, channel_rows, max_tokens } = tuning;
-    let by = if rows { "row" } else { "tensor" };
-    let limit = if max_tokens == u32::MAX { String::new() } else { format!(",max_tokens={max_tokens}") };
-    format!("by={by},items={items},threads={threads},channel_rows={channel_rows}{limit}")
 }
 
 /// The blocks and layouts of one shape that are checked at both depths: every width of a block, every layout, ragged edges.
@@ -306,7 +299,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         }
     }
     placements(ctx)?;
-    variants(ctx)?;
+    parts(ctx)?;
     if ctx.depth == Depth::Full {
         grid(ctx)?;
     }
@@ -401,25 +394,15 @@ fn placements(ctx: &Ctx) -> Result<(), String> {
     Ok(())
 }
 
-/// Other numbers of items and threads, blocks in one row, and more launches than one.
-fn variants(ctx: &Ctx) -> Result<(), String> {
+/// More launches than one.
+fn parts(ctx: &Ctx) -> Result<(), String> {
     use SfLayout::{ColMajor, ColMajorPacked, RowMajor, RowMajorPacked};
-    let usual = Tuning::default();
-    let tunings = [
-        (Tuning { threads: 512, ..usual }, RowMajor),
-        (Tuning { items: 2, ..usual }, ColMajor),
-        (Tuning { items: 2, threads: 512, max_tokens: 4, ..usual }, ColMajorPacked),
-        (Tuning { rows: true, ..usual }, RowMajor),
-        (Tuning { rows: true, max_tokens: 7, ..usual }, RowMajorPacked),
-        (Tuning { max_tokens: 2, ..usual }, ColMajor),
-        (Tuning { max_tokens: 7, ..usual }, ColMajorPacked),
-        (Tuning { channel_rows: 8, ..usual }, RowMajor),
-    ];
+    let limits = [(1, RowMajor), (2, ColMajor), (4, ColMajorPacked), (7, RowMajorPacked)];
     for shape in [(17, 1024), (9, 2048), (33, 192)] {
         for format in [Format::E4m3, Format::E2m1] {
-            for (tuning, layout) in tunings {
+            for (tokens, layout) in limits {
                 for block in [(3, 128), (11, 1)] {
-                    let way = Way::Tuned(tuning);
+                    let way = Way::Parts(tokens);
                     let p = Problem::random(format, shape, block, layout.is_packed());
                     let case = name(way, &p, layout, "both");
                     if ctx.case(&case) {
@@ -525,29 +508,21 @@ fn golden_output<O: Output>(
     out.check(case, expected)
 }
 
-/// The cases of the peers and of their own benchmark, then small ones and those that choose between variants.
+/// The cases of the peers and of their own benchmark, then small ones.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
     let mut add =
         |case: String, format, shape, block, layout, out, way| rows.push(row(case, format, shape, block, layout, out, way));
     let (r, cp) = (SfLayout::RowMajor, SfLayout::ColMajorPacked);
     let (e4m3, e2m1) = (Format::E4m3, Format::E2m1);
-    let (large, usual) = ((8064, 7168), Tuning::default());
+    let large = (8064, 7168);
     for format in [e4m3, e2m1] {
         for out in ["bf16", "fp32"] {
             let case = format!("fmt={format},h=7168,out={out},sf=1x128,t=8064");
-            add(case.clone(), format, large, (1, 128), r, out, Way::PerToken);
-            for tuning in [Tuning { threads: 512, ..usual }, Tuning { items: 2, ..usual }, Tuning { rows: true, ..usual }] {
-                add(format!("{case},{}", tuned(tuning)), format, large, (1, 128), r, out, Way::Tuned(tuning));
-            }
+            add(case, format, large, (1, 128), r, out, Way::PerToken);
         }
     }
     add("fmt=e4m3,h=7168,out=bf16,sf=128x128,t=8064".to_owned(), e4m3, large, (128, 128), r, "bf16", Way::Block);
-    for out in ["bf16", "fp32"] {
-        let tuning = Tuning { channel_rows: 8, ..usual };
-        let case = format!("fmt=e4m3,h=7168,layout=R,out={out},sf=128x1,t=8001,{}", tuned(tuning));
-        add(case, e4m3, (8001, 7168), (128, 1), r, out, Way::Tuned(tuning));
-    }
     for (format, hidden, tokens, block, layout, out) in [
         (e2m1, 7168, 8001, (1, 7168), r, "fp32"),
         (e2m1, 7168, 8001, (1, 128), cp, "fp32"),

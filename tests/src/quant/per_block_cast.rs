@@ -399,16 +399,6 @@ fn check_input(ctx: &Ctx, input: &Input, blocks: &[Block], kind: &str) -> Result
                             out.check_sf(&name, &words)?;
                             out.check_data(&name, &expected().data)?;
                         }
-                        if i == 1 {
-                            for &tuning in &op::tunings(input.dtype() == DType::Bf16, block.0 == 128)[1..] {
-                                let mut out = Outputs::new(&ctx.device, input, format, block, layout)?;
-                                let launcher = |s: &Stream, args: Args<'_>| op::per_block_cast_tuned(s, args, tuning);
-                                out.cast_by(launcher, &stream, x, block, round).map_err(text)?;
-                                let name = format!("{name},{tuning:?}");
-                                out.check_sf(&name, &words)?;
-                                out.check_data(&name, &expected().data)?;
-                            }
-                        }
                     }
                     let name = case("sf_only", layout);
                     if ctx.case(&name) {
@@ -612,21 +602,6 @@ pub fn bench() -> Vec<Row> {
     for format in [Format::E4m3, Format::E2m1] {
         let case = format!("block=128x128,fmt={format},h=7168,input=bf16,t=8064");
         rows.push(row(case, DType::Bf16, (8064, 7168), format, (128, 128), SfLayout::RowMajor));
-    }
-    // Which blocks are the fastest is for a GPU to say.
-    for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
-        for format in [Format::E4m3, Format::E2m1] {
-            for block in [(128, 128), (32, 32)] {
-                for &tuning in op::tunings(dtype == DType::Bf16, block.0 == 128) {
-                    let op::Tuning { threads, columns } = tuning;
-                    let block_name = format!("{}x{}", block.0, block.1);
-                    let case =
-                        format!("block={block_name},cols={columns},fmt={format},h=7168,input={input},t=8064,threads={threads}");
-                    let launcher = move |s: &Stream, args: Args<'_>| op::per_block_cast_tuned(s, args, tuning);
-                    rows.push(row_by(launcher, case, dtype, (8064, 7168), format, block, SfLayout::RowMajor));
-                }
-            }
-        }
     }
     for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
         for format in [Format::E4m3, Format::E2m1] {
