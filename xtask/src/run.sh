@@ -22,7 +22,8 @@ check() {
 }
 
 bench() {
-  "$here/bench" ${FILTER:+"$FILTER"} --device "cuda:$GPU" --json "$OUT/bench.jsonl"
+  # Without the driver's cache, so that the first launch of an op is one that compiles.
+  CUDA_CACHE_DISABLE=1 "$here/bench" ${FILTER:+"$FILTER"} --device "cuda:$GPU" --json "$OUT/bench.jsonl"
 }
 
 sanitizer() {
