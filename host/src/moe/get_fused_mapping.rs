@@ -2,7 +2,7 @@
 
 use crate::{Buffer, DType, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::moe::get_fused_mapping as kernels;
-use kernels::{count, fused, place};
+use kernels::{Plan, mapping};
 
 const OP: &str = "get_fused_mapping";
 
@@ -29,15 +29,17 @@ pub struct Args<'a> {
     pub expert_end: TensorMut<'a>,
     /// Rows of each expert, padding included, i32 `[num_experts]`.
     pub num_tokens_per_expert: TensorMut<'a>,
-    /// Scratch, u8 `[n]` with `n` at least [`workspace_bytes`], contiguous, 4-byte aligned. Its contents do not matter;
-    /// calls that may run at the same time need one each.
+    /// Where the multiprocessors tell each other what they counted: u8 `[n]` with `n` at least [`workspace_bytes`], contiguous,
+    /// 8-byte aligned. Zeroed once, when it is made (`device.zeros::<u8>(bytes)`); every call leaves it ready for the next one, of
+    /// any shape for which it is large enough. Calls that may run at the same time need one each, else they may never end.
     pub workspace: TensorMut<'a>,
 }
 
-/// Bytes of workspace that [`get_fused_mapping`] needs, at most 128 KiB. 0 for arguments that it refuses.
+/// Bytes of workspace that [`get_fused_mapping`] needs, at most 256 KiB and a word; more tokens never need less. 0 for arguments that
+/// it refuses.
 pub fn workspace_bytes(num_tokens: u64, num_topk: u64, num_experts: u64) -> u64 {
     match (num_tokens.checked_mul(num_topk), num_experts) {
-        (Some(n), 1..=MAX_EXPERTS) if n <= i32::MAX as u64 => 4 * kernels::workspace_words(n as u32, num_experts as u32) as u64,
+        (Some(n), 1..=MAX_EXPERTS) if n <= i32::MAX as u64 => 8 * kernels::workspace_words(n as u32, num_experts as u32) as u64,
         _ => 0,
     }
 }
@@ -59,7 +61,10 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 /// | `token_topk_to_pos` | `[num_tokens, num_topk]` | i32 |
 /// | `expert_start`, `expert_end`, `num_tokens_per_expert` | `[num_experts]` | i32 |
 ///
-/// All are contiguous. Expert `e` owns rows `expert_start[e]..expert_end[e]`, its number of choices rounded up to `alignment`; expert 0
+/// All are contiguous. `workspace` is zeroed once and then serves any number of calls, one after the other; see [`Args::workspace`]. From
+/// 8193 choices on the launch is cooperative: it starts when the GPU has room for all of its blocks, at most one per multiprocessor.
+///
+/// Expert `e` owns rows `expert_start[e]..expert_end[e]`, its number of choices rounded up to `alignment`; expert 0
 /// starts at row 0 and each expert where the one before ends. Choices stand in ascending order of `token * num_topk + choice` inside
 /// an expert, whatever the GPU, so the result is deterministic. Padding rows and rows after the last expert hold -1, as does
 /// `token_topk_to_pos` for a choice without expert. Values outside `0..num_experts` count as -1.
@@ -81,7 +86,7 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 /// let mut experts: Vec<_> = (0..3).map(|_| device.alloc::<i32>(2)).collect::<Result<_, _>>()?;
 /// let [expert_start, expert_end, num_tokens_per_expert] = &mut experts[..] else { unreachable!() };
 /// let bytes = workspace_bytes(2, 2, 2);
-/// let mut workspace = device.alloc::<u8>(bytes as usize)?;
+/// let mut workspace = device.zeros::<u8>(bytes as usize)?;
 /// let args = Args {
 ///     topk_idx: topk_idx.tensor(&[2, 2])?,
 ///     alignment: 2,
@@ -108,74 +113,37 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 /// alignment of 0, or more than 2^31 - 1 choices or rows; [`Error::Overlap`](crate::Error::Overlap),
 /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), [`Error::Driver`](crate::Error::Driver).
 pub fn get_fused_mapping(stream: &Stream, args: Args<'_>) -> Result<()> {
-    get_fused_mapping_with(stream, args, How { fused: false, num_sms: stream.device().num_sms() })
+    let sizes = check_args(stream, &args)?;
+    launch(stream, args, &sizes, kernels::plan(sizes.n, sizes.e, stream.device().num_sms()))
 }
 
-/// What [`get_fused_mapping_with`] varies.
+/// [`get_fused_mapping`] with at most so many blocks, for the benchmark.
 #[doc(hidden)]
-#[derive(Clone, Copy, Debug)]
-pub struct How {
-    /// One cooperative launch instead of two launches. The workspace then is 4 bytes longer, and its first 4 bytes are zeroed once.
-    pub fused: bool,
-    /// Multiprocessors to plan for.
-    pub num_sms: u32,
+pub fn get_fused_mapping_with(stream: &Stream, args: Args<'_>, blocks: u32) -> Result<()> {
+    let sizes = check_args(stream, &args)?;
+    let most = kernels::plan_of(sizes.n, stream.device().num_sms());
+    launch(stream, args, &sizes, kernels::plan_of(sizes.n, blocks.min(most.blocks)))
 }
 
-/// [`get_fused_mapping`] in another way with the same result, for tests and the benchmark.
-#[doc(hidden)]
-pub fn get_fused_mapping_with(stream: &Stream, args: Args<'_>, how: How) -> Result<()> {
-    let Sizes { n, e, k, p } = check_args(stream, &args, if how.fused { 4 } else { 0 })?;
-    let plan = kernels::plan(n, e, how.num_sms);
-    let groups = plan.groups;
-    let alignment = args.alignment;
-    let topk_idx = args.topk_idx.input();
-    let (pos_to_expert, pos_to_token) = (args.pos_to_expert.output(), args.pos_to_token.output());
-    let (pos_to_token_topk, token_topk_to_pos) = (args.pos_to_token_topk.output(), args.token_topk_to_pos.output());
-    let (expert_start, expert_end) = (args.expert_start.output(), args.expert_end.output());
-    let num_tokens_per_expert = args.num_tokens_per_expert.output();
-    let words = args.workspace.output::<u32>();
-    if how.fused {
-        let values = fused::Args {
-            topk_idx,
-            counts: words.at(1),
-            barrier: words,
-            pos_to_expert,
-            pos_to_token,
-            pos_to_token_topk,
-            token_topk_to_pos,
-            expert_start,
-            expert_end,
-            num_tokens_per_expert,
-            n,
-            e,
-            k,
-            groups,
-            p,
-            alignment,
-        };
-        return stream.launch(OP, &fused::ENTRY, &kernels::config_fused(plan, e), &values);
-    }
-    let counts = words;
-    let values = count::Args { topk_idx, counts, pos_to_expert, pos_to_token, pos_to_token_topk, n, e, groups, p };
-    stream.launch(OP, &count::ENTRY, &kernels::config_count(plan, e), &values)?;
-    let values = place::Args {
-        topk_idx,
-        counts,
-        pos_to_expert,
-        pos_to_token,
-        pos_to_token_topk,
-        token_topk_to_pos,
-        expert_start,
-        expert_end,
-        num_tokens_per_expert,
-        n,
-        e,
-        k,
-        groups,
-        p,
-        alignment,
+fn launch(stream: &Stream, args: Args<'_>, sizes: &Sizes, plan: Plan) -> Result<()> {
+    let values = mapping::Args {
+        topk_idx: args.topk_idx.input(),
+        workspace: args.workspace.output(),
+        pos_to_expert: args.pos_to_expert.output(),
+        pos_to_token: args.pos_to_token.output(),
+        pos_to_token_topk: args.pos_to_token_topk.output(),
+        token_topk_to_pos: args.token_topk_to_pos.output(),
+        expert_start: args.expert_start.output(),
+        expert_end: args.expert_end.output(),
+        num_tokens_per_expert: args.num_tokens_per_expert.output(),
+        n: sizes.n,
+        e: sizes.e,
+        k: sizes.k,
+        groups: plan.groups,
+        p: sizes.p,
+        alignment: args.alignment,
     };
-    stream.launch(OP, &place::ENTRY, &kernels::config_place(plan, e), &values)
+    stream.launch(OP, &mapping::ENTRY, &kernels::config(plan, sizes.e), &values)
 }
 
 /// What [`get_fused_mapping_alloc`] returns. The three tensors by row have more elements than rows that are needed:
@@ -232,7 +200,7 @@ pub fn get_fused_mapping_alloc(
     let device = *stream.device();
     let by_row = || device.alloc::<i32>(rows as usize);
     let by_expert = || device.alloc::<i32>(num_experts as usize);
-    let mut workspace = device.alloc::<u8>(bytes as usize)?;
+    let mut workspace = device.zeros::<u8>(bytes as usize)?;
     let mut mapping = FusedMapping {
         num_expanded_tokens: 0,
         pos_to_expert: by_row()?,
@@ -282,7 +250,7 @@ fn check_counts(topk_idx: &View, num_experts: u64, alignment: u32) -> Result<u64
     Ok(n)
 }
 
-fn check_args(stream: &Stream, args: &Args<'_>, more_workspace: u64) -> Result<Sizes> {
+fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     let topk_idx = &args.topk_idx;
     check::rank(OP, "topk_idx", topk_idx, 2)?;
     check::dtype(OP, "topk_idx", topk_idx, &[DType::I64])?;
@@ -312,8 +280,8 @@ fn check_args(stream: &Stream, args: &Args<'_>, more_workspace: u64) -> Result<S
     check::rank(OP, "workspace", workspace, 1)?;
     check::dtype(OP, "workspace", workspace, &[DType::U8])?;
     check::contiguous(OP, "workspace", workspace)?;
-    check::aligned(OP, "workspace", workspace, 4)?;
-    let bytes = workspace_bytes(topk_idx.dim(0), topk_idx.dim(1), e) + more_workspace;
+    check::aligned(OP, "workspace", workspace, 8)?;
+    let bytes = workspace_bytes(topk_idx.dim(0), topk_idx.dim(1), e);
     if workspace.dim(0) < bytes {
         let (expected, got) = (format!("at least [{bytes}]"), format!("{:?}", workspace.shape()));
         return Err(crate::Error::Shape { op: OP, arg: "workspace", expected, got });

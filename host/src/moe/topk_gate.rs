@@ -29,7 +29,7 @@ pub struct Args<'a> {
 /// Infinities are numbers like others. NaN comes after everything else, so it is chosen only where a row has fewer than `num_topk`
 /// numbers. No expert is chosen twice. Every `num_topk` up to 32 and up to `num_experts` is allowed, and every `num_experts` below
 /// 2^31; the fast path takes up to 1024 experts, and rows whose candidates do not fit a warp (more than about 24 equal scores at the
-/// threshold, or `num_topk` beyond 16) take a slower one. (Facts: moe.md, section 2.)
+/// threshold, or `num_topk` beyond about 20) take a slower one. (Facts: moe.md, section 2.)
 ///
 /// ```
 /// use ferrotile::moe::topk_gate::{Args, topk_gate};
@@ -49,12 +49,6 @@ pub struct Args<'a> {
 /// 32 bits; [`Error::Overlap`](crate::Error::Overlap), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
 /// [`Error::Driver`](crate::Error::Driver).
 pub fn topk_gate(stream: &Stream, args: Args<'_>) -> Result<()> {
-    topk_gate_with(stream, args, true)
-}
-
-/// [`topk_gate`] with or without 16-byte loads, for the benchmark.
-#[doc(hidden)]
-pub fn topk_gate_with(stream: &Stream, args: Args<'_>, vectors: bool) -> Result<()> {
     let sizes = check_args(stream, &args)?;
     if args.topk_idx.is_empty() {
         return Ok(());
@@ -64,7 +58,7 @@ pub fn topk_gate_with(stream: &Stream, args: Args<'_>, vectors: bool) -> Result<
     let aligned = ptr.is_multiple_of(16) && (sizes.t == 1 || row_stride.is_multiple_of(4)) && sizes.e.is_multiple_of(4);
     let values =
         gate::Args { scores: args.scores.input(), idx: args.topk_idx.output(), t: sizes.t, e: sizes.e, k: sizes.k, row_stride };
-    stream.launch(OP, entry(sizes.e, vectors && aligned), &kernels::config(sizes.t), &values)
+    stream.launch(OP, entry(sizes.e, aligned), &kernels::config(sizes.t), &values)
 }
 
 /// The kernel that holds rows of `e` experts in registers, or the one for longer rows.

@@ -68,6 +68,20 @@ impl<T: Atomic> Out<T> {
         backend::compare_exchange(self.element(i), expected, value, scope)
     }
 
+    /// Read what another thread stores atomically; orders nothing else.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load_relaxed(self, i: u32, scope: Scope) -> T {
+        backend::load_relaxed(self.element(i), scope)
+    }
+
+    /// Write what other threads load atomically; orders nothing else.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_relaxed(self, i: u32, value: T, scope: Scope) {
+        backend::store_relaxed(self.element(i), value, scope)
+    }
+
     /// Read what another thread released.
     #[inline(always)]
     #[track_caller]

@@ -327,6 +327,10 @@ pub trait AtomicWord: Word {
     #[doc(hidden)]
     unsafe fn cas(p: Ptr, expected: Self, v: Self, scope: Scope) -> Self;
     #[doc(hidden)]
+    unsafe fn ld_relaxed(p: Ptr, scope: Scope) -> Self;
+    #[doc(hidden)]
+    unsafe fn st_relaxed(p: Ptr, v: Self, scope: Scope);
+    #[doc(hidden)]
     unsafe fn ld_acquire(p: Ptr, scope: Scope) -> Self;
     #[doc(hidden)]
     unsafe fn st_release(p: Ptr, v: Self, scope: Scope);
@@ -350,6 +354,26 @@ macro_rules! atom_scopes {
             (Scope::System, true) => atom!("acq_rel", "sys", "global", $op, $ty, reg64, $reg, $p, $v),
         }
     };
+}
+macro_rules! ld_scopes {
+    ($sem:literal, $scope:expr, $ty:literal, $reg:ident, $p:expr) => {{
+        let r;
+        match $scope {
+            Scope::Block => asm!(concat!("ld.", $sem, ".cta.global.", $ty, " {0}, [{1}];"), out($reg) r, in(reg64) $p, options(nostack)),
+            Scope::Gpu => asm!(concat!("ld.", $sem, ".gpu.global.", $ty, " {0}, [{1}];"), out($reg) r, in(reg64) $p, options(nostack)),
+            Scope::System => asm!(concat!("ld.", $sem, ".sys.global.", $ty, " {0}, [{1}];"), out($reg) r, in(reg64) $p, options(nostack)),
+        }
+        r
+    }};
+}
+macro_rules! st_scopes {
+    ($sem:literal, $scope:expr, $ty:literal, $reg:ident, $p:expr, $v:expr) => {{
+        match $scope {
+            Scope::Block => asm!(concat!("st.", $sem, ".cta.global.", $ty, " [{0}], {1};"), in(reg64) $p, in($reg) $v, options(nostack)),
+            Scope::Gpu => asm!(concat!("st.", $sem, ".gpu.global.", $ty, " [{0}], {1};"), in(reg64) $p, in($reg) $v, options(nostack)),
+            Scope::System => asm!(concat!("st.", $sem, ".sys.global.", $ty, " [{0}], {1};"), in(reg64) $p, in($reg) $v, options(nostack)),
+        }
+    }};
 }
 macro_rules! atomic_word {
     ($($t:ty, $reg:ident, $add:literal, $bits:literal, $plain:literal, [$($op:ident $name:literal $ty:literal),*];)*) => { $(impl AtomicWord for $t {
@@ -388,26 +412,20 @@ macro_rules! atomic_word {
             r
         }
         #[inline(always)]
+        unsafe fn ld_relaxed(p: Ptr, scope: Scope) -> Self {
+            unsafe { ld_scopes!("relaxed", scope, $plain, $reg, p.0) }
+        }
+        #[inline(always)]
+        unsafe fn st_relaxed(p: Ptr, v: Self, scope: Scope) {
+            unsafe { st_scopes!("relaxed", scope, $plain, $reg, p.0, v) }
+        }
+        #[inline(always)]
         unsafe fn ld_acquire(p: Ptr, scope: Scope) -> Self {
-            let r;
-            unsafe {
-                match scope {
-                    Scope::Block => asm!(concat!("ld.acquire.cta.global.", $plain, " {0}, [{1}];"), out($reg) r, in(reg64) p.0, options(nostack)),
-                    Scope::Gpu => asm!(concat!("ld.acquire.gpu.global.", $plain, " {0}, [{1}];"), out($reg) r, in(reg64) p.0, options(nostack)),
-                    Scope::System => asm!(concat!("ld.acquire.sys.global.", $plain, " {0}, [{1}];"), out($reg) r, in(reg64) p.0, options(nostack)),
-                }
-            }
-            r
+            unsafe { ld_scopes!("acquire", scope, $plain, $reg, p.0) }
         }
         #[inline(always)]
         unsafe fn st_release(p: Ptr, v: Self, scope: Scope) {
-            unsafe {
-                match scope {
-                    Scope::Block => asm!(concat!("st.release.cta.global.", $plain, " [{0}], {1};"), in(reg64) p.0, in($reg) v, options(nostack)),
-                    Scope::Gpu => asm!(concat!("st.release.gpu.global.", $plain, " [{0}], {1};"), in(reg64) p.0, in($reg) v, options(nostack)),
-                    Scope::System => asm!(concat!("st.release.sys.global.", $plain, " [{0}], {1};"), in(reg64) p.0, in($reg) v, options(nostack)),
-                }
-            }
+            unsafe { st_scopes!("release", scope, $plain, $reg, p.0, v) }
         }
     })* };
 }
@@ -428,6 +446,14 @@ pub fn atomic_shared<T: AtomicWord>(p: SharedPtr, op: AtomicOp, v: T) -> T {
 #[inline(always)]
 pub fn compare_exchange<T: AtomicWord>(p: Ptr, expected: T, v: T, scope: Scope) -> T {
     unsafe { T::cas(p, expected, v, scope) }
+}
+#[inline(always)]
+pub fn load_relaxed<T: AtomicWord>(p: Ptr, scope: Scope) -> T {
+    unsafe { T::ld_relaxed(p, scope) }
+}
+#[inline(always)]
+pub fn store_relaxed<T: AtomicWord>(p: Ptr, v: T, scope: Scope) {
+    unsafe { T::st_relaxed(p, v, scope) }
 }
 #[inline(always)]
 pub fn load_acquire<T: AtomicWord>(p: Ptr, scope: Scope) -> T {

@@ -4,21 +4,28 @@
 //!       expert_start, expert_end, num_tokens_per_expert i32 `[e]`; -1 where there is nothing
 //! Exact integers; slots of an expert stand in ascending order whatever the launch. Values outside `0..e` count as -1; a slot whose
 //!       row would be `p` or more is dropped from all arrays of positions.
-//! Map   `count`: each block counts its slots by expert. `place`: each block adds up the counts of all blocks and of those before
-//!       it, lays out the experts, and places its slots, warps one after the other. A warp owns `groups` runs of 32 slots.
-//! Cost  16·n bytes read, 4·n + 12·p written, and blocks²·e counts from L2; bound by two launches and four trips to memory.
+//! Map   a warp owns `groups` runs of 32 slots. Each block counts its slots by expert and publishes the counts; it adds up those of
+//!       all blocks and of those before it, lays out the experts, and places its slots. A single block has nothing to publish.
+//! Cost  8·n bytes read, 4·n + 12·p written, and 8·blocks²·e of counts from L2; bound by two trips to memory, one for the slots and
+//!       one for the counts.
 
 use crate::device::*;
-use crate::kernel;
+use crate::{kernel, unroll};
 
-/// Threads of a block, one for each expert.
+/// Threads of a block, one for each expert. A thread may use 64 registers, so that one block fills an SM.
 pub const THREADS: u32 = 1024;
 const WARPS: u32 = THREADS / WARP_SIZE;
 
 /// Most experts.
 pub const MAX_EXPERTS: u32 = THREADS;
 
-/// Every block reads the counts of all blocks, so more than 128 KiB of them cost more than what further blocks save.
+/// Runs of slots that a warp loads at once and keeps in registers.
+const HELD: usize = 4;
+
+/// Up to this many slots one block is faster than several that have to exchange counts.
+const MAX_ALONE: u32 = 8 * THREADS;
+
+/// Every block reads the counts of all blocks, so more than 256 KiB of them cost more than what further blocks save.
 const MAX_COUNTS: u32 = 32 << 10;
 
 /// How the slots are divided: a block has 32 warps, a warp `groups` runs of 32 slots.
@@ -30,18 +37,23 @@ pub struct Plan {
     pub groups: u32,
 }
 
-/// The plan for `n` slots (at most 2^31) and `e` experts (1 to [`MAX_EXPERTS`]): two blocks on an SM if there is work for them.
+/// The plan for `n` slots (at most 2^31) and `e` experts (1 to [`MAX_EXPERTS`]): a block on every SM if there is work for them.
 pub const fn plan(n: u32, e: u32, num_sms: u32) -> Plan {
     let by_counts = max_blocks(e);
-    let most = if 2 * num_sms < by_counts { 2 * num_sms } else { by_counts };
-    let groups = at_least_1(ceil_div(n, most * THREADS));
+    let most = if num_sms < by_counts { num_sms } else { by_counts };
+    plan_of(n, if n <= MAX_ALONE { 1 } else { most })
+}
+
+/// The plan for `n` slots with at most `most` blocks.
+pub const fn plan_of(n: u32, most: u32) -> Plan {
+    let groups = at_least_1(ceil_div(n, at_least_1(most) * THREADS));
     Plan { blocks: at_least_1(ceil_div(n, groups * THREADS)), groups }
 }
 
-/// Words of workspace that are enough for [`plan`] on any device: the counts.
+/// Words of 8 bytes of workspace that are enough for [`plan`] on any device: the number of calls, and the counts.
 pub const fn workspace_words(n: u32, e: u32) -> u32 {
     let (by_slots, by_counts) = (at_least_1(ceil_div(n, THREADS)), max_blocks(e));
-    (if by_slots < by_counts { by_slots } else { by_counts }) * e
+    1 + (if by_slots < by_counts { by_slots } else { by_counts }) * e
 }
 
 const fn max_blocks(e: u32) -> u32 {
@@ -55,125 +67,125 @@ const fn at_least_1(v: u32) -> u32 {
     if v == 0 { 1 } else { v }
 }
 
-/// Shared memory of `count`: one counter for each expert.
-const fn shared_count(e: u32) -> (SharedLayout, Shared<u32>) {
-    let mut layout = SharedLayout::new();
-    let counters = layout.array(e);
-    (layout, counters)
-}
-
-/// Shared memory of `place`: a counter for each warp and expert, and the block's sums.
-struct PlaceShared {
+/// Shared memory, indexed by expert unless said otherwise.
+struct Block {
     layout: SharedLayout,
+    /// By warp and expert: slots of the warp, then slots of the warps before it.
     counters: Shared<u32>,
+    /// Slots of all blocks.
     total: Shared<u32>,
-    before: Shared<u32>,
+    /// Slots of the blocks before this one, then the row of this block's first slot.
+    base: Shared<u32>,
+    /// Row after the last one, padding included.
+    end: Shared<u32>,
+    /// By warp.
     scratch: Shared<u32>,
+    /// One word: number of this call.
+    call: Shared<u32>,
 }
 
-const fn shared_place(e: u32) -> PlaceShared {
+const fn block(e: u32) -> Block {
     let mut layout = SharedLayout::new();
     let counters = layout.array(WARPS * e);
-    let (total, before, scratch) = (layout.array(e), layout.array(e), layout.array(WARPS));
-    PlaceShared { layout, counters, total, before, scratch }
+    let (total, base, end) = (layout.array(e), layout.array(e), layout.array(e));
+    let (scratch, call) = (layout.array(WARPS), layout.array(1));
+    Block { layout, counters, total, base, end, scratch, call }
 }
 
-/// Grid and block of `count`.
-pub const fn config_count(plan: Plan, e: u32) -> LaunchConfig {
-    LaunchConfig::new(plan.blocks, THREADS).shared(&shared_count(e).0)
-}
-
-/// Grid and block of `place`.
-pub const fn config_place(plan: Plan, e: u32) -> LaunchConfig {
-    LaunchConfig::new(plan.blocks, THREADS).shared(&shared_place(e).layout)
-}
-
-/// Grid and block of `fused`.
-pub const fn config_fused(plan: Plan, e: u32) -> LaunchConfig {
-    config_place(plan, e).cooperative()
+/// Grid and block. Several blocks wait for each other, so they have to run at the same time.
+pub const fn config(plan: Plan, e: u32) -> LaunchConfig {
+    let config = LaunchConfig::new(plan.blocks, THREADS).shared(&block(e).layout);
+    if plan.blocks > 1 { config.cooperative() } else { config }
 }
 
 kernel! {
     op = get_fused_mapping;
-    threads = 1024, blocks = 2;
-    /// First launch: counts of each block into the workspace, and -1 everywhere in the arrays by position.
-    pub fn count(
-        topk_idx: In<i64>, counts: Out<u32>, pos_to_expert: Out<i32>, pos_to_token: Out<i32>, pos_to_token_topk: Out<i32>,
-        n: u32, e: u32, groups: u32, p: u32,
-    ) {
-        let slots = Slots::of_this_warp(topk_idx, n, e, groups);
-        let held = slots.expert(0);
-        let (_, counters) = shared_count(e);
-        if thread_idx() < e {
-            counters.set(thread_idx(), 0);
-        }
-        block_sync();
-        slots.count(held, counters);
-        fill(pos_to_expert, pos_to_token, pos_to_token_topk, p);
-        block_sync();
-        if thread_idx() < e {
-            counts.set(block_idx_x() * e + thread_idx(), counters.get(thread_idx()));
-        }
-    }
-}
-
-kernel! {
-    op = get_fused_mapping;
-    threads = 1024, blocks = 2;
-    /// Second launch: everything else.
-    pub fn place(
-        topk_idx: In<i64>, counts: Out<u32>, pos_to_expert: Out<i32>, pos_to_token: Out<i32>, pos_to_token_topk: Out<i32>,
-        token_topk_to_pos: Out<i32>, expert_start: Out<i32>, expert_end: Out<i32>, num_tokens_per_expert: Out<i32>,
-        n: u32, e: u32, k: u32, groups: u32, p: u32, alignment: u32,
-    ) {
-        let slots = Slots::of_this_warp(topk_idx, n, e, groups);
-        let held = slots.expert(0);
-        let shared = shared_place(e);
-        clear(&shared, e);
-        let sums = Sums::load(|i| counts.get(i), e);
-        block_sync();
-        sums.add(&shared, e);
-        slots.count(held, shared.counters.slice(warp_id() * e, e));
-        block_sync();
-        lay_out(&shared, expert_start, expert_end, num_tokens_per_expert, e, alignment);
-        block_sync();
-        let outputs = Outputs { pos_to_expert, pos_to_token, pos_to_token_topk, token_topk_to_pos, k, p };
-        slots.place(held, shared.counters.slice(warp_id() * e, e), &outputs);
-    }
-}
-
-kernel! {
-    op = get_fused_mapping;
-    threads = 1024, blocks = 2;
-    /// Both in one cooperative launch. `barrier` is one word that was zeroed once.
-    pub fn fused(
-        topk_idx: In<i64>, counts: Out<u32>, barrier: Out<u32>,
+    threads = 1024, blocks = 1;
+    /// `workspace` was zeroed once, and is not used by another launch at the same time.
+    pub fn mapping(
+        topk_idx: In<i64>, workspace: Out<u64>,
         pos_to_expert: Out<i32>, pos_to_token: Out<i32>, pos_to_token_topk: Out<i32>,
         token_topk_to_pos: Out<i32>, expert_start: Out<i32>, expert_end: Out<i32>, num_tokens_per_expert: Out<i32>,
         n: u32, e: u32, k: u32, groups: u32, p: u32, alignment: u32,
     ) {
         let slots = Slots::of_this_warp(topk_idx, n, e, groups);
-        let held = slots.expert(0);
-        let shared = shared_place(e);
-        clear(&shared, e);
-        block_sync();
-        slots.count(held, shared.counters.slice(warp_id() * e, e));
-        fill(pos_to_expert, pos_to_token, pos_to_token_topk, p);
-        block_sync();
-        if thread_idx() < e {
-            let mut sum = 0u32;
-            for warp in 0..WARPS {
-                sum += shared.counters.get(warp * e + thread_idx());
-            }
-            counts.set(block_idx_x() * e + thread_idx(), sum);
-        }
-        grid_sync(barrier);
-        Sums::load(|i| counts.get(i), e).add(&shared, e);
-        block_sync();
-        lay_out(&shared, expert_start, expert_end, num_tokens_per_expert, e, alignment);
-        block_sync();
+        let block = block(e);
+        let counters = block.counters.slice(warp_id() * e, e);
+        let exchange = Exchange { workspace, e };
+        let alone = grid_dim_x() == 1;
         let outputs = Outputs { pos_to_expert, pos_to_token, pos_to_token_topk, token_topk_to_pos, k, p };
-        slots.place(held, shared.counters.slice(warp_id() * e, e), &outputs);
+
+        // Load.
+        let held = slots.load(0);
+        if !alone && thread_idx() == 0 {
+            block.call.set(0, exchange.call());
+        }
+
+        // Count this block's slots, and tell the others.
+        clear(&block, counters, e);
+        warp_sync();
+        let mut places = slots.count(&held, 0, counters);
+        let mut group = HELD as u32;
+        while group < groups {
+            slots.count(&slots.load(group), group, counters);
+            group += HELD as u32;
+        }
+        block_sync();
+        let expert = thread_idx();
+        if expert < e {
+            let sum = sum_of_warps(block.counters, e, expert);
+            if alone {
+                block.total.set(expert, sum);
+            } else {
+                exchange.publish(block.call.get(0), expert, sum);
+            }
+            scan_warps(block.counters, e, expert);
+        }
+        block_sync();
+        unroll!(i in HELD {
+            if held[i] != NONE {
+                places[i] += counters.get(held[i]);
+            }
+        });
+
+        // Add up the counts of all blocks.
+        if !alone {
+            exchange.add(block.call.get(0), &block);
+            block_sync();
+            if block_idx_x() == 0 && thread_idx() == 0 {
+                exchange.finish(block.call.get(0));
+            }
+        }
+
+        // Lay out the experts.
+        let len = if expert < e { align_up(block.total.get(expert), alignment) } else { 0 };
+        let (end, _) = block_scan_sum(len, block.scratch);
+        if expert < e {
+            let start = end - len;
+            if block_idx_x() == 0 {
+                expert_start.set(expert, start as i32);
+                expert_end.set(expert, end as i32);
+                num_tokens_per_expert.set(expert, len as i32);
+            }
+            block.base.set(expert, start + block.base.get(expert));
+            block.total.set(expert, start + block.total.get(expert));
+            block.end.set(expert, end);
+        }
+        block_sync();
+
+        // Store.
+        if groups <= HELD as u32 {
+            slots.place(&held, &places, 0, block.base, &outputs);
+        } else {
+            let mut group = 0;
+            while group < groups {
+                let held = slots.load(group);
+                let places = slots.count(&held, group, counters);
+                slots.place(&held, &places, group, block.base, &outputs);
+                group += HELD as u32;
+            }
+        }
+        outputs.pad(&block, e);
     }
 }
 
@@ -190,16 +202,6 @@ struct Slots {
 /// What a slot without an expert here counts as.
 const NONE: u32 = u32::MAX;
 
-/// Where the positions go, and what it takes to compute them.
-struct Outputs {
-    pos_to_expert: Out<i32>,
-    pos_to_token: Out<i32>,
-    pos_to_token_topk: Out<i32>,
-    token_topk_to_pos: Out<i32>,
-    k: u32,
-    p: u32,
-}
-
 impl Slots {
     #[inline(always)]
     fn of_this_warp(topk_idx: In<i64>, n: u32, e: u32, groups: u32) -> Self {
@@ -213,191 +215,240 @@ impl Slots {
         self.first + group * WARP_SIZE + lane_id()
     }
 
-    /// Expert of this lane's slot of a run, or [`NONE`].
+    /// Experts of this lane's slots in the runs from `group` on, [`NONE`] beyond the last run.
     #[inline(always)]
     #[track_caller]
-    fn expert(self, group: u32) -> u32 {
-        let slot = self.slot(group);
-        let expert = if slot < self.n { self.topk_idx.get(slot) as u64 } else { u64::MAX };
-        if expert < self.e as u64 { expert as u32 } else { NONE }
+    fn load(self, group: u32) -> [u32; HELD] {
+        let mut experts = [u64::MAX; HELD];
+        unroll!(i in HELD {
+            let group = group + i as u32;
+            let slot = self.slot(group);
+            if group < self.groups && slot < self.n {
+                experts[i] = self.topk_idx.get(slot) as u64;
+            }
+        });
+        experts.map(|expert| if expert < self.e as u64 { expert as u32 } else { NONE })
     }
 
-    /// Count the warp's slots in `counters[expert]`; `held` is [`expert(0)`](Self::expert), loaded ahead of time.
+    /// Count the runs from `group` on in the warp's counters. Returns what stood there for each slot, plus the slots of the same
+    /// expert before it in its run.
     #[inline(always)]
     #[track_caller]
-    fn count(self, held: u32, counters: Shared<u32>) {
-        let mut expert = held;
-        let mut group = 0;
-        loop {
-            if expert != NONE {
-                counters.atomic_add(expert, 1);
-            }
-            group += 1;
-            if group >= self.groups {
-                break;
-            }
-            expert = self.expert(group);
-        }
-    }
-
-    /// Give the warp's slots their positions in ascending order, from `next[expert]` on.
-    #[inline(always)]
-    #[track_caller]
-    fn place(self, held: u32, next: Shared<u32>, outputs: &Outputs) {
+    fn count(self, held: &[u32; HELD], group: u32, counters: Shared<u32>) -> [u32; HELD] {
         let lane = lane_id();
-        let mut expert = held;
-        let mut group = 0;
-        loop {
-            let same = warp_match_any(expert);
-            let before = (same & ((1 << lane) - 1)).count_ones();
-            let mut pos = NONE;
-            if expert != NONE {
-                pos = next.get(expert) + before;
+        let mut places = [0; HELD];
+        unroll!(i in HELD {
+            if group + (i as u32) < self.groups {
+                let expert = held[i];
+                let same = warp_match_any(expert);
+                if expert != NONE {
+                    places[i] = counters.get(expert) + (same & ((1 << lane) - 1)).count_ones();
+                }
+                // The last lane of an expert moves its counter on, once all lanes have read it.
+                warp_sync();
+                if expert != NONE && same >> lane == 1 {
+                    counters.set(expert, places[i] + 1);
+                }
+                warp_sync();
             }
-            outputs.write(self.slot(group), self.n, expert, pos);
-            group += 1;
-            if group >= self.groups {
-                break;
+        });
+        places
+    }
+
+    /// Write the positions of the runs from `group` on.
+    #[inline(always)]
+    #[track_caller]
+    fn place(self, held: &[u32; HELD], places: &[u32; HELD], group: u32, base: Shared<u32>, outputs: &Outputs) {
+        unroll!(i in HELD {
+            let group = group + i as u32;
+            let slot = self.slot(group);
+            if group < self.groups && slot < self.n {
+                let pos = if held[i] == NONE { NONE } else { base.get(held[i]) + places[i] };
+                outputs.write(slot, held[i], pos);
             }
-            // The last lane of an expert moves its counter on, once all lanes have read it.
-            warp_sync();
-            if expert != NONE && same >> lane == 1 {
-                next.set(expert, pos + 1);
-            }
-            warp_sync();
-            expert = self.expert(group);
-        }
+        });
     }
 }
 
+/// Where the positions go, and what it takes to compute them.
+struct Outputs {
+    pos_to_expert: Out<i32>,
+    pos_to_token: Out<i32>,
+    pos_to_token_topk: Out<i32>,
+    token_topk_to_pos: Out<i32>,
+    k: u32,
+    p: u32,
+}
+
 impl Outputs {
-    /// Slot `slot` of `n` stands at `pos`, unless that is beyond the buffer.
+    /// The slot stands at `pos`, unless that is beyond the buffer.
     #[inline(always)]
     #[track_caller]
-    fn write(&self, slot: u32, n: u32, expert: u32, pos: u32) {
+    fn write(&self, slot: u32, expert: u32, pos: u32) {
         let placed = pos < self.p;
-        if slot < n {
-            self.token_topk_to_pos.set(slot, if placed { pos as i32 } else { -1 });
-        }
+        self.token_topk_to_pos.set(slot, if placed { pos as i32 } else { -1 });
         if placed {
             self.pos_to_expert.set(pos, expert as i32);
             self.pos_to_token.set(pos, slot.checked_div(self.k).unwrap_or(0) as i32);
             self.pos_to_token_topk.set(pos, slot as i32);
         }
     }
-}
 
-/// Set the arrays by position to -1, all blocks together.
-#[inline(always)]
-#[track_caller]
-fn fill(pos_to_expert: Out<i32>, pos_to_token: Out<i32>, pos_to_token_topk: Out<i32>, p: u32) {
-    let mut pos = block_idx_x() * THREADS + thread_idx();
-    while pos < p {
-        pos_to_expert.set(pos, -1);
-        pos_to_token.set(pos, -1);
-        pos_to_token_topk.set(pos, -1);
-        pos += grid_dim_x() * THREADS;
+    /// Write -1 to the rows that no slot has: those at the end of each expert, a warp for an expert, and those after the last one.
+    #[inline(always)]
+    #[track_caller]
+    fn pad(&self, block: &Block, e: u32) {
+        // Neighbouring experts belong to different blocks.
+        let mut expert = warp_id() * grid_dim_x() + block_idx_x();
+        while expert < e {
+            self.clear(block.total.get(expert) + lane_id(), block.end.get(expert), WARP_SIZE);
+            expert += WARPS * grid_dim_x();
+        }
+        let first = block.end.get(e - 1) + block_idx_x() * THREADS + thread_idx();
+        self.clear(first, self.p, grid_dim_x() * THREADS);
+    }
+
+    /// Write -1 to every `step`th row from `first` on and before `end`.
+    #[inline(always)]
+    #[track_caller]
+    fn clear(&self, first: u32, end: u32, step: u32) {
+        let end = if end < self.p { end } else { self.p };
+        let mut pos = first;
+        while pos < end {
+            self.pos_to_expert.set(pos, -1);
+            self.pos_to_token.set(pos, -1);
+            self.pos_to_token_topk.set(pos, -1);
+            pos += step;
+        }
     }
 }
 
-/// A thread's part of the counts of one expert.
-struct Sums {
-    expert: u32,
-    /// Over all blocks.
-    total: u32,
-    /// Over the blocks before this one.
-    before: u32,
+/// Words of other blocks in flight in a thread: enough for 128 blocks of 32 experts at once.
+const IN_FLIGHT: usize = 4;
+
+/// How blocks tell each other their counts. A word of the workspace is a count in the lower half and the number of the call that wrote it in
+/// the upper half: who finds the number of this call there has the count, without a barrier or a fence. Word 0 is the number of calls so far.
+/// Numbers wrap, so a word is misread if nobody wrote it for exactly 2^32 calls.
+struct Exchange {
+    workspace: Out<u64>,
+    e: u32,
 }
 
-impl Sums {
-    /// Loads in flight in a thread: enough for 192 blocks of 32 experts at once.
-    const UNROLL: usize = 6;
-
-    /// The threads stand beside each other in rows as the counts do, rows rounded up to a power of two.
+impl Exchange {
+    /// Number of this call.
     #[inline(always)]
     #[track_caller]
-    fn load(count: impl Fn(u32) -> u32, e: u32) -> Self {
+    fn call(&self) -> u32 {
+        self.workspace.load_relaxed(0, Scope::Gpu) as u32 + 1
+    }
+
+    /// Tell everybody this block's count.
+    #[inline(always)]
+    #[track_caller]
+    fn publish(&self, call: u32, expert: u32, count: u32) {
+        let word = (call as u64) << 32 | count as u64;
+        self.workspace.store_relaxed(1 + block_idx_x() * self.e + expert, word, Scope::Gpu);
+    }
+
+    /// Add the counts of all blocks, as they arrive, to the block's sums.
+    #[inline(always)]
+    #[track_caller]
+    fn add(&self, call: u32, block: &Block) {
+        // The threads stand beside each other in rows as the counts do, rows rounded up to a power of two.
         let (blocks, this) = (grid_dim_x(), block_idx_x());
-        let log = 32 - (e - 1).leading_zeros();
-        let shift = THREADS.trailing_zeros() - log;
-        let (first, step) = (thread_idx() >> log, 1 << shift);
+        let log = 32 - (self.e - 1).leading_zeros();
+        let step = THREADS >> log;
         let expert = thread_idx() & ((1 << log) - 1);
         let (mut total, mut before) = (0u32, 0u32);
-        if expert < e {
-            let mut row = first;
+        if expert < self.e {
+            let mut row = thread_idx() >> log;
             while row < blocks {
-                // Rows of this round that are there, and those of them before this block.
-                let (there, earlier) = ((blocks - row - 1) >> shift, this.wrapping_sub(row + 1) as i32 >> shift);
-                let of: [u32; Self::UNROLL] =
-                    core::array::from_fn(|i| if i as u32 <= there { count((row + i as u32 * step) * e + expert) } else { 0 });
-                for (i, n) in of.iter().enumerate() {
-                    total += n;
-                    before += if i as i32 <= earlier { *n } else { 0 };
+                // Rows beyond the last stand for it, so that nothing but the words decides about waiting.
+                let (last, mut words) = (blocks - 1, [0; IN_FLIGHT]);
+                loop {
+                    unroll!(i in IN_FLIGHT {
+                        let row = row + i as u32 * step;
+                        words[i] = self.workspace.load_relaxed(1 + (if row < last { row } else { last }) * self.e + expert, Scope::Gpu);
+                    });
+                    let mut wrong = 0;
+                    unroll!(i in IN_FLIGHT { wrong |= (words[i] >> 32) as u32 ^ call });
+                    if wrong == 0 {
+                        break;
+                    }
+                    spin();
                 }
-                row += Self::UNROLL as u32 * step;
+                unroll!(i in IN_FLIGHT {
+                    let count = if row < blocks { words[i] as u32 } else { 0 };
+                    total += count;
+                    before += if row < this { count } else { 0 };
+                    row += step;
+                });
             }
         }
-        Self { expert, total, before }
+        // Lanes with the same expert add up first.
+        let mut distance = 1 << log;
+        while distance < WARP_SIZE {
+            total += warp_shuffle_xor(total, distance);
+            before += warp_shuffle_xor(before, distance);
+            distance *= 2;
+        }
+        if lane_id() >> log == 0 && total > 0 {
+            block.total.atomic_add(expert, total);
+            block.base.atomic_add(expert, before);
+        }
     }
 
-    /// Add to the block's sums.
+    /// Count the call, once all blocks have published, so that all have read its number.
     #[inline(always)]
     #[track_caller]
-    fn add(&self, shared: &PlaceShared, e: u32) {
-        if self.total > 0 && self.expert < e {
-            shared.total.atomic_add(self.expert, self.total);
-            shared.before.atomic_add(self.expert, self.before);
-        }
+    fn finish(&self, call: u32) {
+        self.workspace.store_relaxed(0, call as u64, Scope::Gpu);
     }
 }
 
-/// Zero all counters and sums of the block.
+/// Zero the warp's counters and the block's sums.
 #[inline(always)]
 #[track_caller]
-fn clear(shared: &PlaceShared, e: u32) {
-    let mut i = thread_idx();
-    while i < WARPS * e {
-        shared.counters.set(i, 0);
-        i += THREADS;
+fn clear(block: &Block, counters: Shared<u32>, e: u32) {
+    let mut i = lane_id();
+    while i < e {
+        counters.set(i, 0);
+        i += WARP_SIZE;
     }
     if thread_idx() < e {
-        shared.total.set(thread_idx(), 0);
-        shared.before.set(thread_idx(), 0);
+        block.total.set(thread_idx(), 0);
+        block.base.set(thread_idx(), 0);
     }
 }
 
-/// Where each expert starts, and from the counters of the block's warps the first position of each warp and expert.
+/// Counters that a thread reads at once: one by one, each would wait for the one before.
+const AT_ONCE: usize = 8;
+
+/// The block's count of an expert.
 #[inline(always)]
 #[track_caller]
-fn lay_out(
-    shared: &PlaceShared,
-    expert_start: Out<i32>,
-    expert_end: Out<i32>,
-    num_tokens_per_expert: Out<i32>,
-    e: u32,
-    alignment: u32,
-) {
-    let expert = thread_idx();
-    let len = if expert < e { align_up(shared.total.get(expert), alignment) } else { 0 };
-    let (end, _) = block_scan_sum(len, shared.scratch);
-    if expert < e {
-        let start = end - len;
-        if block_idx_x() == 0 {
-            expert_start.set(expert, start as i32);
-            expert_end.set(expert, end as i32);
-            num_tokens_per_expert.set(expert, len as i32);
+fn sum_of_warps(counters: Shared<u32>, e: u32, expert: u32) -> u32 {
+    let mut sums = [0; AT_ONCE];
+    let mut warp = 0;
+    while warp < WARPS {
+        unroll!(i in AT_ONCE { sums[i] += counters.get((warp + i as u32) * e + expert) });
+        warp += AT_ONCE as u32;
+    }
+    sums.iter().sum()
+}
+
+/// Replace each warp's counter of an expert by the sum of those of the warps before it.
+#[inline(always)]
+#[track_caller]
+fn scan_warps(counters: Shared<u32>, e: u32, expert: u32) {
+    let mut next = 0;
+    let mut warp = 0;
+    while warp < WARPS {
+        let counts: [u32; AT_ONCE] = core::array::from_fn(|i| counters.get((warp + i as u32) * e + expert));
+        for (i, count) in counts.iter().enumerate() {
+            counters.set((warp + i as u32) * e + expert, next);
+            next += count;
         }
-        let mut next = start + shared.before.get(expert);
-        // Several at a time: one by one, each would wait for the one before.
-        const AT_ONCE: usize = 8;
-        let mut warp = 0;
-        while warp < WARPS {
-            let of: [u32; AT_ONCE] = core::array::from_fn(|i| shared.counters.get((warp + i as u32) * e + expert));
-            for (i, n) in of.iter().enumerate() {
-                shared.counters.set((warp + i as u32) * e + expert, next);
-                next += n;
-            }
-            warp += AT_ONCE as u32;
-        }
+        warp += AT_ONCE as u32;
     }
 }

@@ -3,7 +3,8 @@
 //! In    scores f32 `[t, e]`, rows `row_stride` elements apart        Out   idx i64 `[t, k]`
 //! Exact bitwise a stable descending sort: ties lower index first, -0.0 equals +0.0, NaN below -inf; no expert repeats.
 //! Map   one warp per token. The k-th largest of the 32 lane maxima bounds the result from below; whoever reaches it (about k + 1
-//!       experts) is gathered one per lane, and a lane's rank is the number of candidates that beat its own.
+//!       experts) is gathered one per lane, and a lane's rank is the number of candidates that beat its own. More candidates than
+//!       lanes (many ties, or `k` beyond about 20): the `k`th largest is found by bisection instead.
 //! Cost  4·t·e bytes read, 8·t·k written; about 225 warp instructions a token at e = 256, k = 8: 2 us of issue
 //!       slots for 8001 tokens, beside 3 us of DRAM.
 
@@ -42,8 +43,10 @@ kernel! {
             return;
         }
         let (row, idx) = (scores.at(token as u64 * row_stride), idx.at(token as u64 * k as u64));
+        let (_, found, count) = shared();
+        let (found, count) = (found.slice(warp_id() * WARP_SIZE, WARP_SIZE), count.slice(warp_id(), 1));
         if RUNS == 0 {
-            select(row, idx, e, k);
+            select(row, idx, e, k, 0, found);
             return;
         }
         let lane = lane_id();
@@ -56,8 +59,6 @@ kernel! {
         let x: [[f32; V]; RUNS] = core::array::from_fn(values);
 
         // Until the scores arrive: an empty list, whose entries lose against everything.
-        let (_, found, count) = shared();
-        let (found, count) = (found.slice(warp_id() * WARP_SIZE, WARP_SIZE), count.slice(warp_id(), 1));
         found.store8(lane, [f32::NAN.to_bits(), u32::MAX]);
         if lane == 0 {
             count.set(0, 0);
@@ -74,7 +75,8 @@ kernel! {
                 key = 0;
             }
         }
-        let bound = ordered_float(bound & !31);
+        let low = bound & !31;
+        let bound = ordered_float(low);
 
         // Bit `run * V + i` of a lane: its expert of that number is a candidate.
         let mut mine = 0u32;
@@ -88,7 +90,7 @@ kernel! {
         let candidates = warp_sum_u32(mine.count_ones());
         if candidates < k || candidates > WARP_SIZE {
             // Too many equal scores, too many large ones in one lane, or not enough numbers.
-            select(row, idx, e, k);
+            select(row, idx, e, k, if candidates < k { 0 } else { low }, found);
             return;
         }
 
@@ -156,32 +158,76 @@ fn beats(a: u32, a_expert: u32, b: u32, b_expert: u32) -> bool {
     (a > b) | (a == b) & (a_expert < b_expert)
 }
 
-/// The plain way, right for every row: `k` rounds of arg-max over what comes after the last winner in the order of the result.
+/// Right for every row, by bisection for the score of the `k`th expert: as many scans of the row as it takes to separate the `k`th from
+/// the next one, 32 at most. `low` is the key of a score that at least `k` experts reach, if one is known, else 0. `found` has room for
+/// one entry a lane.
 #[inline(always)]
 #[track_caller]
-fn select(row: In<f32>, idx: Out<i64>, e: u32, k: u32) {
+fn select(row: In<f32>, idx: Out<i64>, e: u32, k: u32, low: u32, found: Shared<u64>) {
     let lane = lane_id();
-    // Above every key.
-    let (mut last_key, mut last_expert) = (u32::MAX, u32::MAX);
-    let mut mine = 0;
-    for round in 0..k {
-        let (mut best_key, mut best_expert) = (0, u32::MAX);
-        let mut i = lane;
-        while i < e {
-            let key = ordered_key(row.get(i));
-            let open = key < last_key || key == last_key && i > last_expert;
-            // The first one is taken whatever its key; NaN has the smallest.
-            if open && (key > best_key || best_expert == u32::MAX) {
-                (best_key, best_expert) = (key, i);
-            }
-            i += WARP_SIZE;
+    // At least `k` experts reach `low`, and `above` of them, fewer than `k`, reach `high`.
+    let (mut low, mut high, mut above) = (low, ordered_key(f32::INFINITY) + 1, 0);
+    let lowest = ordered_key(f32::NEG_INFINITY);
+    if low < lowest {
+        let numbers = num_reaching(row, e, lowest);
+        // Every expert reaches 0, the key of NaN.
+        (low, high, above) = if numbers >= k { (lowest, high, 0) } else { (0, 1, numbers) };
+    }
+    let mut exact = false;
+    while high - low > 1 && !exact {
+        let middle = low + (high - low) / 2;
+        let num = num_reaching(row, e, middle);
+        if num >= k {
+            (low, exact) = (middle, num == k);
+        } else {
+            (high, above) = (middle, num);
         }
-        (last_key, last_expert) = warp_arg_max(best_key, best_expert);
-        if lane == round {
-            mine = last_expert;
+    }
+    // Of those that have the key `low` itself, the first ones are taken, unless there are exactly `k` that reach it.
+    let mut ties = if exact { k } else { k - above };
+
+    // Gather in ascending order of the experts, the key in the lower half.
+    let below = (1 << lane) - 1;
+    let (mut first, mut num_found) = (0, 0);
+    while first < e {
+        let i = first + lane;
+        let key = if i < e { ordered_key(row.get(i)) } else { 0 };
+        let tie = i < e && key == low;
+        let tied = warp_ballot(tie);
+        let taken = key > low || tie && (tied & below).count_ones() < ties;
+        let all = warp_ballot(taken);
+        if taken {
+            found.store8(num_found + (all & below).count_ones(), [key, i]);
         }
+        let num_tied = tied.count_ones();
+        ties -= if num_tied < ties { num_tied } else { ties };
+        num_found += all.count_ones();
+        first += WARP_SIZE;
+    }
+    warp_sync();
+
+    // Rank: of equal keys the first one wins, which stands first.
+    let [key, expert] = if lane < k { found.load8(lane) } else { [0; 2] };
+    let mut rank = 0;
+    for j in 0..k {
+        let other = warp_shuffle(key, j);
+        rank += (other > key || other == key && j < lane) as u32;
     }
     if lane < k {
-        idx.set(lane, mine as i64);
+        idx.set(rank, expert as i64);
     }
+}
+
+/// How many experts have at least the score of a key, which is that of a number or between such.
+#[inline(always)]
+#[track_caller]
+fn num_reaching(row: In<f32>, e: u32, key: u32) -> u32 {
+    let bound = ordered_float(key);
+    let mut num = 0;
+    let mut i = lane_id();
+    while i < e {
+        num += (row.get(i) >= bound) as u32;
+        i += WARP_SIZE;
+    }
+    warp_sum_u32(num)
 }

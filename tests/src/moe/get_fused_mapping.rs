@@ -7,7 +7,7 @@ use crate::support::golden::{Case, Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::moe::get_fused_mapping::{
-    Args, How, get_fused_mapping, get_fused_mapping_alloc, get_fused_mapping_with, max_expanded_tokens, workspace_bytes,
+    Args, get_fused_mapping, get_fused_mapping_alloc, get_fused_mapping_with, max_expanded_tokens, workspace_bytes,
 };
 use ferrotile::{Buffer, Device, Stream};
 
@@ -159,6 +159,9 @@ struct Buffers {
 /// Elements after the end of each tensor that must stay as they are.
 const GUARD: u64 = 5;
 
+/// Bytes after the end of the workspace that must stay 0.
+const WORKSPACE_GUARD: u64 = 64;
+
 impl Buffers {
     fn new(device: &Device, problem: &Problem, p: u64) -> Result<Self, String> {
         let output = |len: u64| -> Result<Buffer<i32>, String> {
@@ -167,17 +170,12 @@ impl Buffers {
             Ok(buffer)
         };
         let (t, k, e) = (problem.tokens(), problem.k, problem.e);
-        // The barrier of the cooperative kernel wants a zeroed word; the counts are written before they are read.
-        let mut workspace = device.alloc::<u8>((workspace_bytes(t, k, e) + 4) as usize).map_err(text)?;
-        let stream = device.stream().map_err(text)?;
-        stream.memset_zero(&mut workspace.tensor_mut(&[4]).map_err(text)?).map_err(text)?;
-        stream.synchronize().map_err(text)?;
         Ok(Self {
             topk_idx: device.upload(problem.topk_idx).map_err(text)?,
             rows: [output(p)?, output(p)?, output(p)?],
             token_topk_to_pos: output(t * k)?,
             experts: [output(e)?, output(e)?, output(e)?],
-            workspace,
+            workspace: device.zeros((workspace_bytes(t, k, e) + WORKSPACE_GUARD) as usize).map_err(text)?,
             shape: [t, k],
             e,
             p,
@@ -188,7 +186,7 @@ impl Buffers {
     fn args(&mut self) -> ferrotile::Result<Args<'_>> {
         let [pos_to_expert, pos_to_token, pos_to_token_topk] = &mut self.rows;
         let [expert_start, expert_end, num_tokens_per_expert] = &mut self.experts;
-        let workspace = self.workspace.len() as u64;
+        let workspace = self.workspace.len() as u64 - WORKSPACE_GUARD;
         Ok(Args {
             topk_idx: self.topk_idx.tensor(&self.shape)?,
             alignment: self.alignment,
@@ -211,6 +209,9 @@ impl Buffers {
             ensure(guard.iter().all(|v| *v as u32 == 0xA5A5_A5A5), || format!("{what} was written beyond its end; {name}"))?;
             Ok(values)
         };
+        let workspace = self.workspace.to_vec().map_err(text)?;
+        let guard = &workspace[workspace.len() - WORKSPACE_GUARD as usize..];
+        ensure(guard.iter().all(|v| *v == 0), || format!("the workspace was written beyond its end; {name}"))?;
         Ok(Mapping {
             pos_to_expert: take("pos_to_expert", &self.rows[0])?,
             pos_to_token: take("pos_to_token", &self.rows[1])?,
@@ -223,12 +224,12 @@ impl Buffers {
     }
 }
 
-fn launch(device: &Device, problem: &Problem, p: u64, how: How, name: &str) -> Result<Mapping, String> {
+fn launch(device: &Device, problem: &Problem, p: u64, name: &str) -> Result<Mapping, String> {
     let stream = device.stream().map_err(text)?;
     let mut buffers = Buffers::new(device, problem, p)?;
     // Twice: the workspace as the first launch left it serves the second.
     for _ in 0..2 {
-        get_fused_mapping_with(&stream, buffers.args().map_err(text)?, how).map_err(text)?;
+        get_fused_mapping(&stream, buffers.args().map_err(text)?).map_err(text)?;
     }
     stream.synchronize().map_err(text)?;
     buffers.read(name)
@@ -241,29 +242,20 @@ fn same(got: &Mapping, expected: &Mapping, name: &str) -> Result<(), String> {
         .try_for_each(|((what, got), (_, expected))| equal(what, name, &[expected.len() as u64], got, expected))
 }
 
-/// How many multiprocessors the plan is made for: as there are, or so few that a warp gets several runs of slots.
-fn ways(device: &Device) -> [How; 4] {
-    let num_sms = device.num_sms();
-    [(false, num_sms), (false, 1), (true, num_sms), (true, 1)].map(|(fused, num_sms)| How { fused, num_sms })
-}
-
 fn check(device: &Device, problem: &Problem, p: u64, name: &str) -> Result<(), String> {
-    let expected = reference(problem, p);
-    for how in ways(device) {
-        let name = format!("{name},p={p},{how:?}");
-        same(&launch(device, problem, p, how, &name)?, &expected, &name)?;
-    }
-    Ok(())
+    let name = format!("{name},p={p}");
+    same(&launch(device, problem, p, &name)?, &reference(problem, p), &name)
 }
 
 /// Inputs beyond the MoE grid, by name: experts, choices per token, choices.
 fn special_cases(depth: Depth) -> Vec<(&'static str, u64, u64, Vec<i64>)> {
+    // Blocks have 1024 threads. At small depth a single block has three runs of slots per warp, fewer than it holds in registers.
     let n = match depth {
         Depth::Small => 2500,
         Depth::Full => 200_003,
     };
     let rng = Rng::named("get_fused_mapping");
-    vec![
+    let mut cases = vec![
         ("most experts", 1024, 1, rng.ints_i64(n, -1, 1024)),
         ("one expert takes all", 7, 1, vec![5; n]),
         ("nobody", 9, 4, vec![-1; n / 4 * 4]),
@@ -275,7 +267,19 @@ fn special_cases(depth: Depth) -> Vec<(&'static str, u64, u64, Vec<i64>)> {
             3,
             rng.stream(2).fill(n / 3 * 3, |rng, i| [-1, 3, 15, 16, -2, i64::MIN, i64::MAX, 1 << 32][rng.below(i, 8) as usize]),
         ),
-    ]
+        // The most that one block does, more than it holds in registers; then the least for several blocks, that is nine.
+        ("largest block", 5, 1, rng.stream(3).ints_i64(8192, -1, 5)),
+        ("smallest grid", 5, 3, rng.stream(4).ints_i64(8193, -1, 5)),
+        ("one expert in a grid", 1, 1, vec![0; 9000]),
+        // 32 blocks because of the counts, with two runs of slots per warp.
+        ("most experts in a grid", 1024, 1, rng.stream(5).ints_i64(33_000, -1, 1024)),
+    ];
+    if depth == Depth::Full {
+        // Up to 20 and up to 40 runs of slots per warp on 132 multiprocessors, and as many counts as there may be.
+        cases.push(("many choices", 32, 8, rng.stream(6).ints_i64(2_600_000, -1, 32)));
+        cases.push(("many choices and counts", 256, 8, rng.stream(7).ints_i64(5_200_000, -1, 256)));
+    }
+    cases
 }
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
@@ -312,6 +316,9 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if ctx.case("alloc") {
         check_alloc(device)?;
     }
+    if ctx.case("workspace") {
+        check_workspace(device)?;
+    }
     let mut notes = Vec::new();
     if ctx.case("golden") {
         match Golden::open()? {
@@ -327,6 +334,27 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         check_graph(device)?;
     }
     Ok(Report { notes, ..ctx.report() })
+}
+
+/// One workspace serves calls of different shapes in turn, although each leaves its counts there.
+fn check_workspace(device: &Device) -> Result<(), String> {
+    let stream = device.stream().map_err(text)?;
+    let rng = Rng::named("get_fused_mapping workspace");
+    let shapes: [(u64, usize); 5] = [(40, 12_000), (3, 9_000), (40, 500), (17, 12_000), (40, 12_000)];
+    let bytes = shapes.iter().map(|(e, n)| workspace_bytes(*n as u64, 1, *e)).max().unwrap_or(0);
+    let mut workspace = device.zeros::<u8>(bytes as usize).map_err(text)?;
+    for (i, (e, n)) in shapes.into_iter().enumerate() {
+        let topk_idx = rng.stream(i as u64).ints_i64(n, -1, e as i64);
+        let problem = Problem { topk_idx: &topk_idx, k: 1, e, alignment: 16 };
+        let mut buffers = Buffers::new(device, &problem, problem.rows())?;
+        let mut args = buffers.args().map_err(text)?;
+        args.workspace = workspace.tensor_mut(&[bytes]).map_err(text)?;
+        get_fused_mapping(&stream, args).map_err(text)?;
+        stream.synchronize().map_err(text)?;
+        let name = format!("workspace, call {i}");
+        same(&buffers.read(&name)?, &reference(&problem, problem.rows()), &name)?;
+    }
+    Ok(())
 }
 
 /// The form that allocates: exact size, the same contents.
@@ -381,8 +409,7 @@ fn check_golden(device: &Device, golden: &Golden, case: &Case) -> Result<(), Str
     };
     check_relations(&problem, &recorded, &name)?;
     let p = problem.rows();
-    let how = How { fused: false, num_sms: device.num_sms() };
-    let got = launch(device, &problem, p, how, &name)?;
+    let got = launch(device, &problem, p, &name)?;
     check_relations(&problem, &got, &name)?;
     for i in [0, 4, 5, 6] {
         let ((what, got), (_, expected)) = (got.tensors()[i], recorded.tensors()[i]);
@@ -391,34 +418,33 @@ fn check_golden(device: &Device, golden: &Golden, case: &Case) -> Result<(), Str
     Ok(())
 }
 
-/// Captured launches do their work at every replay, on the data that are there then.
+/// Captured launches, of one block and cooperative, do their work at every replay, on the data that are there then.
 fn check_graph(device: &Device) -> Result<(), String> {
     let stream = device.stream().map_err(text)?;
-    let n = 40_000;
-    let data = |seed| Rng::new(seed).ints_i64(n, -1, 32);
-    let first = data(0);
-    let problem = Problem { topk_idx: &first, k: 8, e: 32, alignment: 128 };
-    let p = max_expanded_tokens(problem.tokens(), 8, 32, 128);
-    for how in ways(device) {
+    for n in [4_000, 40_000] {
+        let data = |seed| Rng::new(seed).ints_i64(n, -1, 32);
+        let first = data(0);
+        let problem = Problem { topk_idx: &first, k: 8, e: 32, alignment: 128 };
+        let p = max_expanded_tokens(problem.tokens(), 8, 32, 128);
         let mut buffers = Buffers::new(device, &problem, p)?;
         // Compiled before the capture.
-        get_fused_mapping_with(&stream, buffers.args().map_err(text)?, how).map_err(text)?;
-        let graph = stream.capture(|stream| get_fused_mapping_with(stream, buffers.args()?, how)).map_err(text)?;
+        get_fused_mapping(&stream, buffers.args().map_err(text)?).map_err(text)?;
+        let graph = stream.capture(|stream| get_fused_mapping(stream, buffers.args()?)).map_err(text)?;
         for seed in 1..4 {
             let topk_idx = data(seed);
             buffers.topk_idx.copy_from(&topk_idx).map_err(text)?;
             graph.launch(&stream).map_err(text)?;
             stream.synchronize().map_err(text)?;
-            let name = format!("graph,replay {seed},{how:?}");
+            let name = format!("graph,n={n},replay {seed}");
             same(&buffers.read(&name)?, &reference(&Problem { topk_idx: &topk_idx, ..problem }, p), &name)?;
         }
     }
     Ok(())
 }
 
-/// The peers' cases, all of the grid of 1.0.0 (`a=128`), and small ones; `launch=one` is the cooperative kernel.
+/// The peers' cases, all of the grid of 1.0.0 (`a=128`), and small ones; `blocks` limits the number of blocks.
 pub fn bench() -> Vec<Row> {
-    let row = |moe: MoeCase, case: String, fused: bool| {
+    let row = |moe: MoeCase, case: String, blocks: Option<u32>| {
         let topk_idx = moe.topk_idx();
         let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
         let p = problem.rows();
@@ -430,10 +456,9 @@ pub fn bench() -> Vec<Row> {
             build: Box::new(move |device, _| {
                 let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
                 let mut buffers = Buffers::new(device, &problem, p)?;
-                let how = How { fused, num_sms: device.num_sms() };
-                Ok(Box::new(move |stream: &Stream| {
-                    let args = buffers.args()?;
-                    if fused { get_fused_mapping_with(stream, args, how) } else { get_fused_mapping(stream, args) }
+                Ok(Box::new(move |stream: &Stream| match blocks {
+                    None => get_fused_mapping(stream, buffers.args()?),
+                    Some(blocks) => get_fused_mapping_with(stream, buffers.args()?, blocks),
                 }))
             }),
         }
@@ -442,18 +467,17 @@ pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
     for (e, ep) in [(32, 8), (4, 64)] {
         let case = format!("e={e},ep={ep},k=8,send=4001");
-        rows.push(row(moe(4001, 8, e, ep), case.clone(), false));
-        rows.push(row(moe(4001, 8, e, ep), format!("{case},launch=one"), true));
+        rows.push(row(moe(4001, 8, e, ep), case.clone(), None));
+        rows.push(row(moe(4001, 8, e, ep), format!("{case},blocks=66"), Some(66)));
     }
     for case in moe_bench_cases() {
-        rows.push(row(case, format!("a=128,{}", case.name()), false));
+        rows.push(row(case, format!("a=128,{}", case.name()), None));
     }
     for (send, e, ep) in [(1, 32, 8), (16, 32, 8), (128, 32, 8), (4001, 256, 1), (65536, 32, 8)] {
-        for fused in [false, true] {
-            let case = format!("e={e},ep={ep},k=8{},send={send}", if fused { ",launch=one" } else { "" });
-            rows.push(row(moe(send, 8, e, ep), case, fused));
-        }
+        rows.push(row(moe(send, 8, e, ep), format!("e={e},ep={ep},k=8,send={send}"), None));
     }
+    // About 5400 choices: one block without this.
+    rows.push(row(moe(128, 8, 32, 8), "e=32,ep=8,k=8,send=128,blocks=8".to_owned(), Some(8)));
     rows
 }
 
@@ -489,8 +513,8 @@ mod tests {
 
     #[test]
     fn workspace_stays_small_and_bounds_saturate() {
-        assert_eq!(workspace_bytes(0, 8, 32), 4 * 32);
-        assert!((1..=1024).all(|e| workspace_bytes(1 << 20, 8, e) <= 128 << 10));
+        assert_eq!(workspace_bytes(0, 8, 32), 8 * (1 + 32));
+        assert!((1..=1024).all(|e| workspace_bytes(1 << 20, 8, e) <= 8 + (256 << 10)));
         assert_eq!([workspace_bytes(1, 1, 0), workspace_bytes(1, 1, 1025), workspace_bytes(1 << 40, 1 << 40, 1)], [0; 3]);
         assert_eq!(max_expanded_tokens(10, 2, 4, 8), (20 + 4 * 7) / 8 * 8);
         assert_eq!(max_expanded_tokens(u64::MAX, 2, 4, 1), u64::MAX);
@@ -576,11 +600,11 @@ mod tests {
             |a, s| a.token_topk_to_pos = s.words.tensor_mut(&[2, 3])?,
             Error::Shape { arg: "token_topk_to_pos", .. }
         );
-        refuse!("small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[15])?, Error::Shape { arg: "workspace", .. });
+        refuse!("small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[39])?, Error::Shape { arg: "workspace", .. });
         refuse!("workspace of words", |a, s| a.workspace = s.words.tensor_mut(&[64])?, Error::DType { arg: "workspace", .. });
         refuse!(
             "odd workspace",
-            |a, s| a.workspace = s.bytes.strided_mut(&[64], &[1], 2)?,
+            |a, s| a.workspace = s.bytes.strided_mut(&[64], &[1], 4)?,
             Error::Layout { arg: "workspace", .. }
         );
         refuse!(
@@ -608,8 +632,7 @@ mod tests {
             let topk_idx = Rng::new(seed).ints_i64((t * k) as usize, -1, e as i64);
             let problem = Problem { topk_idx: &topk_idx, k, e, alignment };
             let p = if off { problem.rows() * 2 / 3 } else { problem.rows() };
-            let how = How { fused: off, num_sms: 1 };
-            let got = launch(&Device::emulator(), &problem, p, how, "");
+            let got = launch(&Device::emulator(), &problem, p, "");
             prop_assert_eq!(got, Ok(reference(&problem, p)));
         }
     }

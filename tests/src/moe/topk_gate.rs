@@ -6,7 +6,7 @@ use crate::support::compare::{equal, untouched};
 use crate::support::golden::{Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, text};
-use ferrotile::moe::topk_gate::{Args, topk_gate, topk_gate_with};
+use ferrotile::moe::topk_gate::{Args, topk_gate};
 use ferrotile::{Device, Stream};
 use rayon::prelude::*;
 use std::cmp::Ordering;
@@ -29,7 +29,7 @@ fn reference(scores: &[f32], e: usize, k: usize) -> Vec<i64> {
 /// Tokens, experts, choices.
 fn cases(depth: Depth) -> Vec<(u64, u64, u64)> {
     // Every length of rows the kernels distinguish, K = E, K beyond what fits a warp's candidates, rows of any alignment.
-    const ODD: [(u64, u64, u64); 20] = [
+    const ODD: [(u64, u64, u64); 22] = [
         (0, 64, 6),
         (5, 64, 0),
         (1, 1, 1),
@@ -50,6 +50,8 @@ fn cases(depth: Depth) -> Vec<(u64, u64, u64)> {
         (9, 1023, 8),
         (10, 1024, 16),
         (9, 1501, 8),
+        (10, 1024, 32),
+        (10, 1501, 29),
     ];
     // (72,6) to (144,6) and (256,8) are the grid of moe.md.
     const GRID: [(u64, u64); 12] =
@@ -138,7 +140,6 @@ const GUARD: u64 = 37;
 struct Layout {
     pitch: u64,
     offset: u64,
-    vectors: bool,
 }
 
 /// Run the op on a copy of `scores` in this layout.
@@ -159,7 +160,7 @@ fn launch(device: &Device, scores: &[f32], shape: (u64, u64, u64), layout: Layou
         scores: on_device.strided(&[t, e], &[stride, 1], layout.offset).map_err(text)?,
         topk_idx: idx.tensor_mut(&[t, k]).map_err(text)?,
     };
-    topk_gate_with(&stream, args, layout.vectors).map_err(text)?;
+    topk_gate(&stream, args).map_err(text)?;
     stream.synchronize().map_err(text)?;
     idx.to_vec().map_err(text)
 }
@@ -172,7 +173,7 @@ fn check(device: &Device, scores: &[f32], shape: (u64, u64, u64), layout: Layout
     equal("topk_idx", name, &[t, k], &got[..(t * k) as usize], &expected)
 }
 
-const ALIGNED: Layout = Layout { pitch: 0, offset: 0, vectors: true };
+const ALIGNED: Layout = Layout { pitch: 0, offset: 0 };
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
     let device = &ctx.device;
@@ -184,12 +185,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         }
         let data = scores(Rng::named(&name), t, e);
         check(device, &data, shape, ALIGNED, &name)?;
-        // Single loads, rows with gaps, and rows at odd addresses.
-        for layout in [
-            Layout { pitch: 0, offset: 0, vectors: false },
-            Layout { pitch: 4, offset: 4, vectors: true },
-            Layout { pitch: 3, offset: 1, vectors: true },
-        ] {
+        // Rows with gaps, and rows at odd addresses.
+        for layout in [Layout { pitch: 4, offset: 4 }, Layout { pitch: 3, offset: 1 }] {
             check(device, &data, shape, layout, &format!("{name},{layout:?}"))?;
         }
     }
@@ -249,11 +246,11 @@ fn check_graph(device: &Device) -> Result<(), String> {
     Ok(())
 }
 
-/// The peers' cases, those of the peers' own benchmark, and small ones; `load=single` is the kernel without 16-byte loads.
+/// The peers' cases, those of the peers' own benchmark, and small ones.
 pub fn bench() -> Vec<Row> {
-    let row = |t: u64, e: u64, k: u64, vectors: bool| Row {
+    let row = |t: u64, e: u64, k: u64| Row {
         op: "topk_gate",
-        case: format!("e={e},k={k}{},t={t}", if vectors { "" } else { ",load=single" }),
+        case: format!("e={e},k={k},t={t}"),
         bytes: 4 * t * e + 8 * t * k,
         build: Box::new(move |device, _| {
             let rng = Rng::new(t * e);
@@ -263,16 +260,13 @@ pub fn bench() -> Vec<Row> {
             let mut idx = device.zeros::<i64>((t * k) as usize).map_err(text)?;
             Ok(Box::new(move |stream| {
                 let args = Args { scores: input.tensor(&[t, e])?, topk_idx: idx.tensor_mut(&[t, k])? };
-                topk_gate_with(stream, args, vectors)
+                topk_gate(stream, args)
             }))
         }),
     };
-    let mut rows = Vec::new();
-    for vectors in [true, false] {
-        rows.extend([row(8001, 256, 8, vectors), row(8001, 384, 6, vectors), row(8001, 72, 6, vectors)]);
-    }
-    rows.extend([1, 16, 128].map(|t| row(t, 256, 8, true)));
-    rows.extend([row(65536, 256, 8, true), row(8001, 1024, 8, true), row(8001, 256, 32, true)]);
+    let mut rows = vec![row(8001, 256, 8), row(8001, 384, 6), row(8001, 72, 6)];
+    rows.extend([1, 16, 128].map(|t| row(t, 256, 8)));
+    rows.extend([row(65536, 256, 8), row(8001, 1024, 8), row(8001, 256, 32)]);
     rows
 }
 
@@ -371,14 +365,14 @@ mod tests {
 
         #[test]
         fn any_shape_stride_and_value(
-            t in 0u64..20, e in 1u64..300, k in 1u64..33, pitch in 0u64..9, offset in 0u64..9, vectors: bool, seed: u64, levels in 1u64..2000,
+            t in 0u64..20, e in 1u64..300, k in 1u64..33, pitch in 0u64..9, offset in 0u64..9, seed: u64, levels in 1u64..2000,
         ) {
             let k = k.min(e);
             let data = Rng::new(seed).fill((t * e) as usize, |rng, i| match rng.below(i, levels) {
                 0 => f32::from_bits(rng.stream(1).bits(i) as u32),
                 v => v as f32 - levels as f32 / 2.0,
             });
-            let layout = Layout { pitch, offset, vectors };
+            let layout = Layout { pitch, offset };
             let name = format!("e={e},k={k},t={t},{layout:?},seed={seed},levels={levels}");
             prop_assert_eq!(check(&Device::emulator(), &data, (t, e, k), layout, &name), Ok(()));
         }

@@ -335,6 +335,14 @@ pub fn compare_exchange<T: AtomicWord>(p: Ptr, expected: T, v: T, _scope: Scope)
     update(address, Ordering::AcqRel, |old| if old.to_bits64() == expected.to_bits64() { v } else { old })
 }
 #[track_caller]
+pub fn load_relaxed<T: AtomicWord>(p: Ptr, _scope: Scope) -> T {
+    update(p.checked::<T>(Access::Atomic), Ordering::AcqRel, |old| old)
+}
+#[track_caller]
+pub fn store_relaxed<T: AtomicWord>(p: Ptr, v: T, _scope: Scope) {
+    update(p.checked::<T>(Access::Atomic), Ordering::AcqRel, |_| v);
+}
+#[track_caller]
 pub fn load_acquire<T: AtomicWord>(p: Ptr, _scope: Scope) -> T {
     let address = p.checked::<T>(Access::Atomic);
     let value = update(address, Ordering::AcqRel, |old| old);
