@@ -36,8 +36,9 @@ pub struct Args<'a> {
 /// | `out` | `[b, n, m]` | that of `x` | contiguous |
 ///
 /// Bits are copied, NaN payloads included. An element of [`DType::E2m1x2`] is a byte: its two values stay together. Any sizes and
-/// strides work; fast are `m` and `n` that are multiples of 16 bytes, with rows that start at multiples of 16 bytes, or of 4
-/// elements at a small loss.
+/// strides work. Fast is an `n` of whole 16 bytes with rows of `x` that start at multiples of 16 bytes, fastest if `m` elements are
+/// whole 16 bytes too; then rows may also start at multiples of 4 elements, at a small loss. Everything else goes element by element
+/// and takes about twice as long.
 ///
 /// Asynchronous on `stream`, allocates nothing. Empty tensors launch nothing. (Facts: moe.md section 13.)
 ///
@@ -100,6 +101,8 @@ enum Access {
     Wide,
     /// Four elements at a time from `x`, 16-byte vectors to `out`.
     Narrow,
+    /// 16-byte vectors from `x`; output rows start anywhere.
+    Ragged,
     /// Single elements.
     Any,
 }
@@ -137,11 +140,13 @@ fn check(op: &'static str, rank: usize, stream: &Stream, Args { x, out }: &Args<
     let row_stride = if m > 1 { x.stride(rank - 2) * size } else { 0 };
     let batch_stride = if batches > 1 { batch_stride * size } else { 0 };
     let cell = 16 / size;
-    let whole = m.is_multiple_of(cell) && n.is_multiple_of(cell) && out.ptr().is_multiple_of(16);
+    let whole = m.is_multiple_of(cell) && out.ptr().is_multiple_of(16);
     let aligned = |bytes: u64| [x.ptr(), row_stride, batch_stride].iter().all(|v| v.is_multiple_of(bytes));
     let access = match whole {
+        _ if !n.is_multiple_of(cell) => Access::Any,
         true if aligned(16) => Access::Wide,
         true if aligned(4 * size) => Access::Narrow,
+        false if aligned(16) => Access::Ragged,
         _ => Access::Any,
     };
     Ok(Some(Plan { batches: batches as u32, m: m as u32, n: n as u32, size: size as u32, row_stride, batch_stride, access }))
@@ -155,6 +160,11 @@ fn run(op: &'static str, rank: usize, stream: &Stream, args: &Args<'_>) -> Resul
         let config = k::tiles_config(batches, m, n, 16 / size);
         stream.launch(op, entry, &config, &k::tiles::Args { x, out, m, n, row_stride, batch_stride })
     };
+    let ragged = |entry: &'static Entry<k::ragged::Args>| {
+        let config = k::tiles_config(batches, m, n, 16 / size);
+        let start = (args.out.ptr() % 16) as u32 / size;
+        stream.launch(op, entry, &config, &k::ragged::Args { x, out, m, n, row_stride, batch_stride, start })
+    };
     let any = |entry: &'static Entry<k::any::Args>| {
         let config = k::any_config(batches, m, n, size);
         stream.launch(op, entry, &config, &k::any::Args { x, out, m, n, row_stride, batch_stride })
@@ -166,6 +176,9 @@ fn run(op: &'static str, rank: usize, stream: &Stream, args: &Args<'_>) -> Resul
         (Access::Narrow, 2) => tiles(&k::tiles::b2_narrow),
         // Four elements of 4 bytes are not narrow.
         (Access::Wide | Access::Narrow, _) => tiles(&k::tiles::b4),
+        (Access::Ragged, 1) => ragged(&k::ragged::b1),
+        (Access::Ragged, 2) => ragged(&k::ragged::b2),
+        (Access::Ragged, _) => ragged(&k::ragged::b4),
         (Access::Any, 1) => any(&k::any::b1),
         (Access::Any, 2) => any(&k::any::b2),
         (Access::Any, _) => any(&k::any::b4),

@@ -4,6 +4,7 @@
 //! Bytes are copied, so the result is exact for every element type, NaN payloads included.
 //! Map   one block per tile of 16 x 16 cells, tiles along the rows of x; a cell is V x V elements of one thread, V of them 16 bytes.
 //! Cost  2·b·m·n·size bytes; a cell costs V loads, V stores, 2·V shared accesses and 0 (4 bytes), 4·V (2), 8·V (1) permutes.
+//! Ragged m adds V shared accesses, about 15·V moves and permutes and V²/16 stores of one element to a cell; ragged n goes by element.
 
 use crate::device::*;
 use crate::{kernel, unroll};
@@ -113,6 +114,40 @@ fn cell_word<const V: usize>(rows: &[[u32; 4]; V], j: usize, w: usize) -> u32 {
     }
 }
 
+/// Where the matrices of `x` and their rows are; strides count bytes.
+#[derive(Clone, Copy)]
+struct Input {
+    x: In<u8>,
+    m: u32,
+    n: u32,
+    row_stride: u64,
+    batch_stride: u64,
+}
+
+/// Load the tile, a cell per thread, transpose its cells and put them into shared memory. `n` is a multiple of `V`; so is `m`, unless
+/// `RAGGED` is set: then the last row is loaded again in place of those beyond it.
+#[inline(always)]
+fn load_tile<const V: usize, const LOAD: u32, const RAGGED: bool>(input: Input, tile: &Tile, thread: u32, shared: Shared<u8>) {
+    let Input { x, m, n, row_stride, batch_stride } = input;
+    let cell = V as u32;
+    let (r, c) = (thread / CELLS, thread % CELLS);
+    let (row, col) = (tile.row + r * cell, tile.col + c * cell);
+    if row < m && col < n {
+        let size = (CHUNK / cell) as u64;
+        let mut from = x.at(tile.batch as u64 * batch_stride + row as u64 * row_stride + col as u64 * size);
+        let mut rows = [[0; 4]; V];
+        unroll!(i in V {
+            let again = i == 0 || RAGGED && row + i as u32 >= m;
+            from = if again { from } else { from.at(row_stride) };
+            rows[i] = load_chunk::<LOAD>(from);
+        });
+        let columns = transpose_cell(&rows);
+        unroll!(j in V {
+            shared.store16(tile_chunk::<V>(c * cell + j as u32, r) * CHUNK, columns[j]);
+        });
+    }
+}
+
 kernel! {
     op = batched_transpose;
     threads = 256, blocks = 2;
@@ -120,25 +155,10 @@ kernel! {
     /// count bytes.
     pub fn tiles[const V: usize, const LOAD: u32](x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64) {
         let cell = V as u32;
-        let size = CHUNK / cell;
         let thread = thread_idx() % (CELLS * CELLS);
         let tile = tile_at(block_idx_x(), (m, n), CELLS * cell);
         let (_, shared) = shared_tile(cell);
-
-        let (r, c) = (thread / CELLS, thread % CELLS);
-        let (row, col) = (tile.row + r * cell, tile.col + c * cell);
-        if row < m && col < n {
-            let mut from = x.at(tile.batch as u64 * batch_stride + row as u64 * row_stride + col as u64 * size as u64);
-            let mut rows = [[0; 4]; V];
-            unroll!(i in V {
-                from = if i == 0 { from } else { from.at(row_stride) };
-                rows[i] = load_chunk::<LOAD>(from);
-            });
-            let columns = transpose_cell(&rows);
-            unroll!(j in V {
-                shared.store16(tile_chunk::<V>(c * cell + j as u32, r) * CHUNK, columns[j]);
-            });
-        }
+        load_tile::<V, LOAD, false>(Input { x, m, n, row_stride, batch_stride }, &tile, thread, shared);
         block_sync();
 
         // Each step writes CELLS output rows: CELLS neighbouring threads write the pieces of one.
@@ -151,8 +171,9 @@ kernel! {
                 let step = if row + i as u32 * CELLS < n { i as u32 * CELLS } else { 0 };
                 columns[i] = shared.load16(tile_chunk::<V>(first + step, chunk) * CHUNK);
             });
-            let pitch = m as u64 * size as u64;
-            let mut to = out.at((tile.batch as u64 * n as u64 + row as u64) * pitch + col as u64 * size as u64);
+            let size = (CHUNK / cell) as u64;
+            let pitch = m as u64 * size;
+            let mut to = out.at((tile.batch as u64 * n as u64 + row as u64) * pitch + col as u64 * size);
             unroll!(i in V {
                 to = if i == 0 { to } else { to.at(CELLS as u64 * pitch) };
                 if row + i as u32 * CELLS < n {
@@ -163,6 +184,99 @@ kernel! {
     }
     // Four elements of 4 bytes are 16 bytes, so there is no narrow load for those.
     entries { b1[16, 16], b2[8, 16], b4[4, 16], b1_narrow[16, 4], b2_narrow[8, 8] }
+}
+
+/// A row of the shared tile on its way to an output row that starts anywhere: `len` elements, of which `head` come before the first
+/// 16-byte boundary of the output.
+#[derive(Clone, Copy)]
+struct Segment {
+    len: u32,
+    head: u32,
+}
+
+impl Segment {
+    /// The segment of output row `row` of the tile's columns. `start` is the distance of `out` from a 16-byte boundary, in elements.
+    /// Rows whose numbers differ by a multiple of `V` have the same segment.
+    #[inline(always)]
+    fn of_row<const V: usize>(tile: &Tile, row: u32, (m, n): (u32, u32), start: u32) -> Self {
+        let cell = V as u32;
+        // Only the lowest bits matter.
+        let at = tile.batch.wrapping_mul(n).wrapping_add(row).wrapping_mul(m).wrapping_add(tile.row + start);
+        let len = min(CELLS * cell, m - tile.row);
+        Self { len, head: min(0u32.wrapping_sub(at) % cell, len) }
+    }
+}
+
+/// 16 bytes from byte `offset` (below 16) of two chunks on.
+#[inline(always)]
+fn shift_chunks(a: [u32; 4], b: [u32; 4], offset: u32) -> [u32; 4] {
+    let pick = |skip: bool, this: u32, skipped: u32| if skip { this } else { skipped };
+    let words = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]];
+    let by_two: [u32; 6] = core::array::from_fn(|i| pick(offset & 8 != 0, words[i + 2], words[i]));
+    let by_one: [u32; 5] = core::array::from_fn(|i| pick(offset & 4 != 0, by_two[i + 1], by_two[i]));
+    let bytes = 0x3210 + 0x1111 * (offset % 4);
+    core::array::from_fn(|i| byte_permute(by_one[i], by_one[i + 1], bytes))
+}
+
+kernel! {
+    op = batched_transpose;
+    threads = 256, blocks = 2;
+    /// As [`tiles`] for any `m` and for output rows that start anywhere, `start` elements past a 16-byte boundary for the first one:
+    /// 16-byte pieces that straddle two chunks of the shared tile, and single elements before the first and after the last piece, `EDGES` = V²/16 by a thread.
+    pub fn ragged[T: Word, const V: usize, const EDGES: usize](
+        x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, start: u32,
+    ) {
+        let cell = V as u32;
+        let thread = thread_idx() % (CELLS * CELLS);
+        let tile = tile_at(block_idx_x(), (m, n), CELLS * cell);
+        let (_, shared) = shared_tile(cell);
+        load_tile::<V, 16, true>(Input { x, m, n, row_stride, batch_stride }, &tile, thread, shared);
+        block_sync();
+        let out = out.cast::<T>().at(tile.batch as u64 * n as u64 * m as u64 + tile.row as u64);
+
+        // As in `tiles`, CELLS neighbouring threads write the pieces of a row.
+        let (first, piece) = (thread / CELLS, thread % CELLS);
+        let row = tile.col + first;
+        let Segment { len, head } = Segment::of_row::<V>(&tile, row, (m, n), start);
+        let col = head + piece * cell;
+        if col + cell <= len && row < n {
+            // The last piece has no chunk after its own, and begins with that.
+            let next = min(piece + 1, CELLS - 1);
+            let mut columns = [[0; 4]; V];
+            unroll!(i in V {
+                let line = first + if row + i as u32 * CELLS < n { i as u32 * CELLS } else { 0 };
+                let chunk = |chunk: u32| shared.load16(tile_chunk::<V>(line, chunk) * CHUNK);
+                columns[i] = shift_chunks(chunk(piece), chunk(next), head * (CHUNK / cell));
+            });
+            unroll!(i in V {
+                if row + i as u32 * CELLS < n {
+                    out.at((row + i as u32 * CELLS) as u64 * m as u64).store16(col, columns[i]);
+                }
+            });
+        }
+
+        // Neighbouring threads write the single elements of a row: V, or up to 2·V - 2 where the matrix ends.
+        let (first, lane) = (thread / cell, thread % cell);
+        let row = tile.col + first;
+        let lines = CELLS * CELLS / cell;
+        let Segment { len, head } = Segment::of_row::<V>(&tile, row, (m, n), start);
+        let edges = head + (len - head) % cell;
+        let mut edge = lane;
+        while edge < edges && row < n {
+            let col = if edge < head { edge } else { len - edges + edge };
+            let values: [T; EDGES] = core::array::from_fn(|i| {
+                let line = first + if row + i as u32 * lines < n { i as u32 * lines } else { 0 };
+                shared.cast::<T>().get(tile_chunk::<V>(line, col / cell) * cell + col % cell)
+            });
+            let _: [(); EDGES] = core::array::from_fn(|i| {
+                if row + i as u32 * lines < n {
+                    out.at((row + i as u32 * lines) as u64 * m as u64).set(col, values[i]);
+                }
+            });
+            edge += cell;
+        }
+    }
+    entries { b1[u8, 16, 16], b2[u16, 8, 4], b4[u32, 4, 1] }
 }
 
 kernel! {

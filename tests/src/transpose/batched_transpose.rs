@@ -238,6 +238,13 @@ fn small_cases() -> Vec<Case> {
             Case { x_offset: 1, ..case([1, 64, 64]) },
             Case { out_offset: 1, ..case([1, 64, 64]) },
             Case { out_offset: 4, ..case([1, 64, 64]) },
+            // Output rows that start anywhere: less than a piece, one piece or none by alignment, a tile and a bit, narrow rows.
+            case([2, 3, 2 * wide]),
+            case([3, 2 * wide - 1, 64]),
+            case([2, 16 * wide + 3, 17 * wide]),
+            Case { out_offset: 3, ..case([1, 32 * wide + 1, 2 * wide]).rows(3 * wide) },
+            Case { out_offset: 2, single: true, ..case([1, 16 * wide, 16 * wide]) },
+            case([2, 37, 64]).rows(68),
             // Gaps between matrices, and the same matrix or row again and again.
             Case { batch_stride: 64 * 64 + 16, ..case([3, 64, 64]) },
             Case { batch_stride: 64 * 64 + 1, ..case([3, 64, 64]) },
@@ -371,6 +378,8 @@ pub fn bench() -> Vec<Row> {
     for (what, case) in [
         ("ragged", Case::new(DType::E4m3, [1, 8001, 7168])),
         ("ragged", Case::new(DType::Bf16, [1, 8001, 7168])),
+        ("ragged", Case::new(DType::F32, [1, 8001, 7168])),
+        ("ragged", Case::new(DType::E4m3, [1, 8064, 7161])),
         ("narrow", Case::new(DType::E4m3, [1, 8064, 7168]).rows(7172)),
         ("narrow", Case::new(DType::Bf16, [1, 8064, 7168]).rows(7172)),
     ] {
@@ -433,24 +442,28 @@ mod tests {
         of::<16>();
     }
 
-    /// 16-byte accesses go a quarter warp at a time; its eight threads must reach eight different groups of four banks. Simulated
-    /// with the addresses of the kernel.
+    /// 16-byte accesses go a quarter warp at a time; its eight threads must reach different groups of four banks, unless they want the
+    /// same chunk. Simulated with the addresses of the kernels.
     #[test]
     fn shared_accesses_of_cells_meet_in_no_bank() {
+        use std::collections::BTreeSet;
         fn of<const V: usize>() {
             let (threads, cell) = (k::CELLS * k::CELLS, V as u32);
             let free = |chunk: &dyn Fn(u32) -> u32, what: &str| {
                 for quarter in (0..threads).step_by(8) {
-                    let groups: std::collections::BTreeSet<u32> = (quarter..quarter + 8).map(|t| chunk(t) % 8).collect();
-                    assert_eq!(groups.len(), 8, "{what} of threads from {quarter} on, V = {V}");
+                    let chunks: BTreeSet<u32> = (quarter..quarter + 8).map(chunk).collect();
+                    let groups: BTreeSet<u32> = chunks.iter().map(|chunk| chunk % 8).collect();
+                    assert_eq!(groups.len(), chunks.len(), "{what} of threads from {quarter} on, V = {V}");
                 }
             };
             let mut used = vec![0; (threads * cell) as usize];
             for step in 0..cell {
                 let write = |t: u32| k::tile_chunk::<V>(t % k::CELLS * cell + step, t / k::CELLS);
                 let read = |t: u32| k::tile_chunk::<V>(t / k::CELLS + step * k::CELLS, t % k::CELLS);
+                let next = |t: u32| k::tile_chunk::<V>(t / k::CELLS + step * k::CELLS, (t % k::CELLS + 1).min(k::CELLS - 1));
                 free(&write, "writes");
                 free(&read, "reads");
+                free(&next, "second reads of shifted pieces");
                 (0..threads).for_each(|t| used[write(t) as usize] += 1);
                 (0..threads).for_each(|t| used[read(t) as usize] += 1);
             }
@@ -542,22 +555,23 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
         #[test]
         fn any_shape_stride_and_alignment(
-            dtype in 0..DTYPES.len(), b in 0u64..4, m in 0u64..140, n in 0u64..140, row_gap in 0u64..20, batch_gap in 0u64..40,
-            x_offset in 0u64..9, out_offset in 0u64..9, round in prop::sample::select(vec![1u64, 4, 16]),
+            dtype in 0..DTYPES.len(), b in 0u64..4, m in 0u64..300, n in 0u64..300, row_gap in 0u64..20, batch_gap in 0u64..40,
+            x_offset in 0u64..9, out_offset in 0u64..17, round in prop::sample::select(vec![1u64, 4, 16]), ragged in any::<bool>(),
         ) {
-            // Rounded up, the sizes reach the vector kernels.
+            // Rounded up, the sizes reach the vector kernels; all but the number of rows and the start of out the ragged one.
             let up = |v: u64| v.next_multiple_of(round);
-            let case = Case::new(DTYPES[dtype], [b, up(m), up(n)]).rows(up(n) + up(row_gap));
+            let any_or_up = |v: u64| if ragged { v } else { up(v) };
+            let case = Case::new(DTYPES[dtype], [b, any_or_up(m), up(n)]).rows(up(n) + up(row_gap));
             let case = Case {
                 batch_stride: case.batch_stride + up(batch_gap),
                 x_offset: up(x_offset),
-                out_offset: up(out_offset),
+                out_offset: any_or_up(out_offset),
                 ..case
             };
-            let device = Device::emulator().checked().shuffled(m * 141 + n);
+            let device = Device::emulator().checked().shuffled(m * 301 + n);
             let pool = Pool::new(&device, ((case.x_offset + case.span()) * case.dtype.size()) as usize).unwrap();
             prop_assert_eq!(check(&device.stream().unwrap(), &pool, &case), Ok(()));
         }
