@@ -222,7 +222,8 @@ kernel! {
     op = batched_transpose;
     threads = 256, blocks = 2;
     /// As [`tiles`] for any `m` and for output rows that start anywhere, `start` elements past a 16-byte boundary for the first one:
-    /// 16-byte pieces that straddle two chunks of the shared tile, and single elements before the first and after the last piece, `EDGES` = V²/16 by a thread.
+    /// 16-byte pieces that straddle two chunks of the shared tile, then the elements before the first and after the last piece of a
+    /// row, `EDGES` = V²/16 by each thread.
     pub fn ragged[T: Word, const V: usize, const EDGES: usize](
         x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, start: u32,
     ) {
