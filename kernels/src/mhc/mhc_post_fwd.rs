@@ -56,9 +56,9 @@ struct Vectors<const M: usize> {
 impl<const M: usize> Vectors<M> {
     #[inline(always)]
     fn load(x: In<u16>, residual: In<u16>, h: u32, col: u32) -> Self {
-        let mut vectors = Self { x: x.load16_stream(col), residual: [[0; 4]; M] };
+        let mut vectors = Self { x: x.load16(col), residual: [[0; 4]; M] };
         unroll!(i in M {
-            vectors.residual[i] = residual.load16_stream(i as u32 * h + col);
+            vectors.residual[i] = residual.load16(i as u32 * h + col);
         });
         vectors
     }
@@ -128,14 +128,15 @@ fn mix_token<const M: usize>(thread: u32, tensors: Tensors, t: u32, h: u32) {
 
     let to = out.at(token * m as u64 * h as u64);
     unroll!(o in M {
-        to.store16_stream(o as u32 * h + col, vectors.mix(post[o], &mixes[o]));
+        to.store16(o as u32 * h + col, vectors.mix(post[o], &mixes[o]));
     });
 }
 
 kernel! {
     op = mhc_post_fwd;
-    threads = 256, blocks = 3;
-    /// One vector of a token per thread; see `mix_token`.
+    threads = 256, blocks = 4;
+    /// One vector of a token per thread; see `mix_token`. Four blocks on a multiprocessor leave a thread 64 registers, which four
+    /// streams just need: what no longer fits spills, and `cargo xtask ptx` refuses that.
     pub fn columns[const M: usize](
         x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32,
     ) {

@@ -2,8 +2,9 @@
 //!
 //! In   x  [b, m, n], rows and matrices at any stride      Out  out  [b, n, m] contiguous
 //! Bytes are copied, so the result is exact for every element type, NaN payloads included.
-//! Map   one block per tile of ROWS x COLS cells; a cell is V x V elements of one thread, V elements being 16 bytes.
-//! Cost  2·b·m·n·size bytes; a cell costs V loads, V stores, 2·V shared accesses and 0 (f32), 4·V (bf16), 8·V (e4m3) permutes.
+//! Map   one block per tile of 16 x 16 cells, tiles along the rows of x; a cell is V x V elements of one thread, V of them 16 bytes.
+//! Cost  2·b·m·n·size bytes; a cell costs V loads, V stores, 2·V shared accesses and 0 (4 bytes), 4·V (2), 8·V (1) permutes.
+//! Ragged m adds V shared accesses, about 15·V moves and permutes and V²/16 stores of one element to a cell; ragged n goes by element.
 
 use crate::device::*;
 use crate::{kernel, unroll};
@@ -11,40 +12,28 @@ use crate::{kernel, unroll};
 /// Bytes of a vector access, and of a chunk of the shared tile.
 const CHUNK: u32 = 16;
 
+/// Cells along each edge of a tile: 256-byte pieces of rows on both sides. Smaller tiles, tiles staged by `cp.async` and blocks
+/// that loop over tiles were measured and are no faster.
+pub const CELLS: u32 = 16;
+
 /// Edge of the tile of [`any`], in elements.
 pub const ANY_TILE: u32 = 64;
 
 /// Threads of [`any`].
 pub const ANY_THREADS: u32 = 256;
 
-/// Cells of a tile, one thread each: `rows` down `m` and `cols` along `n`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cells {
-    /// Cells down the rows of the input; 16 times as many bytes are written in a piece.
-    pub rows: u32,
-    /// Cells along a row of the input; 16 times as many bytes are read in a piece.
-    pub cols: u32,
-}
-
-impl Cells {
-    /// 128-byte pieces on both sides, 64 threads: many small tiles in flight.
-    pub const SMALL: Self = Self { rows: 8, cols: 8 };
-    /// 256-byte pieces on both sides, 256 threads.
-    pub const LARGE: Self = Self { rows: 16, cols: 16 };
-}
-
-/// The shared tile: transposed rows of `rows` chunks.
+/// The shared tile: transposed rows of [`CELLS`] chunks.
 #[inline(always)]
-const fn cells_tile(v: u32, cells: Cells) -> (SharedLayout, Shared<u8>) {
+const fn shared_tile(v: u32) -> (SharedLayout, Shared<u8>) {
     let mut layout = SharedLayout::new();
-    let tile = layout.array::<u8>(cells.cols * v * cells.rows * CHUNK);
+    let tile = layout.array::<u8>(CELLS * v * CELLS * CHUNK);
     (layout, tile)
 }
 
-/// Launch for `batches` matrices of `m` x `n` elements, `v` of them in 16 bytes.
-pub const fn cells_config(batches: u32, m: u32, n: u32, v: u32, cells: Cells) -> LaunchConfig {
-    let tiles = batches * ceil_div(m, cells.rows * v) * ceil_div(n, cells.cols * v);
-    LaunchConfig::new(tiles, cells.rows * cells.cols).shared(&cells_tile(v, cells).0)
+/// Launch of [`tiles`] for `batches` matrices of `m` x `n` elements, `v` of them in 16 bytes: one thread per cell.
+pub const fn tiles_config(batches: u32, m: u32, n: u32, v: u32) -> LaunchConfig {
+    let tiles = batches * ceil_div(m, CELLS * v) * ceil_div(n, CELLS * v);
+    LaunchConfig::new(tiles, CELLS * CELLS).shared(&shared_tile(v).0)
 }
 
 /// The shared tile of [`any`] for elements of `size` bytes. The pitch is an odd number of words, so neither rows nor columns
@@ -69,40 +58,33 @@ struct Tile {
     col: u32,
 }
 
-/// Tile `index` of all. Tiles are walked in bands of `group` tile rows, column by column within a band: 1 goes along the rows of
-/// the input, `u32::MAX` along those of the output.
+/// Tile `index` of all, in the order of `x`: along the rows of a matrix first.
 #[inline(always)]
-fn tile_at(index: u32, (m, n): (u32, u32), (tile_m, tile_n): (u32, u32), group: u32) -> Tile {
-    let (tiles_m, tiles_n) = (ceil_div(m, tile_m), ceil_div(n, tile_n));
-    let group = min(group, tiles_m);
-    let batch = index.checked_div(tiles_m * tiles_n).unwrap_or(0);
-    let index = index - batch * (tiles_m * tiles_n);
-    let band = index.checked_div(group * tiles_n).unwrap_or(0);
-    let (index, first) = (index - band * (group * tiles_n), band * group);
-    let height = min(group, tiles_m - first);
-    let col = index.checked_div(height).unwrap_or(0);
-    Tile { batch, row: (first + index - col * height) * tile_m, col: col * tile_n }
+fn tile_at(index: u32, (m, n): (u32, u32), edge: u32) -> Tile {
+    let (tiles_m, tiles_n) = (ceil_div(m, edge), ceil_div(n, edge));
+    let line = index.checked_div(tiles_n).unwrap_or(0);
+    let batch = line.checked_div(tiles_m).unwrap_or(0);
+    Tile { batch, row: (line - batch * tiles_m) * edge, col: (index - line * tiles_n) * edge }
 }
 
 /// Chunk of the shared tile that holds chunk `chunk` of transposed row `row`. The swizzle spreads the eight threads of a
 /// quarter warp over all banks twice: when they write the same row of neighbouring cells, which are `V` rows apart, and when they
 /// read neighbouring chunks of a row.
 #[inline(always)]
-pub const fn tile_chunk<const V: usize, const ROWS: u32>(row: u32, chunk: u32) -> u32 {
-    row * ROWS + (chunk ^ (row / V as u32 % 8))
+pub const fn tile_chunk<const V: usize>(row: u32, chunk: u32) -> u32 {
+    row * CELLS + (chunk ^ (row / V as u32 % 8))
 }
 
 /// 16 bytes of a row in pieces of `LOAD` bytes.
 #[inline(always)]
-fn load_chunk<const LOAD: u32, const PLAIN: bool>(row: In<u8>) -> [u32; 4] {
+fn load_chunk<const LOAD: u32>(row: In<u8>) -> [u32; 4] {
     match LOAD {
-        _ if PLAIN => row.load16(0),
         4 => core::array::from_fn(|i| row.load4(4 * i as u32)),
         8 => {
             let ([a, b], [c, d]) = (row.load8(0), row.load8(8));
             [a, b, c, d]
         }
-        _ => row.load16_stream(0),
+        _ => row.load16(0),
     }
 }
 
@@ -132,245 +114,170 @@ fn cell_word<const V: usize>(rows: &[[u32; 4]; V], j: usize, w: usize) -> u32 {
     }
 }
 
-/// Transpose a tile of whole cells: `m` and `n` are multiples of `V`, output rows are 16-byte aligned, input rows `LOAD`-byte
-/// aligned. Strides of `x` count bytes.
-#[inline(always)]
-fn transpose_tile<const V: usize, const ROWS: u32, const COLS: u32, const LOAD: u32, const PLAIN: bool>(
-    (x, out): (In<u8>, Out<u8>),
-    (m, n, group): (u32, u32, u32),
-    (row_stride, batch_stride): (u64, u64),
-) {
-    let cell = V as u32;
-    let size = CHUNK / cell;
-    let thread = thread_idx() % (ROWS * COLS);
-    let tile = tile_at(block_idx_x(), (m, n), (ROWS * cell, COLS * cell), group);
-    let (_, shared) = cells_tile(cell, Cells { rows: ROWS, cols: COLS });
-
-    let (r, c) = (thread / COLS, thread % COLS);
-    let (row, col) = (tile.row + r * cell, tile.col + c * cell);
-    if row < m && col < n {
-        let mut from = x.at(tile.batch as u64 * batch_stride + row as u64 * row_stride + col as u64 * size as u64);
-        let mut rows = [[0; 4]; V];
-        unroll!(i in V {
-            from = if i == 0 { from } else { from.at(row_stride) };
-            rows[i] = load_chunk::<LOAD, PLAIN>(from);
-        });
-        let columns = transpose_cell(&rows);
-        unroll!(j in V {
-            shared.store16(tile_chunk::<V, ROWS>(c * cell + j as u32, r) * CHUNK, columns[j]);
-        });
-    }
-    block_sync();
-
-    // Each step writes COLS output rows: ROWS neighbouring threads write the pieces of one.
-    let (first, chunk) = (thread / ROWS, thread % ROWS);
-    let (row, col) = (tile.col + first, tile.row + chunk * cell);
-    if col < m && row < n {
-        let mut columns = [[0; 4]; V];
-        unroll!(i in V {
-            // Beyond the edge the first row is read again, which costs less than a branch.
-            let step = if row + i as u32 * COLS < n { i as u32 * COLS } else { 0 };
-            columns[i] = shared.load16(tile_chunk::<V, ROWS>(first + step, chunk) * CHUNK);
-        });
-        let pitch = m as u64 * size as u64;
-        let mut to = out.at((tile.batch as u64 * n as u64 + row as u64) * pitch + col as u64 * size as u64);
-        unroll!(i in V {
-            to = if i == 0 { to } else { to.at(COLS as u64 * pitch) };
-            if row + i as u32 * COLS < n {
-                store_chunk::<PLAIN>(to, columns[i]);
-            }
-        });
-    }
-}
-
-#[inline(always)]
-fn store_chunk<const PLAIN: bool>(to: Out<u8>, chunk: [u32; 4]) {
-    if PLAIN { to.store16(0, chunk) } else { to.store16_stream(0, chunk) }
-}
-
-/// What [`transpose_staged`] works on.
+/// Where the matrices of `x` and their rows are; strides count bytes.
 #[derive(Clone, Copy)]
-struct Staged {
+struct Input {
     x: In<u8>,
-    out: Out<u8>,
     m: u32,
     n: u32,
     row_stride: u64,
     batch_stride: u64,
-    tiles: u32,
-    group: u32,
 }
 
-/// Chunk of a stage that holds chunk `chunk` of input row `row`. The swizzle spreads eight threads over all banks when they read
-/// the same chunk of rows that are `V` apart.
+/// Load the tile, a cell per thread, transpose its cells and put them into shared memory. `n` is a multiple of `V`; so is `m`, unless
+/// `RAGGED` is set: then the last row is loaded again in place of those beyond it.
 #[inline(always)]
-pub const fn staged_chunk<const V: usize, const COLS: u32>(row: u32, chunk: u32) -> u32 {
-    row * COLS + (chunk ^ (row / V as u32 % 8))
-}
-
-/// The stages of a block, each a tile of the input.
-#[inline(always)]
-const fn stages(v: u32, cells: Cells, stages: u32) -> (SharedLayout, Shared<u8>) {
-    let mut layout = SharedLayout::new();
-    let tile = layout.array::<u8>(stages * cells.cols * v * cells.rows * CHUNK);
-    (layout, tile)
-}
-
-/// Tiles of `batches` matrices.
-pub const fn num_tiles(batches: u32, m: u32, n: u32, v: u32, cells: Cells) -> u32 {
-    batches * ceil_div(m, cells.rows * v) * ceil_div(n, cells.cols * v)
-}
-
-/// Launch of a staged kernel with `blocks` blocks.
-pub const fn staged_config(blocks: u32, v: u32, cells: Cells, num_stages: u32) -> LaunchConfig {
-    LaunchConfig::new(blocks, cells.rows * cells.cols).shared(&stages(v, cells, num_stages).0)
-}
-
-/// Start the copies of a tile into a stage. A tile beyond the last is an empty group.
-#[inline(always)]
-fn copy_tile<const V: usize, const ROWS: u32, const COLS: u32>(what: &Staged, stage: Shared<u8>, index: u32) {
+fn load_tile<const V: usize, const LOAD: u32, const RAGGED: bool>(input: Input, tile: &Tile, thread: u32, shared: Shared<u8>) {
+    let Input { x, m, n, row_stride, batch_stride } = input;
     let cell = V as u32;
-    let size = CHUNK / cell;
-    if index < what.tiles {
-        let tile = tile_at(index, (what.m, what.n), (ROWS * cell, COLS * cell), what.group);
-        let thread = thread_idx() % (ROWS * COLS);
-        let (line, chunk) = (thread / COLS, thread % COLS);
-        let (row, col) = (tile.row + line, tile.col + chunk * cell);
-        if col < what.n {
-            let offset = row as u64 * what.row_stride + col as u64 * size as u64;
-            let mut from = what.x.at(tile.batch as u64 * what.batch_stride + offset);
+    let (r, c) = (thread / CELLS, thread % CELLS);
+    let (row, col) = (tile.row + r * cell, tile.col + c * cell);
+    if row < m && col < n {
+        let size = (CHUNK / cell) as u64;
+        let mut from = x.at(tile.batch as u64 * batch_stride + row as u64 * row_stride + col as u64 * size);
+        let mut rows = [[0; 4]; V];
+        unroll!(i in V {
+            let again = i == 0 || RAGGED && row + i as u32 >= m;
+            from = if again { from } else { from.at(row_stride) };
+            rows[i] = load_chunk::<LOAD>(from);
+        });
+        let columns = transpose_cell(&rows);
+        unroll!(j in V {
+            shared.store16(tile_chunk::<V>(c * cell + j as u32, r) * CHUNK, columns[j]);
+        });
+    }
+}
+
+kernel! {
+    op = batched_transpose;
+    threads = 256, blocks = 2;
+    /// Whole cells: `m` and `n` are multiples of `V`, output rows are 16-byte aligned, input rows `LOAD`-byte aligned. Strides of `x`
+    /// count bytes.
+    pub fn tiles[const V: usize, const LOAD: u32](x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64) {
+        let cell = V as u32;
+        let thread = thread_idx() % (CELLS * CELLS);
+        let tile = tile_at(block_idx_x(), (m, n), CELLS * cell);
+        let (_, shared) = shared_tile(cell);
+        load_tile::<V, LOAD, false>(Input { x, m, n, row_stride, batch_stride }, &tile, thread, shared);
+        block_sync();
+
+        // Each step writes CELLS output rows: CELLS neighbouring threads write the pieces of one.
+        let (first, chunk) = (thread / CELLS, thread % CELLS);
+        let (row, col) = (tile.col + first, tile.row + chunk * cell);
+        if col < m && row < n {
+            let mut columns = [[0; 4]; V];
             unroll!(i in V {
-                from = if i == 0 { from } else { from.at(ROWS as u64 * what.row_stride) };
-                if row + i as u32 * ROWS < what.m {
-                    stage.copy16_async(staged_chunk::<V, COLS>(line + i as u32 * ROWS, chunk) * CHUNK, from, 0);
+                // Beyond the edge the first row is read again, which costs less than a branch.
+                let step = if row + i as u32 * CELLS < n { i as u32 * CELLS } else { 0 };
+                columns[i] = shared.load16(tile_chunk::<V>(first + step, chunk) * CHUNK);
+            });
+            let size = (CHUNK / cell) as u64;
+            let pitch = m as u64 * size;
+            let mut to = out.at((tile.batch as u64 * n as u64 + row as u64) * pitch + col as u64 * size);
+            unroll!(i in V {
+                to = if i == 0 { to } else { to.at(CELLS as u64 * pitch) };
+                if row + i as u32 * CELLS < n {
+                    to.store16(0, columns[i]);
                 }
             });
         }
     }
-    copy_commit();
+    // Four elements of 4 bytes are 16 bytes, so there is no narrow load for those.
+    entries { b1[16, 16], b2[8, 16], b4[4, 16], b1_narrow[16, 4], b2_narrow[8, 8] }
 }
 
-/// As [`transpose_tile`] through stages that `cp.async` fills: loads hold no registers, and those of the next `STAGES` tiles run
-/// while one is written. `PENDING` is `STAGES - 1`.
+/// A row of the shared tile on its way to an output row that starts anywhere: `len` elements, of which `head` come before the first
+/// 16-byte boundary of the output.
+#[derive(Clone, Copy)]
+struct Segment {
+    len: u32,
+    head: u32,
+}
+
+impl Segment {
+    /// The segment of output row `row` of the tile's columns. `start` is the distance of `out` from a 16-byte boundary, in elements.
+    /// Rows whose numbers differ by a multiple of `V` have the same segment.
+    #[inline(always)]
+    fn of_row<const V: usize>(tile: &Tile, row: u32, (m, n): (u32, u32), start: u32) -> Self {
+        let cell = V as u32;
+        // Only the lowest bits matter.
+        let at = tile.batch.wrapping_mul(n).wrapping_add(row).wrapping_mul(m).wrapping_add(tile.row + start);
+        let len = min(CELLS * cell, m - tile.row);
+        Self { len, head: min(0u32.wrapping_sub(at) % cell, len) }
+    }
+}
+
+/// 16 bytes from byte `offset` (below 16) of two chunks on.
 #[inline(always)]
-fn transpose_staged<
-    const V: usize,
-    const ROWS: u32,
-    const COLS: u32,
-    const STAGES: usize,
-    const PENDING: u32,
-    const PLAIN: bool,
->(
-    what: Staged,
-) {
-    let cell = V as u32;
-    let size = CHUNK / cell;
-    let (_, shared) = stages(cell, Cells { rows: ROWS, cols: COLS }, STAGES as u32);
-    let bytes = ROWS * cell * COLS * CHUNK;
-    let thread = thread_idx() % (ROWS * COLS);
-    // Neighbouring threads write neighbouring chunks of an output row.
-    let (c, r) = (thread / ROWS, thread % ROWS);
+fn shift_chunks(a: [u32; 4], b: [u32; 4], offset: u32) -> [u32; 4] {
+    let pick = |skip: bool, this: u32, skipped: u32| if skip { this } else { skipped };
+    let words = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]];
+    let by_two: [u32; 6] = core::array::from_fn(|i| pick(offset & 8 != 0, words[i + 2], words[i]));
+    let by_one: [u32; 5] = core::array::from_fn(|i| pick(offset & 4 != 0, by_two[i + 1], by_two[i]));
+    let bytes = 0x3210 + 0x1111 * (offset % 4);
+    core::array::from_fn(|i| byte_permute(by_one[i], by_one[i + 1], bytes))
+}
 
-    let mut index = block_idx_x();
-    unroll!(s in STAGES {
-        copy_tile::<V, ROWS, COLS>(&what, shared.slice(s as u32 * bytes, bytes), index + s as u32 * grid_dim_x());
-    });
-    let mut stage = 0;
-    while index < what.tiles {
-        let tile = tile_at(index, (what.m, what.n), (ROWS * cell, COLS * cell), what.group);
-        let (row, col) = (tile.row + r * cell, tile.col + c * cell);
-        let inside = row < what.m && col < what.n;
-        let from = shared.slice(stage * bytes, bytes);
-        copy_wait::<PENDING>();
+kernel! {
+    op = batched_transpose;
+    threads = 256, blocks = 2;
+    /// As [`tiles`] for any `m` and for output rows that start anywhere, `start` elements past a 16-byte boundary for the first one:
+    /// 16-byte pieces that straddle two chunks of the shared tile, then the elements before the first and after the last piece of a
+    /// row, `EDGES` = V²/16 by each thread.
+    pub fn ragged[T: Word, const V: usize, const EDGES: usize](
+        x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, start: u32,
+    ) {
+        let cell = V as u32;
+        let thread = thread_idx() % (CELLS * CELLS);
+        let tile = tile_at(block_idx_x(), (m, n), CELLS * cell);
+        let (_, shared) = shared_tile(cell);
+        load_tile::<V, 16, true>(Input { x, m, n, row_stride, batch_stride }, &tile, thread, shared);
         block_sync();
-        let mut rows = [[0; 4]; V];
-        if inside {
+        let out = out.cast::<T>().at(tile.batch as u64 * n as u64 * m as u64 + tile.row as u64);
+
+        // As in `tiles`, CELLS neighbouring threads write the pieces of a row.
+        let (first, piece) = (thread / CELLS, thread % CELLS);
+        let row = tile.col + first;
+        let Segment { len, head } = Segment::of_row::<V>(&tile, row, (m, n), start);
+        let col = head + piece * cell;
+        if col + cell <= len && row < n {
+            // The last piece has no chunk after its own, and begins with that.
+            let next = min(piece + 1, CELLS - 1);
+            let mut columns = [[0; 4]; V];
             unroll!(i in V {
-                rows[i] = from.load16(staged_chunk::<V, COLS>(r * cell + i as u32, c) * CHUNK);
+                let line = first + if row + i as u32 * CELLS < n { i as u32 * CELLS } else { 0 };
+                let chunk = |chunk: u32| shared.load16(tile_chunk::<V>(line, chunk) * CHUNK);
+                columns[i] = shift_chunks(chunk(piece), chunk(next), head * (CHUNK / cell));
+            });
+            unroll!(i in V {
+                if row + i as u32 * CELLS < n {
+                    out.at((row + i as u32 * CELLS) as u64 * m as u64).store16(col, columns[i]);
+                }
             });
         }
-        block_sync();
-        copy_tile::<V, ROWS, COLS>(&what, from, index + STAGES as u32 * grid_dim_x());
-        if inside {
-            let columns = transpose_cell(&rows);
-            let pitch = what.m as u64 * size as u64;
-            let mut to = what.out.at((tile.batch as u64 * what.n as u64 + col as u64) * pitch + row as u64 * size as u64);
-            unroll!(j in V {
-                to = if j == 0 { to } else { to.at(pitch) };
-                store_chunk::<PLAIN>(to, columns[j]);
+
+        // Neighbouring threads write the single elements of a row: V, or up to 2·V - 2 where the matrix ends.
+        let (first, lane) = (thread / cell, thread % cell);
+        let row = tile.col + first;
+        let lines = CELLS * CELLS / cell;
+        let Segment { len, head } = Segment::of_row::<V>(&tile, row, (m, n), start);
+        let edges = head + (len - head) % cell;
+        let mut edge = lane;
+        while edge < edges && row < n {
+            let col = if edge < head { edge } else { len - edges + edge };
+            let values: [T; EDGES] = core::array::from_fn(|i| {
+                let line = first + if row + i as u32 * lines < n { i as u32 * lines } else { 0 };
+                shared.cast::<T>().get(tile_chunk::<V>(line, col / cell) * cell + col % cell)
             });
+            let _: [(); EDGES] = core::array::from_fn(|i| {
+                if row + i as u32 * lines < n {
+                    out.at((row + i as u32 * lines) as u64 * m as u64).set(col, values[i]);
+                }
+            });
+            edge += cell;
         }
-        index += grid_dim_x();
-        stage = if stage == PENDING { 0 } else { stage + 1 };
     }
-}
-
-kernel! {
-    op = batched_transpose;
-    threads = 64, blocks = 8;
-    /// Tiles of [`Cells::SMALL`], see `transpose_tile`.
-    pub fn small[const V: usize, const LOAD: u32, const PLAIN: bool](
-        x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, group: u32,
-    ) {
-        transpose_tile::<V, { Cells::SMALL.rows }, { Cells::SMALL.cols }, LOAD, PLAIN>(
-            (x, out), (m, n, group), (row_stride, batch_stride),
-        );
-    }
-    entries {
-        b1[16, 16, false], b2[8, 16, false], b4[4, 16, false], b1_narrow[16, 4, false], b2_narrow[8, 8, false],
-        b1_plain[16, 16, true], b2_plain[8, 16, true], b4_plain[4, 16, true],
-    }
-}
-
-kernel! {
-    op = batched_transpose;
-    threads = 256, blocks = 2;
-    /// Tiles of [`Cells::LARGE`], see `transpose_tile`.
-    pub fn large[const V: usize, const PLAIN: bool](
-        x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, group: u32,
-    ) {
-        transpose_tile::<V, { Cells::LARGE.rows }, { Cells::LARGE.cols }, 16, PLAIN>(
-            (x, out), (m, n, group), (row_stride, batch_stride),
-        );
-    }
-    entries {
-        b1[16, false], b2[8, false], b4[4, false],
-        b1_plain[16, true], b2_plain[8, true], b4_plain[4, true],
-    }
-}
-
-kernel! {
-    op = batched_transpose;
-    threads = 256, blocks = 2;
-    /// See `transpose_staged`.
-    pub fn staged[const V: usize, const ROWS: u32, const COLS: u32, const STAGES: usize, const PENDING: u32, const PLAIN: bool](
-        x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, tiles: u32, group: u32,
-    ) {
-        transpose_staged::<V, ROWS, COLS, STAGES, PENDING, PLAIN>(Staged { x, out, m, n, row_stride, batch_stride, tiles, group });
-    }
-    entries {
-        one_b1[16, 16, 16, 1, 0, false], one_b2[8, 16, 16, 1, 0, false], one_b4[4, 16, 16, 1, 0, false],
-        three_b1[16, 16, 16, 3, 2, false], three_b2[8, 16, 16, 3, 2, false], three_b4[4, 16, 16, 3, 2, false],
-        plain_b1[16, 16, 16, 3, 2, true], plain_b2[8, 16, 16, 3, 2, true], plain_b4[4, 16, 16, 3, 2, true],
-        wide_b1[16, 8, 32, 3, 2, false], wide_b2[8, 8, 32, 3, 2, false], wide_b4[4, 8, 32, 3, 2, false],
-        tall_b1[16, 32, 8, 3, 2, false], tall_b2[8, 32, 8, 3, 2, false], tall_b4[4, 32, 8, 3, 2, false],
-    }
-}
-
-kernel! {
-    op = batched_transpose;
-    threads = 128, blocks = 4;
-    /// See `transpose_staged`.
-    pub fn staged_half[const V: usize, const ROWS: u32, const COLS: u32, const STAGES: usize, const PENDING: u32, const PLAIN: bool](
-        x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, tiles: u32, group: u32,
-    ) {
-        transpose_staged::<V, ROWS, COLS, STAGES, PENDING, PLAIN>(Staged { x, out, m, n, row_stride, batch_stride, tiles, group });
-    }
-    entries {
-        one_b1[16, 16, 8, 1, 0, false], one_b2[8, 16, 8, 1, 0, false], one_b4[4, 16, 8, 1, 0, false],
-        three_b1[16, 16, 8, 3, 2, false], three_b2[8, 16, 8, 3, 2, false], three_b4[4, 16, 8, 3, 2, false],
-        mini_b1[16, 8, 8, 1, 0, false], mini_b2[8, 8, 8, 1, 0, false], mini_b4[4, 8, 8, 1, 0, false],
-    }
+    entries { b1[u8, 16, 16], b2[u16, 8, 4], b4[u32, 4, 1] }
 }
 
 kernel! {
@@ -380,7 +287,7 @@ kernel! {
     pub fn any[T: Word](x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64) {
         let size = size_of::<T>() as u32;
         let pitch = ANY_TILE + 4 / size;
-        let tile = tile_at(block_idx_x(), (m, n), (ANY_TILE, ANY_TILE), 1);
+        let tile = tile_at(block_idx_x(), (m, n), ANY_TILE);
         let shared = any_tile(size).1.cast::<T>();
         let (line, at) = (thread_idx() / ANY_TILE, thread_idx() % ANY_TILE);
         const LINES: u32 = ANY_THREADS / ANY_TILE;

@@ -7,9 +7,7 @@ use crate::support::golden::{Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use bytemuck::cast_slice;
-use ferrotile::transpose::batched_transpose::{
-    Args, DTYPES, VARIANTS, Variant, batched_transpose, batched_transpose_with, transpose,
-};
+use ferrotile::transpose::batched_transpose::{Args, DTYPES, batched_transpose, transpose};
 use ferrotile::{Buffer, DType, Device, Stream, TensorMut, TensorRef};
 use rayon::prelude::*;
 
@@ -54,8 +52,6 @@ struct Case {
     row_stride: u64,
     x_offset: u64,
     out_offset: u64,
-    /// `None`: the public launcher's choice.
-    variant: Option<Variant>,
     /// Through `transpose` instead of `batched_transpose`.
     single: bool,
 }
@@ -63,7 +59,7 @@ struct Case {
 impl Case {
     fn new(dtype: DType, shape: [u64; 3]) -> Self {
         let [_, m, n] = shape;
-        Self { dtype, shape, batch_stride: m * n, row_stride: n, x_offset: 0, out_offset: 0, variant: None, single: false }
+        Self { dtype, shape, batch_stride: m * n, row_stride: n, x_offset: 0, out_offset: 0, single: false }
     }
 
     /// Rows `row_stride` apart.
@@ -72,10 +68,9 @@ impl Case {
     }
 
     fn name(&self) -> String {
-        let Self { dtype, shape: [b, m, n], batch_stride, row_stride, x_offset, out_offset, variant, single } = self;
+        let Self { dtype, shape: [b, m, n], batch_stride, row_stride, x_offset, out_offset, single } = self;
         let op = if *single { "transpose" } else { "batched_transpose" };
-        let tile = variant.map_or(String::new(), |variant| format!(",{variant:?}"));
-        format!("{op} dtype={dtype},b={b},m={m},n={n},strides={batch_stride}/{row_stride},offsets={x_offset}/{out_offset}{tile}")
+        format!("{op} dtype={dtype},b={b},m={m},n={n},strides={batch_stride}/{row_stride},offsets={x_offset}/{out_offset}")
     }
 
     /// Elements of `x` from its first to its last.
@@ -180,10 +175,9 @@ impl Output {
 }
 
 fn launch(stream: &Stream, case: &Case, x: TensorRef<'_>, out: TensorMut<'_>) -> ferrotile::Result<()> {
-    match case.variant {
-        Some(variant) => batched_transpose_with(stream, Args { x, out }, variant),
-        None if case.single => transpose(stream, Args { x, out }),
-        None => batched_transpose(stream, Args { x, out }),
+    match case.single {
+        true => transpose(stream, Args { x, out }),
+        false => batched_transpose(stream, Args { x, out }),
     }
 }
 
@@ -231,6 +225,10 @@ fn small_cases() -> Vec<Case> {
             case([2, 5 * wide, 64]),
             case([1, 64, 9 * wide]),
             case([2, wide, wide]),
+            case([2, wide, 2 * wide]),
+            // A tile and a bit in both dimensions.
+            case([1, 17 * wide, 18 * wide]),
+            case([1, 17 * wide, 18 * wide]).rows(18 * wide + 4),
             // Left half, as the peer's test has it; rows of a wider matrix at all alignments.
             Case { single: true, ..case([1, 64, 128]).rows(256) },
             Case { x_offset: 128, single: true, ..case([1, 64, 128]).rows(256) },
@@ -240,6 +238,13 @@ fn small_cases() -> Vec<Case> {
             Case { x_offset: 1, ..case([1, 64, 64]) },
             Case { out_offset: 1, ..case([1, 64, 64]) },
             Case { out_offset: 4, ..case([1, 64, 64]) },
+            // Output rows that start anywhere: less than a piece, one piece or none by alignment, a tile and a bit, narrow rows.
+            case([2, 3, 2 * wide]),
+            case([3, 2 * wide - 1, 64]),
+            case([2, 16 * wide + 3, 17 * wide]),
+            Case { out_offset: 3, ..case([1, 32 * wide + 1, 2 * wide]).rows(3 * wide) },
+            Case { out_offset: 2, single: true, ..case([1, 16 * wide, 16 * wide]) },
+            case([2, 37, 64]).rows(68),
             // Gaps between matrices, and the same matrix or row again and again.
             Case { batch_stride: 64 * 64 + 16, ..case([3, 64, 64]) },
             Case { batch_stride: 64 * 64 + 1, ..case([3, 64, 64]) },
@@ -251,17 +256,6 @@ fn small_cases() -> Vec<Case> {
             case([2, 37, 65]),
             case([1, 63, 130]),
         ]);
-        for (_, variant) in VARIANTS {
-            // One tile and a bit of the largest kind, nearly nothing, and more tiles than stages for the only block of a loop.
-            let (edge, loops) = (32 * wide, variant.resident_bytes > 0);
-            let few = Variant { blocks: if loops { 1 } else { u32::MAX }, ..variant };
-            cases.push(Case { variant: Some(few), ..case([1, edge + wide, edge + 2 * wide]) });
-            cases.push(Case { variant: Some(variant), ..case([2, wide, 2 * wide]) });
-            if loops {
-                let two = Variant { blocks: 2, ..variant };
-                cases.push(Case { variant: Some(two), ..case([3, 2 * edge - wide, edge + wide]) });
-            }
-        }
     }
     for dtype in DTYPES.into_iter().filter(|dtype| !MAIN_DTYPES.contains(dtype)) {
         cases.push(Case::new(dtype, [1, 32, 48]));
@@ -367,21 +361,14 @@ fn golden_cases(ctx: &Ctx, stream: &Stream, golden: &Golden) -> Result<(), Strin
     Ok(())
 }
 
-/// Benchmark rows: the peer's cases, those of its own benchmarks, and small ones; some for each variant too.
+/// Benchmark rows: the peer's cases, those of its own benchmarks, small ones, and those off the fastest path.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
     let sizes =
         [(8, 8064, 7168), (32, 8064, 7168), (1, 8064, 7168), (8, 4032, 2048), (1, 4032, 2048), (1, 64, 7168), (1, 128, 7168)];
     for (b, t, h) in sizes {
         for dtype in MAIN_DTYPES {
-            let case = Case::new(dtype, [b, t, h]);
-            rows.push(row(&format!("b={b},dtype={dtype},h={h},t={t}"), case));
-            // The experiment.
-            let wanted = b <= 8 && (t == 8064 && dtype != DType::F32 || t == 4032 && dtype == DType::E4m3);
-            for (name, variant) in VARIANTS.into_iter().filter(|_| wanted) {
-                let name = format!("b={b},dtype={dtype},h={h},t={t},variant={name}");
-                rows.push(row(&name, Case { variant: Some(variant), ..case }));
-            }
+            rows.push(row(&format!("b={b},dtype={dtype},h={h},t={t}"), Case::new(dtype, [b, t, h])));
         }
     }
     // As the peer's own benchmark: contiguous.
@@ -391,6 +378,8 @@ pub fn bench() -> Vec<Row> {
     for (what, case) in [
         ("ragged", Case::new(DType::E4m3, [1, 8001, 7168])),
         ("ragged", Case::new(DType::Bf16, [1, 8001, 7168])),
+        ("ragged", Case::new(DType::F32, [1, 8001, 7168])),
+        ("ragged", Case::new(DType::E4m3, [1, 8064, 7161])),
         ("narrow", Case::new(DType::E4m3, [1, 8064, 7168]).rows(7172)),
         ("narrow", Case::new(DType::Bf16, [1, 8064, 7168]).rows(7172)),
     ] {
@@ -453,36 +442,36 @@ mod tests {
         of::<16>();
     }
 
-    /// 16-byte accesses go a quarter warp at a time; its eight threads must reach eight different groups of four banks. Simulated
-    /// with the addresses of the kernel.
+    /// 16-byte accesses go a quarter warp at a time; its eight threads must reach different groups of four banks, unless they want the
+    /// same chunk. Simulated with the addresses of the kernels.
     #[test]
     fn shared_accesses_of_cells_meet_in_no_bank() {
-        fn of<const V: usize, const ROWS: u32>(cols: u32) {
-            let (threads, cell) = (ROWS * cols, V as u32);
+        use std::collections::BTreeSet;
+        fn of<const V: usize>() {
+            let (threads, cell) = (k::CELLS * k::CELLS, V as u32);
             let free = |chunk: &dyn Fn(u32) -> u32, what: &str| {
                 for quarter in (0..threads).step_by(8) {
-                    let groups: std::collections::BTreeSet<u32> = (quarter..quarter + 8).map(|t| chunk(t) % 8).collect();
-                    assert_eq!(groups.len(), 8, "{what} of threads from {quarter} on, V = {V}, {ROWS} x {cols} cells");
+                    let chunks: BTreeSet<u32> = (quarter..quarter + 8).map(chunk).collect();
+                    let groups: BTreeSet<u32> = chunks.iter().map(|chunk| chunk % 8).collect();
+                    assert_eq!(groups.len(), chunks.len(), "{what} of threads from {quarter} on, V = {V}");
                 }
             };
-            let mut used = vec![0; (cols * cell * ROWS) as usize];
+            let mut used = vec![0; (threads * cell) as usize];
             for step in 0..cell {
-                let write = |t: u32| k::tile_chunk::<V, ROWS>(t % cols * cell + step, t / cols);
-                let read = |t: u32| k::tile_chunk::<V, ROWS>(t / ROWS + step * cols, t % ROWS);
+                let write = |t: u32| k::tile_chunk::<V>(t % k::CELLS * cell + step, t / k::CELLS);
+                let read = |t: u32| k::tile_chunk::<V>(t / k::CELLS + step * k::CELLS, t % k::CELLS);
+                let next = |t: u32| k::tile_chunk::<V>(t / k::CELLS + step * k::CELLS, (t % k::CELLS + 1).min(k::CELLS - 1));
                 free(&write, "writes");
                 free(&read, "reads");
+                free(&next, "second reads of shifted pieces");
                 (0..threads).for_each(|t| used[write(t) as usize] += 1);
                 (0..threads).for_each(|t| used[read(t) as usize] += 1);
             }
             assert!(used.iter().all(|n| *n == 2), "every chunk is written once and read once");
         }
-        for cells in [k::Cells::SMALL, k::Cells::LARGE] {
-            match cells.rows {
-                8 => (of::<4, 8>(cells.cols), of::<8, 8>(cells.cols), of::<16, 8>(cells.cols)),
-                16 => (of::<4, 16>(cells.cols), of::<8, 16>(cells.cols), of::<16, 16>(cells.cols)),
-                rows => panic!("{rows} rows"),
-            };
-        }
+        of::<4>();
+        of::<8>();
+        of::<16>();
     }
 
     /// Rows and columns of the tile of single elements: threads of a warp meet in a bank only if they share the word.
@@ -566,23 +555,23 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
         #[test]
         fn any_shape_stride_and_alignment(
-            dtype in 0..DTYPES.len(), b in 0u64..4, m in 0u64..140, n in 0u64..140, row_gap in 0u64..20, batch_gap in 0u64..40,
-            x_offset in 0u64..9, out_offset in 0u64..9, variant in prop::option::of(0..VARIANTS.len()), round in prop::sample::select(vec![1u64, 4, 16]),
+            dtype in 0..DTYPES.len(), b in 0u64..4, m in 0u64..300, n in 0u64..300, row_gap in 0u64..20, batch_gap in 0u64..40,
+            x_offset in 0u64..9, out_offset in 0u64..17, round in prop::sample::select(vec![1u64, 4, 16]), ragged in any::<bool>(),
         ) {
-            // Rounded up, the sizes reach the vector kernels.
+            // Rounded up, the sizes reach the vector kernels; all but the number of rows and the start of out the ragged one.
             let up = |v: u64| v.next_multiple_of(round);
-            let case = Case::new(DTYPES[dtype], [b, up(m), up(n)]).rows(up(n) + up(row_gap));
+            let any_or_up = |v: u64| if ragged { v } else { up(v) };
+            let case = Case::new(DTYPES[dtype], [b, any_or_up(m), up(n)]).rows(up(n) + up(row_gap));
             let case = Case {
                 batch_stride: case.batch_stride + up(batch_gap),
                 x_offset: up(x_offset),
-                out_offset: up(out_offset),
-                variant: variant.map(|i| Variant { blocks: if VARIANTS[i].1.resident_bytes > 0 { 3 } else { u32::MAX }, ..VARIANTS[i].1 }),
+                out_offset: any_or_up(out_offset),
                 ..case
             };
-            let device = Device::emulator().checked().shuffled(m * 141 + n);
+            let device = Device::emulator().checked().shuffled(m * 301 + n);
             let pool = Pool::new(&device, ((case.x_offset + case.span()) * case.dtype.size()) as usize).unwrap();
             prop_assert_eq!(check(&device.stream().unwrap(), &pool, &case), Ok(()));
         }
