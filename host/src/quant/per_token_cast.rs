@@ -116,9 +116,9 @@ pub fn per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
 #[doc(hidden)]
 pub const CONFIGS: [k::Shape; 5] = [(1, 256), (1, 512), (2, 256), (2, 512), (4, 256)];
 
-/// The same for quantised input.
+/// The same for quantised input; the last one for vectors of 32 channels from e2m1 to e2m1.
 #[doc(hidden)]
-pub const QUANTISED_CONFIGS: [k::Shape; 3] = [(1, 256), (2, 256), (4, 256)];
+pub const QUANTISED_CONFIGS: [k::Shape; 4] = [(1, 256), (2, 256), (4, 256), (1, 128)];
 
 /// [`per_token_cast`] in another launch shape, where there is such an entry: for the benchmark to decide.
 #[doc(hidden)]
@@ -457,6 +457,15 @@ fn cast_quantised(
         Some((entry, config))
     });
     let (entry, shape) = other.unwrap_or((entry, shape));
+    let wide_32 = rows.is_wide_in::<k::E2m1x32>(format, Some(out)) && args.npc >= 32 && x_npc_log2 >= 5;
+    let pairs_32 = rows.source == Source::E2m1 && format == Format::E2m1 && wide_32 && args.round_sf;
+    let pairs_32 = pairs_32 && config == Some((1, 128));
+    let (entry, config) = if pairs_32 {
+        let config = k::tile_config::<k::E2m1x32>((1, 128), rows.num_tokens, rows.hidden);
+        (&e::e2m1x32_e2m1_round, config)
+    } else {
+        (entry, rows.config(shape))
+    };
     let kernel_args = e::Args {
         x: x.input(),
         x_sf: x_sf_tensor.input(),
@@ -476,7 +485,7 @@ fn cast_quantised(
         sf_col_stride: sf.col,
         sf_packed: args.sf.layout.is_packed().into(),
     };
-    stream.launch(op, entry, &rows.config(shape), &kernel_args)
+    stream.launch(op, entry, &config, &kernel_args)
 }
 
 /// Logarithm of one side of the input's block: a power of two from `least` on, or anything that covers all of `size`.
@@ -499,28 +508,6 @@ enum Source {
     F32,
     E4m3,
     E2m1,
-}
-
-impl Source {
-    /// Channels of a vector, see [`k::Source`].
-    const fn channels(self) -> u32 {
-        match self {
-            Source::Bf16 => <k::Bf16 as k::Source>::CHANNELS,
-            Source::F32 => <k::F32 as k::Source>::CHANNELS,
-            Source::E4m3 => <k::E4m3 as k::Source>::CHANNELS,
-            Source::E2m1 => <k::E2m1 as k::Source>::CHANNELS,
-        }
-    }
-
-    /// Bits of a channel.
-    const fn bits(self) -> u32 {
-        match self {
-            Source::Bf16 => <k::Bf16 as k::Source>::BITS,
-            Source::F32 => <k::F32 as k::Source>::BITS,
-            Source::E4m3 => <k::E4m3 as k::Source>::BITS,
-            Source::E2m1 => <k::E2m1 as k::Source>::BITS,
-        }
-    }
 }
 
 /// What the checks of the input found out.
@@ -582,13 +569,18 @@ impl Rows {
 
     /// Whether rows are whole numbers of aligned vectors, on both sides.
     fn is_wide(&self, format: Format, out: Option<&View>) -> bool {
-        let channels = self.source.channels();
-        let vector = (channels * self.source.bits() / 8) as u64;
-        let out_vector = match format {
-            Format::E4m3 => channels as u64,
-            Format::E2m1 => channels as u64 / 2,
-        };
-        self.hidden.is_multiple_of(channels)
+        match self.source {
+            Source::Bf16 => self.is_wide_in::<k::Bf16>(format, out),
+            Source::F32 => self.is_wide_in::<k::F32>(format, out),
+            Source::E4m3 => self.is_wide_in::<k::E4m3>(format, out),
+            Source::E2m1 => self.is_wide_in::<k::E2m1>(format, out),
+        }
+    }
+
+    fn is_wide_in<S: k::Source>(&self, format: Format, out: Option<&View>) -> bool {
+        let vector = (S::CHANNELS * S::BITS / 8) as u64;
+        let out_vector = format.columns(S::CHANNELS.into());
+        self.hidden.is_multiple_of(S::CHANNELS)
             && self.view.ptr().is_multiple_of(vector)
             && self.stride_bytes.is_multiple_of(vector)
             && out.is_none_or(|out| out.ptr().is_multiple_of(out_vector))

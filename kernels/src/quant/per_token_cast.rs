@@ -283,6 +283,41 @@ impl Source for E2m1 {
     }
 }
 
+/// e2m1 input on its way to e2m1, with scales of at least 32 channels on both sides: a table of the encoding serves twice as many.
+#[derive(Clone, Copy)]
+pub struct E2m1x32;
+
+impl Source for E2m1x32 {
+    const CHANNELS: u32 = 32;
+    const BITS: u32 = 4;
+    type Raw = [u32; 4];
+    const ZERO: [u32; 4] = [0; 4];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 4] {
+        x.load16(0)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
+        core::array::from_fn(|i| load_bytes(x, 4 * i as u32, channels / 2))
+    }
+
+    #[inline(always)]
+    fn amax(x: [u32; 4]) -> f32 {
+        max_total(E2m1::amax([x[0], x[1]]), E2m1::amax([x[2], x[3]]))
+    }
+
+    #[inline(always)]
+    fn encode<T: Encode, const SAFE: bool>(x: [u32; 4], factor: f32) -> [u32; 4] {
+        // The compiler makes the table once.
+        let (front, back) = (T::e2m1x16([x[0], x[1]], factor), T::e2m1x16([x[2], x[3]], factor));
+        [front[0], front[1], back[0], back[1]]
+    }
+}
+
 /// The word of bytes `i` to `i + 3`; those from `bytes` on are not read and count as 0.
 #[inline(always)]
 #[track_caller]
@@ -384,22 +419,22 @@ impl<const N: usize, const THREADS: u32> Tile<N, THREADS> {
         Self { row: down * tile_rows::<S>(N, THREADS), channel: block_idx_x() * TILE }
     }
 
-    /// Number of 32 vectors in the tile: `i` of this warp.
+    /// Number in the tile of this lane's vector `i`.
     #[inline(always)]
     fn number(self, i: usize) -> u32 {
-        warp_id() * N as u32 + i as u32
+        (warp_id() * N as u32 + i as u32) * WARP_SIZE + lane_id()
     }
 
     /// Row within the tile of vector `i`.
     #[inline(always)]
     fn row_in_tile<S: Source>(self, i: usize) -> u32 {
-        self.number(i) / (TILE / (32 * S::CHANNELS))
+        self.number(i) / (TILE / S::CHANNELS)
     }
 
     /// First channel within the tile of this lane's vector `i`.
     #[inline(always)]
     fn channel_in_tile<S: Source>(self, i: usize) -> u32 {
-        self.number(i) % (TILE / (32 * S::CHANNELS)) * (32 * S::CHANNELS) + lane_id() * S::CHANNELS
+        self.number(i) % (TILE / S::CHANNELS) * S::CHANNELS
     }
 
     /// Row of vector `i`.
@@ -608,7 +643,7 @@ kernel! {
         let tile = Tile::<N, THREADS>::of_block::<S>();
         let round = rounds::<ROUND, WIDE>(round);
         let raw = tile.load::<S, WIDE>(x, num_tokens, hidden, x_stride);
-        // A warp spans the tile, so all vectors of a lane have the same channels.
+        // Warps start at the first channel of a row, so all vectors of a lane have the same channels.
         let channel = tile.channel::<S>(0);
         let block = channel >> x_npc_log2;
         let column = if x_sf_packed != 0 { block / 4 } else { block };
@@ -622,7 +657,7 @@ kernel! {
             let exponent = ((word >> (block % 4 * 8)) << 23) & 0x7f80_0000;
             f32::from_bits(if x_sf_packed != 0 { exponent } else { word })
         };
-        // The rows of a lane are `N` aligned ones, so they share a block of four rows and more.
+        // The rows of a lane are among four aligned ones, so they share a block of four rows and more.
         let x_sf: [f32; N] = if N == 1 || x_npt_log2 >= 2 {
             [input_scale(tile.row::<S>(0)); N]
         } else {
@@ -658,6 +693,7 @@ kernel! {
         e4m3_e2m1_round_4x256[E4m3, E2m1, true, true, 4, 256],
         e2m1_e4m3_round_2x256[E2m1, E4m3, true, true, 2, 256],
         e2m1_e4m3_round_4x256[E2m1, E4m3, true, true, 4, 256],
+        e2m1x32_e2m1_round[E2m1x32, E2m1, true, true, 1, 128],
         e2m1_e2m1_round_2x256[E2m1, E2m1, true, true, 2, 256],
         e2m1_e2m1_round_4x256[E2m1, E2m1, true, true, 4, 256],
     }

@@ -656,7 +656,7 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
                     out.check_sf(&name, &words)?;
                     out.check_data(&name, &expected.data)?;
                     if round && ctx.depth == Depth::Small {
-                        for config in op::CONFIGS {
+                        for config in op::CONFIGS.into_iter().chain(op::QUANTISED_CONFIGS) {
                             let mut out = Outputs::new(device, shape, format, npc, layout)?;
                             out.offset = plan.out_offset;
                             out.call(&stream, source.input().map_err(text)?, npc, round, Some(config)).map_err(text)?;
