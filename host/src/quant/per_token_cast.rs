@@ -4,6 +4,7 @@ use super::{Format, Input, Sf, SfLayout, SfMut, SfStrides};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::Out;
 use ferrotile_kernels::entry::Entry;
+use ferrotile_kernels::launch::LaunchConfig;
 use ferrotile_kernels::quant::per_token_cast as k;
 
 /// Arguments of [`per_token_cast`].
@@ -108,20 +109,29 @@ pub struct PrecomputedArgs<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast(stream, &args, false)
+    cast(stream, &args, None)
 }
 
-/// [`per_token_cast`] whose data leave the caches first, where there is such an entry: for the benchmark to decide.
+/// Launch shapes that [`per_token_cast_config`] has for rounded scales of aligned input: bf16 or f32 to e4m3 and bf16 to e2m1; the last
+/// one only for f32.
 #[doc(hidden)]
-pub fn per_token_cast_streaming(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast(stream, &args, true)
+pub const CONFIGS: [k::Shape; 5] = [(1, 256), (1, 512), (2, 256), (2, 512), (4, 256)];
+
+/// The same for quantised input; the last one for vectors of 32 channels from e2m1 to e2m1.
+#[doc(hidden)]
+pub const QUANTISED_CONFIGS: [k::Shape; 4] = [(1, 256), (2, 256), (4, 256), (1, 128)];
+
+/// [`per_token_cast`] in another launch shape, where there is such an entry: for the benchmark to decide.
+#[doc(hidden)]
+pub fn per_token_cast_config(stream: &Stream, args: Args<'_>, config: k::Shape) -> Result<()> {
+    cast(stream, &args, Some(config))
 }
 
-fn cast(stream: &Stream, args: &Args<'_>, streaming: bool) -> Result<()> {
+fn cast(stream: &Stream, args: &Args<'_>, config: Option<k::Shape>) -> Result<()> {
     let op = "per_token_cast";
     match args.x {
-        Input::Plain(x) => cast_plain(op, stream, x, args, streaming),
-        Input::Quantised { data, sf, block } => cast_quantised(op, stream, data, sf, block, args, streaming),
+        Input::Plain(x) => cast_plain(op, stream, x, args, config),
+        Input::Quantised { data, sf, block } => cast_quantised(op, stream, data, sf, block, args, config),
     }
 }
 
@@ -163,7 +173,7 @@ pub fn per_token_cast_with_sf_only(stream: &Stream, args: SfOnlyArgs<'_>) -> Res
         return Ok(());
     }
     let group = Group { npc: args.npc, round_sf: args.round_sf, sf, packed: args.sf.layout.is_packed() };
-    launch_cast(op, stream, &rows, group, args.format, None, args.sf.tensor.output(), false)
+    launch_cast(op, stream, &rows, group, args.format, None, args.sf.tensor.output(), None)
 }
 
 /// Quantise with given scale factors: `q = x * (1 / sf)`, the quotient and the product rounded to f32, then rounded and saturated as
@@ -214,8 +224,8 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         return Ok(());
     }
     use k::apply as e;
-    let tiling = rows.tiling(op)?;
-    let entry = match (rows.source, format, rows.is_wide(format, Some(&args.out))) {
+    let wide = rows.is_wide(format, Some(&args.out));
+    let entry = match (rows.source, format, wide) {
         (Source::F32, Format::E4m3, true) => &e::f32_e4m3,
         (Source::F32, Format::E2m1, true) => &e::f32_e2m1,
         (Source::F32, Format::E4m3, false) => &e::f32_e4m3_narrow,
@@ -235,12 +245,9 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         npc_log2: args.npc.trailing_zeros(),
         sf_row_stride: sf.row,
         sf_col_stride: sf.col,
-        num_tiles: tiling.num_tiles,
-        row_tiles: tiling.row_tiles,
-        row_magic: tiling.divisor.magic,
-        row_shift: tiling.divisor.shift,
     };
-    stream.launch(op, entry, &tiling.config(), &kernel_args)
+    let shape = if wide { k::APPLY_SHAPE } else { k::NARROW_SHAPE };
+    stream.launch(op, entry, &rows.config(shape), &kernel_args)
 }
 
 /// Numbers of channels that may share a scale, besides a whole row.
@@ -255,7 +262,7 @@ struct Group {
     packed: bool,
 }
 
-fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'_>, streaming: bool) -> Result<()> {
+fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'_>, config: Option<k::Shape>) -> Result<()> {
     let rows = Rows::new(op, &x, &[DType::Bf16, DType::F32])?;
     let format = rows.check_out(op, &args.out)?;
     // An empty row has no groups; whatever `npc` is, it is none of a whole row.
@@ -278,7 +285,7 @@ fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'
     if whole_row {
         launch_rows(op, stream, &rows, group, format, &args.out, args.sf.tensor.output())
     } else {
-        launch_cast(op, stream, &rows, group, format, Some(&args.out), args.sf.tensor.output(), streaming)
+        launch_cast(op, stream, &rows, group, format, Some(&args.out), args.sf.tensor.output(), config)
     }
 }
 
@@ -292,12 +299,11 @@ fn launch_cast(
     format: Format,
     out: Option<&TensorMut<'_>>,
     sf: Out<u8>,
-    streaming: bool,
+    config: Option<k::Shape>,
 ) -> Result<()> {
     use k::cast as e;
-    let tiling = rows.tiling(op)?;
-    let entry: &'static Entry<e::Args> = match (rows.source, format, rows.is_wide(format, out.map(|out| &**out)), group.round_sf)
-    {
+    let wide = rows.is_wide(format, out.map(|out| &**out));
+    let entry: &'static Entry<e::Args> = match (rows.source, format, wide, group.round_sf) {
         (Source::F32, Format::E4m3, true, false) => &e::f32_e4m3,
         (Source::F32, Format::E4m3, true, true) => &e::f32_e4m3_round,
         (Source::F32, Format::E2m1, true, false) => &e::f32_e2m1,
@@ -311,12 +317,28 @@ fn launch_cast(
         (_, Format::E4m3, false, _) => &e::bf16_e4m3_narrow,
         (_, Format::E2m1, false, _) => &e::bf16_e2m1_narrow,
     };
-    let entry = match (rows.source, format, rows.is_wide(format, out.map(|out| &**out)) && group.round_sf && streaming) {
-        (Source::F32, Format::E4m3, true) => &e::f32_e4m3_round_stream,
-        (Source::Bf16, Format::E4m3, true) => &e::bf16_e4m3_round_stream,
-        (Source::Bf16, Format::E2m1, true) => &e::bf16_e2m1_round_stream,
-        _ => entry,
+    let shape = match (wide, rows.source) {
+        (false, _) => k::NARROW_SHAPE,
+        (true, Source::F32) => k::F32_SHAPE,
+        (true, _) => k::BF16_SHAPE,
     };
+    let other = config.filter(|_| wide && group.round_sf).and_then(|config| {
+        let entry = match (rows.source, format, config) {
+            (Source::Bf16, Format::E4m3, (1, 256)) => &e::bf16_e4m3_round_1x256,
+            (Source::Bf16, Format::E4m3, (1, 512)) => &e::bf16_e4m3_round_1x512,
+            (Source::Bf16, Format::E4m3, (2, 512)) => &e::bf16_e4m3_round_2x512,
+            (Source::F32, Format::E4m3, (1, 256)) => &e::f32_e4m3_round_1x256,
+            (Source::F32, Format::E4m3, (1, 512)) => &e::f32_e4m3_round_1x512,
+            (Source::F32, Format::E4m3, (2, 256)) => &e::f32_e4m3_round_2x256,
+            (Source::F32, Format::E4m3, (4, 256)) => &e::f32_e4m3_round_4x256,
+            (Source::Bf16, Format::E2m1, (1, 256)) => &e::bf16_e2m1_round_1x256,
+            (Source::Bf16, Format::E2m1, (1, 512)) => &e::bf16_e2m1_round_1x512,
+            (Source::Bf16, Format::E2m1, (2, 512)) => &e::bf16_e2m1_round_2x512,
+            _ => return None,
+        };
+        Some((entry, config))
+    });
+    let (entry, shape) = other.unwrap_or((entry, shape));
     let kernel_args = e::Args {
         x: rows.view.input(),
         out: out.map_or(Out::null(), |out| out.output()),
@@ -324,18 +346,14 @@ fn launch_cast(
         x_stride: rows.stride_bytes,
         num_tokens: rows.num_tokens,
         hidden: rows.hidden,
-        lanes_log2: (group.npc / rows.source.channels()).trailing_zeros(),
+        npc_log2: group.npc.trailing_zeros(),
         round: group.round_sf.into(),
         with_data: out.is_some().into(),
         sf_row_stride: group.sf.row,
         sf_col_stride: group.sf.col,
         sf_packed: group.packed.into(),
-        num_tiles: tiling.num_tiles,
-        row_tiles: tiling.row_tiles,
-        row_magic: tiling.divisor.magic,
-        row_shift: tiling.divisor.shift,
     };
-    stream.launch(op, entry, &tiling.config(), &kernel_args)
+    stream.launch(op, entry, &rows.config(shape), &kernel_args)
 }
 
 /// One scale a row.
@@ -387,13 +405,13 @@ fn cast_quantised(
     x_sf: Sf<'_>,
     block: (u32, u32),
     args: &Args<'_>,
-    streaming: bool,
+    config: Option<k::Shape>,
 ) -> Result<()> {
     let rows = Rows::new(op, &x, &[DType::E4m3, DType::E2m1x2])?;
     let format = rows.check_out(op, &args.out)?;
     check::one_of(op, "npc with quantised input", args.npc, &GROUPS)?;
-    let npt_log2 = block_log2(op, "npt of the input's block", block.0, 1, rows.num_tokens)?;
-    let npc_log2 = block_log2(op, "npc of the input's block", block.1, 16, rows.hidden)?;
+    let x_npt_log2 = block_log2(op, "npt of the input's block", block.0, 1, rows.num_tokens)?;
+    let x_npc_log2 = block_log2(op, "npc of the input's block", block.1, 16, rows.hidden)?;
     let x_strides = x_sf.check(op, "x_sf", rows.num_tokens.div_ceil(block.0).into(), rows.num_groups(block.1))?;
     let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
     let (out, x_sf_tensor, sf_tensor) = (&args.out, &x_sf.tensor, &args.sf.tensor);
@@ -407,8 +425,8 @@ fn cast_quantised(
         return Ok(());
     }
     use k::recast as e;
-    let tiling = rows.tiling(op)?;
-    let entry: &'static Entry<e::Args> = match (rows.source, format, rows.is_wide(format, Some(out)), args.round_sf) {
+    let wide = rows.is_wide(format, Some(out));
+    let entry: &'static Entry<e::Args> = match (rows.source, format, wide, args.round_sf) {
         (Source::E2m1, Format::E4m3, true, false) => &e::e2m1_e4m3,
         (Source::E2m1, Format::E4m3, true, true) => &e::e2m1_e4m3_round,
         (Source::E2m1, Format::E2m1, true, false) => &e::e2m1_e2m1,
@@ -422,10 +440,30 @@ fn cast_quantised(
         (_, Format::E4m3, false, _) => &e::e4m3_e4m3_narrow,
         (_, Format::E2m1, false, _) => &e::e4m3_e2m1_narrow,
     };
-    let entry = match (rows.source, format, rows.is_wide(format, Some(out)) && args.round_sf && streaming) {
-        (Source::E2m1, Format::E4m3, true) => &e::e2m1_e4m3_round_stream,
-        (Source::E4m3, Format::E4m3, true) => &e::e4m3_e4m3_round_stream,
-        _ => entry,
+    let shape = if wide { k::QUANTISED_SHAPE } else { k::NARROW_SHAPE };
+    let other = config.filter(|_| wide && args.round_sf).and_then(|config| {
+        let entry = match (rows.source, format, config) {
+            (Source::E4m3, Format::E4m3, (2, 256)) => &e::e4m3_e4m3_round_2x256,
+            (Source::E4m3, Format::E4m3, (4, 256)) => &e::e4m3_e4m3_round_4x256,
+            (Source::E4m3, Format::E2m1, (2, 256)) => &e::e4m3_e2m1_round_2x256,
+            (Source::E4m3, Format::E2m1, (4, 256)) => &e::e4m3_e2m1_round_4x256,
+            (Source::E2m1, Format::E4m3, (2, 256)) => &e::e2m1_e4m3_round_2x256,
+            (Source::E2m1, Format::E4m3, (4, 256)) => &e::e2m1_e4m3_round_4x256,
+            (Source::E2m1, Format::E2m1, (2, 256)) => &e::e2m1_e2m1_round_2x256,
+            (Source::E2m1, Format::E2m1, (4, 256)) => &e::e2m1_e2m1_round_4x256,
+            _ => return None,
+        };
+        Some((entry, config))
+    });
+    let (entry, shape) = other.unwrap_or((entry, shape));
+    let wide_32 = rows.is_wide_in::<k::E2m1x32>(format, Some(out)) && args.npc >= 32 && x_npc_log2 >= 5;
+    let pairs_32 = rows.source == Source::E2m1 && format == Format::E2m1 && wide_32 && args.round_sf;
+    let pairs_32 = pairs_32 && config == Some((1, 128));
+    let (entry, config) = if pairs_32 {
+        let config = k::tile_config::<k::E2m1x32>((1, 128), rows.num_tokens, rows.hidden);
+        (&e::e2m1x32_e2m1_round, config)
+    } else {
+        (entry, rows.config(shape))
     };
     let kernel_args = e::Args {
         x: x.input(),
@@ -435,22 +473,18 @@ fn cast_quantised(
         x_stride: rows.stride_bytes,
         num_tokens: rows.num_tokens,
         hidden: rows.hidden,
-        lanes_log2: (args.npc / rows.source.channels()).trailing_zeros(),
+        npc_log2: args.npc.trailing_zeros(),
         round: args.round_sf.into(),
         x_sf_row_stride: x_strides.row,
         x_sf_col_stride: x_strides.col,
         x_sf_packed: x_sf.layout.is_packed().into(),
-        npt_log2,
-        npc_log2,
+        x_npt_log2,
+        x_npc_log2,
         sf_row_stride: sf.row,
         sf_col_stride: sf.col,
         sf_packed: args.sf.layout.is_packed().into(),
-        num_tiles: tiling.num_tiles,
-        row_tiles: tiling.row_tiles,
-        row_magic: tiling.divisor.magic,
-        row_shift: tiling.divisor.shift,
     };
-    stream.launch(op, entry, &tiling.config(), &kernel_args)
+    stream.launch(op, entry, &config, &kernel_args)
 }
 
 /// Logarithm of one side of the input's block: a power of two from `least` on, or anything that covers all of `size`.
@@ -473,28 +507,6 @@ enum Source {
     F32,
     E4m3,
     E2m1,
-}
-
-impl Source {
-    /// Channels of a vector, see [`k::Source`].
-    const fn channels(self) -> u32 {
-        match self {
-            Source::Bf16 => <k::Bf16 as k::Source>::CHANNELS,
-            Source::F32 => <k::F32 as k::Source>::CHANNELS,
-            Source::E4m3 => <k::E4m3 as k::Source>::CHANNELS,
-            Source::E2m1 => <k::E2m1 as k::Source>::CHANNELS,
-        }
-    }
-
-    /// Bits of a channel.
-    const fn bits(self) -> u32 {
-        match self {
-            Source::Bf16 => <k::Bf16 as k::Source>::BITS,
-            Source::F32 => <k::F32 as k::Source>::BITS,
-            Source::E4m3 => <k::E4m3 as k::Source>::BITS,
-            Source::E2m1 => <k::E2m1 as k::Source>::BITS,
-        }
-    }
 }
 
 /// What the checks of the input found out.
@@ -556,30 +568,29 @@ impl Rows {
 
     /// Whether rows are whole numbers of aligned vectors, on both sides.
     fn is_wide(&self, format: Format, out: Option<&View>) -> bool {
-        let channels = self.source.channels();
-        let vector = (channels * self.source.bits() / 8) as u64;
-        let out_vector = match format {
-            Format::E4m3 => channels as u64,
-            Format::E2m1 => channels as u64 / 2,
-        };
-        self.hidden.is_multiple_of(channels)
+        match self.source {
+            Source::Bf16 => self.is_wide_in::<k::Bf16>(format, out),
+            Source::F32 => self.is_wide_in::<k::F32>(format, out),
+            Source::E4m3 => self.is_wide_in::<k::E4m3>(format, out),
+            Source::E2m1 => self.is_wide_in::<k::E2m1>(format, out),
+        }
+    }
+
+    fn is_wide_in<S: k::Source>(&self, format: Format, out: Option<&View>) -> bool {
+        let vector = (S::CHANNELS * S::BITS / 8) as u64;
+        let out_vector = format.columns(S::CHANNELS.into());
+        self.hidden.is_multiple_of(S::CHANNELS)
             && self.view.ptr().is_multiple_of(vector)
             && self.stride_bytes.is_multiple_of(vector)
             && out.is_none_or(|out| out.ptr().is_multiple_of(out_vector))
     }
 
-    fn tiling(&self, op: &'static str) -> Result<k::Tiling> {
-        let tiling = match self.source {
-            Source::Bf16 => k::Tiling::new::<k::Bf16>(self.num_tokens, self.hidden),
-            Source::F32 => k::Tiling::new::<k::F32>(self.num_tokens, self.hidden),
-            Source::E4m3 => k::Tiling::new::<k::E4m3>(self.num_tokens, self.hidden),
-            Source::E2m1 => k::Tiling::new::<k::E2m1>(self.num_tokens, self.hidden),
-        };
-        tiling.ok_or_else(|| Error::Value {
-            op,
-            arg: "num_tokens",
-            allowed: format!("fewer than {} warp tiles with {} channels", k::MAX_TILES, self.hidden),
-            got: self.num_tokens.to_string(),
-        })
+    fn config(&self, shape: k::Shape) -> LaunchConfig {
+        match self.source {
+            Source::Bf16 => k::tile_config::<k::Bf16>(shape, self.num_tokens, self.hidden),
+            Source::F32 => k::tile_config::<k::F32>(shape, self.num_tokens, self.hidden),
+            Source::E4m3 => k::tile_config::<k::E4m3>(shape, self.num_tokens, self.hidden),
+            Source::E2m1 => k::tile_config::<k::E2m1>(shape, self.num_tokens, self.hidden),
+        }
     }
 }

@@ -2,23 +2,39 @@
 //!
 //! In    x bf16, f32 [t, h], or e4m3 [t, h], e2m1 [t, h/2] with scales    Out  data e4m3 [t, h] or e2m1 [t, h/2], sf [t, ceil(h/npc)]
 //! Exact bitwise the specification's (quant.md 2): one f32 product, one rounding to nearest even.  NaN never is the amax.
-//! Map   a warp takes four vectors of 32 lanes: along a row of plain input, down four rows of quantised input (`cast`, `recast`); a
-//!       block takes a row when the row shares one scale (`rows`); scales given: as `cast`, without the maximum (`apply`).
+//! Map   a block takes some rows of 512 channels, a lane a vector of 16 bytes or more side by side or below (`cast`, `recast`), or a
+//!       row when it shares one scale (`rows`); scales given: as `cast`, without the maximum (`apply`).
 //! Cost  h * (4, 2, 1 or 1/2) bytes read and h * (1 or 1/2) written a token, and the scales; memory bound.
+//!
+//! Scales of a block meet in shared memory and leave last. Column by column they are one word a row, and a store of four bytes costs
+//! as much as one of 32, so a block has enough rows to fill sectors.
 
 use crate::device::*;
-pub use crate::quant::common::{Divisor, E2m1, E4m3};
+pub use crate::quant::common::{E2m1, E4m3};
 use crate::quant::common::{Scale, Target, scale, ue8m0};
 use crate::{kernel, unroll};
 
-/// Warps of a block of `cast`, `recast` and `apply`.
-pub const WARPS: u32 = 8;
-/// Vectors of a lane: 64 bytes in flight a thread, 64 to 128 KB an SM.
-pub const VECTORS: usize = 4;
-/// Most threads of a block of `rows`. Rows of up to [`VECTORS`] vectors for each of them are read once.
+/// Channels of a block of `cast`, `recast` and `apply`: whole packed words of every group.
+pub const TILE: u32 = 512;
+/// How a launch of `cast`, `recast` or `apply` is shaped: vectors of a lane, which all are read before the first is used, and threads
+/// of a block.
+pub type Shape = (usize, u32);
+/// bf16 input: 8 rows a block, so that scales fill sectors.
+pub const BF16_SHAPE: Shape = (2, 256);
+/// f32 input: 8 rows a block.
+pub const F32_SHAPE: Shape = (2, 512);
+/// Quantised input: 8 rows a block.
+pub const QUANTISED_SHAPE: Shape = (1, 256);
+/// Narrow entries.
+pub const NARROW_SHAPE: Shape = (1, 256);
+/// Input whose scales are given.
+pub const APPLY_SHAPE: Shape = (2, 256);
+/// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
+const GRID_Y: u32 = 1 << 15;
+/// Vectors of a lane of `rows`.
+pub const ROW_VECTORS: usize = 4;
+/// Most threads of a block of `rows`. Rows of up to [`ROW_VECTORS`] vectors for each of them are read once.
 pub const MAX_ROW_THREADS: u32 = 512;
-/// Warp tiles of one launch must stay below this, see [`Divisor`].
-pub const MAX_TILES: u64 = 1 << 31;
 
 /// A format of the input, and how one lane reads its share of it: a vector.
 pub trait Source: Copy {
@@ -26,8 +42,6 @@ pub trait Source: Copy {
     const CHANNELS: u32;
     /// Bits of a channel.
     const BITS: u32;
-    /// Rows of a warp tile: 1, with [`VECTORS`] vectors side by side, or [`VECTORS`] with one each.
-    const ROWS: u32;
     /// What was read.
     type Raw: Copy;
     /// A vector of zeros.
@@ -136,14 +150,13 @@ pub struct F32;
 impl Source for Bf16 {
     const CHANNELS: u32 = 8;
     const BITS: u32 = 16;
-    const ROWS: u32 = 1;
     type Raw = [u32; 4];
     const ZERO: [u32; 4] = [0; 4];
 
     #[inline(always)]
     #[track_caller]
     fn load(x: In<u8>) -> [u32; 4] {
-        x.load16_stream(0)
+        x.load16(0)
     }
 
     #[inline(always)]
@@ -171,14 +184,13 @@ impl Source for Bf16 {
 impl Source for F32 {
     const CHANNELS: u32 = 4;
     const BITS: u32 = 32;
-    const ROWS: u32 = 1;
     type Raw = [u32; 4];
     const ZERO: [u32; 4] = [0; 4];
 
     #[inline(always)]
     #[track_caller]
     fn load(x: In<u8>) -> [u32; 4] {
-        x.load16_stream(0)
+        x.load16(0)
     }
 
     #[inline(always)]
@@ -204,14 +216,13 @@ impl Source for F32 {
 impl Source for E4m3 {
     const CHANNELS: u32 = 16;
     const BITS: u32 = 8;
-    const ROWS: u32 = VECTORS as u32;
     type Raw = [u32; 4];
     const ZERO: [u32; 4] = [0; 4];
 
     #[inline(always)]
     #[track_caller]
     fn load(x: In<u8>) -> [u32; 4] {
-        x.load16_stream(0)
+        x.load16(0)
     }
 
     #[inline(always)]
@@ -239,14 +250,13 @@ impl Source for E4m3 {
 impl Source for E2m1 {
     const CHANNELS: u32 = 16;
     const BITS: u32 = 4;
-    const ROWS: u32 = VECTORS as u32;
     type Raw = [u32; 2];
     const ZERO: [u32; 2] = [0; 2];
 
     #[inline(always)]
     #[track_caller]
     fn load(x: In<u8>) -> [u32; 2] {
-        x.load8_stream(0)
+        x.load8(0)
     }
 
     #[inline(always)]
@@ -270,6 +280,41 @@ impl Source for E2m1 {
     #[inline(always)]
     fn encode<T: Encode, const SAFE: bool>(x: [u32; 2], factor: f32) -> [u32; 4] {
         T::e2m1x16(x, factor)
+    }
+}
+
+/// e2m1 input on its way to e2m1, with scales of at least 32 channels on both sides: a table of the encoding serves twice as many.
+#[derive(Clone, Copy)]
+pub struct E2m1x32;
+
+impl Source for E2m1x32 {
+    const CHANNELS: u32 = 32;
+    const BITS: u32 = 4;
+    type Raw = [u32; 4];
+    const ZERO: [u32; 4] = [0; 4];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 4] {
+        x.load16(0)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
+        core::array::from_fn(|i| load_bytes(x, 4 * i as u32, channels / 2))
+    }
+
+    #[inline(always)]
+    fn amax(x: [u32; 4]) -> f32 {
+        max_total(E2m1::amax([x[0], x[1]]), E2m1::amax([x[2], x[3]]))
+    }
+
+    #[inline(always)]
+    fn encode<T: Encode, const SAFE: bool>(x: [u32; 4], factor: f32) -> [u32; 4] {
+        // The compiler makes the table once.
+        let (front, back) = (T::e2m1x16([x[0], x[1]], factor), T::e2m1x16([x[2], x[3]], factor));
+        [front[0], front[1], back[0], back[1]]
     }
 }
 
@@ -303,16 +348,13 @@ fn load<S: Source, const WIDE: bool>(x: In<u8>, channel: u32, hidden: u32) -> S:
 /// Write the codes of a lane's vector, see [`load`].
 #[inline(always)]
 #[track_caller]
-fn store<S: Source, T: Encode, const WIDE: bool, const STREAM: bool>(out: Out<u8>, codes: [u32; 4], channel: u32, hidden: u32) {
+fn store<S: Source, T: Encode, const WIDE: bool>(out: Out<u8>, codes: [u32; 4], channel: u32, hidden: u32) {
     let size = bytes(S::CHANNELS, T::BITS);
     if WIDE {
-        match (size, STREAM) {
-            (16, false) => out.store16(0, codes),
-            (16, true) => out.store16_stream(0, codes),
-            (8, false) => out.store8(0, [codes[0], codes[1]]),
-            (8, true) => out.store8_stream(0, [codes[0], codes[1]]),
-            (4, false) => out.store4(0, codes[0]),
-            (4, true) => out.store4_stream(0, codes[0]),
+        match size {
+            16 => out.store16(0, codes),
+            8 => out.store8(0, [codes[0], codes[1]]),
+            4 => out.store4(0, codes[0]),
             _ => out.cast::<u16>().set(0, codes[0] as u16),
         }
     } else {
@@ -325,36 +367,30 @@ fn store<S: Source, T: Encode, const WIDE: bool, const STREAM: bool>(out: Out<u8
     }
 }
 
-/// How a launch of `cast`, `recast` or `apply` is cut into warp tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tiling {
-    /// Tiles of the launch.
-    pub num_tiles: u32,
-    /// Tiles of a row, or of the rows of a tile.
-    pub row_tiles: u32,
-    /// Divides by `row_tiles`.
-    pub divisor: Divisor,
+/// Rows of a block of `threads` threads that hold `vectors` vectors each.
+pub const fn tile_rows<S: Source>(vectors: usize, threads: u32) -> u32 {
+    threads * vectors as u32 * S::CHANNELS / TILE
 }
 
-impl Tiling {
-    /// Tiles of `num_tokens` rows of `hidden` channels, at least 1; `None` when there are too many.
-    pub fn new<S: Source>(num_tokens: u32, hidden: u32) -> Option<Self> {
-        let vectors = VECTORS as u32 / S::ROWS;
-        let row_tiles = ceil_div(hidden, vectors * 32 * S::CHANNELS);
-        let num_tiles = ceil_div(num_tokens, S::ROWS) as u64 * row_tiles as u64;
-        let divisor = Divisor::new(row_tiles);
-        (num_tiles < MAX_TILES).then_some(Self { num_tiles: num_tiles as u32, row_tiles, divisor })
-    }
-
-    /// Grid and block.
-    pub const fn config(&self) -> LaunchConfig {
-        LaunchConfig::new(ceil_div(self.num_tiles, WARPS), WARPS * WARP_SIZE)
-    }
+/// Grid and block of `cast`, `recast` and `apply`.
+pub fn tile_config<S: Source>((vectors, threads): Shape, num_tokens: u32, hidden: u32) -> LaunchConfig {
+    let down = ceil_div(num_tokens, tile_rows::<S>(vectors, threads));
+    let y = down.min(GRID_Y);
+    let z = if y == 0 { 0 } else { ceil_div(down, y) };
+    LaunchConfig::grid([ceil_div(hidden, TILE), y, z], threads).shared(&tile_shared(tile_rows::<S>(vectors, threads)).0)
 }
 
-/// Grid and block of `rows`: so many threads that each holds [`VECTORS`] vectors of the row.
+/// Shared memory of `cast` and `recast`: scales of the tile, of 16 channels at least.
+#[inline(always)]
+fn tile_shared(rows: u32) -> (SharedLayout, Shared<u32>) {
+    let mut layout = SharedLayout::new();
+    let scales = layout.array(rows * (TILE / 16));
+    (layout, scales)
+}
+
+/// Grid and block of `rows`: so many threads that each holds [`ROW_VECTORS`] vectors of the row.
 pub fn rows_config<S: Source>(num_tokens: u32, hidden: u32) -> LaunchConfig {
-    let threads = ceil_div(ceil_div(hidden, S::CHANNELS), VECTORS as u32);
+    let threads = ceil_div(ceil_div(hidden, S::CHANNELS), ROW_VECTORS as u32);
     LaunchConfig::new(num_tokens, align_up(threads, WARP_SIZE).clamp(WARP_SIZE, MAX_ROW_THREADS)).shared(&rows_shared().0)
 }
 
@@ -366,100 +402,100 @@ fn rows_shared() -> (SharedLayout, Shared<f32>) {
     (layout, scratch)
 }
 
-/// Where a warp tile's vectors lie, for one lane.
+/// Where the vectors of a lane lie: [`TILE`] channels of some rows, numbered row by row; a warp has `N * 32` neighbours.
 #[derive(Clone, Copy)]
-struct Tile {
+struct Tile<const N: usize, const THREADS: u32> {
+    /// First row of the block.
     row: u32,
-    /// Tile within the row.
-    column: u32,
+    /// First channel of the block.
+    channel: u32,
 }
 
-impl Tile {
-    /// The tile of this warp, if there is one.
+impl<const N: usize, const THREADS: u32> Tile<N, THREADS> {
+    /// The tile of this block.
     #[inline(always)]
-    fn of_warp(num_tiles: u32, row_tiles: u32, divisor: Divisor) -> Option<Self> {
-        let tile = block_idx_x() * WARPS + warp_id();
-        if tile >= num_tiles {
-            return None;
-        }
-        let row = divisor.divide(tile);
-        Some(Self { row, column: tile - row * row_tiles })
+    fn of_block<S: Source>() -> Self {
+        let down = block_idx_z() * GRID_Y + block_idx_y();
+        Self { row: down * tile_rows::<S>(N, THREADS), channel: block_idx_x() * TILE }
     }
 
-    /// Whether there is a row for vector `i`.
+    /// Number in the tile of this lane's vector `i`.
     #[inline(always)]
-    fn has_row<S: Source>(self, i: u32, num_tokens: u32) -> bool {
-        S::ROWS == 1 || self.row::<S>(i) < num_tokens
+    fn number(self, i: usize) -> u32 {
+        (warp_id() * N as u32 + i as u32) * WARP_SIZE + lane_id()
+    }
+
+    /// Row within the tile of vector `i`.
+    #[inline(always)]
+    fn row_in_tile<S: Source>(self, i: usize) -> u32 {
+        self.number(i) / (TILE / S::CHANNELS)
+    }
+
+    /// First channel within the tile of this lane's vector `i`.
+    #[inline(always)]
+    fn channel_in_tile<S: Source>(self, i: usize) -> u32 {
+        self.number(i) % (TILE / S::CHANNELS) * S::CHANNELS
     }
 
     /// Row of vector `i`.
     #[inline(always)]
-    fn row<S: Source>(self, i: u32) -> u32 {
-        if S::ROWS == 1 { self.row } else { self.row * S::ROWS + i }
-    }
-
-    /// First channel of vector `i` of lane 0.
-    #[inline(always)]
-    fn start<S: Source>(self, i: u32) -> u32 {
-        (if S::ROWS == 1 { self.column * VECTORS as u32 + i } else { self.column }) * (32 * S::CHANNELS)
+    fn row<S: Source>(self, i: usize) -> u32 {
+        self.row + self.row_in_tile::<S>(i)
     }
 
     /// First channel of this lane's vector `i`.
     #[inline(always)]
-    fn channel<S: Source>(self, i: u32) -> u32 {
-        self.start::<S>(i) + lane_id() * S::CHANNELS
+    fn channel<S: Source>(self, i: usize) -> u32 {
+        self.channel + self.channel_in_tile::<S>(i)
     }
 
-    /// The address of this lane's vector `i` in rows of `stride` bytes, given that of vector 0: a constant away in the same row.
+    /// Where this lane's vector `i` lies in rows of `stride` bytes.
     #[inline(always)]
-    fn step<S: Source>(i: u32, stride: u64, bits: u32) -> u64 {
-        if S::ROWS == 1 { i as u64 * bytes(32 * S::CHANNELS, bits) } else { i as u64 * stride }
+    fn offset<S: Source>(self, i: usize, stride: u64, bits: u32) -> u64 {
+        self.row::<S>(i) as u64 * stride + bytes(self.channel::<S>(i), bits)
+    }
+
+    /// This lane's vectors.
+    #[inline(always)]
+    #[track_caller]
+    fn load<S: Source, const WIDE: bool>(self, x: In<u8>, num_tokens: u32, hidden: u32, stride: u64) -> [S::Raw; N] {
+        core::array::from_fn(|i| {
+            if self.row::<S>(i) < num_tokens {
+                load::<S, WIDE>(x.at(self.offset::<S>(i, stride, S::BITS)), self.channel::<S>(i), hidden)
+            } else {
+                S::ZERO
+            }
+        })
+    }
+
+    /// Quantise and write this lane's vectors; `factor` gives that of each.
+    #[inline(always)]
+    #[track_caller]
+    fn store<S: Source, T: Encode, const SAFE: bool, const WIDE: bool>(
+        self,
+        out: Out<u8>,
+        raw: [S::Raw; N],
+        factor: impl Fn(usize) -> f32,
+        num_tokens: u32,
+        hidden: u32,
+    ) {
+        unroll!(i in N {
+            let channel = self.channel::<S>(i);
+            if self.row::<S>(i) < num_tokens && channel < hidden {
+                let codes = S::encode::<T, SAFE>(raw[i], factor(i));
+                store::<S, T, WIDE>(out.at(self.offset::<S>(i, bytes(hidden, T::BITS), T::BITS)), codes, channel, hidden);
+            }
+        });
     }
 }
 
-/// This lane's four vectors.
+/// Largest values over groups of `2^lanes_log2` neighbouring lanes, which hold 16 to 128 channels.
 #[inline(always)]
 #[track_caller]
-fn load_tile<S: Source, const WIDE: bool>(x: In<u8>, tile: Tile, num_tokens: u32, hidden: u32, stride: u64) -> [S::Raw; VECTORS] {
-    let first = x.at(tile.row::<S>(0) as u64 * stride + bytes(tile.channel::<S>(0), S::BITS));
-    core::array::from_fn(|i| {
-        let i = i as u32;
-        if tile.has_row::<S>(i, num_tokens) {
-            load::<S, WIDE>(first.at(Tile::step::<S>(i, stride, S::BITS)), tile.channel::<S>(i), hidden)
-        } else {
-            S::ZERO
-        }
-    })
-}
-
-/// Quantise and write this lane's four vectors; `factor` gives that of each.
-#[inline(always)]
-#[track_caller]
-fn store_tile<S: Source, T: Encode, const SAFE: bool, const WIDE: bool, const STREAM: bool>(
-    out: Out<u8>,
-    raw: [S::Raw; VECTORS],
-    factor: impl Fn(usize) -> f32,
-    tile: Tile,
-    num_tokens: u32,
-    hidden: u32,
-) {
-    let stride = bytes(hidden, T::BITS);
-    let first = out.at(tile.row::<S>(0) as u64 * stride + bytes(tile.channel::<S>(0), T::BITS));
-    unroll!(i in VECTORS {
-        let (j, channel) = (i as u32, tile.channel::<S>(i as u32));
-        if tile.has_row::<S>(j, num_tokens) && channel < hidden {
-            let codes = S::encode::<T, SAFE>(raw[i], factor(i));
-            store::<S, T, WIDE, STREAM>(first.at(Tile::step::<S>(j, stride, T::BITS)), codes, channel, hidden);
-        }
-    });
-}
-
-/// Largest values over groups of `2^lanes_log2` neighbouring lanes.
-#[inline(always)]
-#[track_caller]
-fn group_max(mut amax: [f32; VECTORS], lanes_log2: u32) -> [f32; VECTORS] {
+fn group_max<S: Source, const N: usize>(mut amax: [f32; N], lanes_log2: u32) -> [f32; N] {
     for step in 0..5 {
-        if lanes_log2 > step {
+        let (always, never) = ((2 * S::CHANNELS) << step <= 16, (2 * S::CHANNELS) << step > 128);
+        if always || (!never && lanes_log2 > step) {
             amax = amax.map(|m| max_total(m, warp_shuffle_xor(m, 1 << step)));
         }
     }
@@ -478,122 +514,136 @@ fn scale_of<T: Target>(amax: f32, round: bool) -> Scale {
     if round { scale::<T, true>(amax) } else { scale::<T, false>(amax) }
 }
 
-/// Where scales go, see [`SfLayout`](crate::quant::common::SfLayout).
+/// The scales of a tile and where they go, see [`SfLayout`](crate::quant::common::SfLayout).
 #[derive(Clone, Copy)]
 struct SfOut {
     sf: Out<u8>,
     row_stride: u32,
     col_stride: u32,
     packed: bool,
+    /// A group has `2^npc_log2` channels.
+    npc_log2: u32,
+    /// Column by column, as one word for each row: a scale, or four exponents.
+    scales: Shared<u32>,
 }
 
-/// Write the scales of the tile's groups of `2^lanes_log2` lanes; `amax` holds the largest values of this lane's groups.
-#[inline(always)]
-#[track_caller]
-fn store_scales<S: Source, T: Encode>(
-    out: SfOut,
-    amax: [f32; VECTORS],
-    round: bool,
-    lanes_log2: u32,
-    tile: Tile,
-    num_tokens: u32,
-    hidden: u32,
-) {
-    let group = lane_id() >> lanes_log2;
-    let groups_log2 = 5 - lanes_log2;
-    let leads = group << lanes_log2 == lane_id();
-    // First channel of this lane's group in vector `i`, and number of the group in its row.
-    let start = |i: u32| tile.start::<S>(i) + (group << lanes_log2) * S::CHANNELS;
-    let number = |i: u32| ((if S::ROWS == 1 { tile.column * VECTORS as u32 + i } else { tile.column }) << groups_log2) + group;
-    if round && out.packed {
-        // Byte `i` is the exponent of vector `i`; groups beyond the end of the row count as 0.
-        let mut word = 0;
-        unroll!(i in VECTORS {
-            let exponent = if start(i as u32) < hidden { ue8m0(scale_of::<T>(amax[i], round).sf) } else { 0 };
-            word |= exponent << (8 * i);
-        });
-        // A word of the output has four neighbouring groups of a row, which four groups of lanes hold for a vector: transpose
-        // bytes within each four groups, so that group `i` of the four gets the word of vector `i`. Two groups of lanes, in a warp
-        // of two, each get the word of two vectors; a lone group has its word already.
-        if lanes_log2 < 5 {
-            let other = warp_shuffle_xor(word, 1 << lanes_log2);
-            let (even, odd) = if lanes_log2 == 4 { (0x5140, 0x3726) } else { (0x6240, 0x3715) };
-            word = byte_permute(word, other, if group & 1 == 0 { even } else { odd });
+impl SfOut {
+    /// Collect the scales of this lane's vectors; `amax` holds the largest values of their groups.
+    #[inline(always)]
+    #[track_caller]
+    fn collect<S: Source, T: Encode, const N: usize, const THREADS: u32>(
+        self,
+        tile: Tile<N, THREADS>,
+        amax: [f32; N],
+        round: bool,
+        hidden: u32,
+    ) {
+        // A group starts at the same lane in all vectors.
+        if (lane_id() * S::CHANNELS) & ((1 << self.npc_log2) - 1) != 0 {
+            return;
         }
-        if lanes_log2 < 4 {
-            let other = warp_shuffle_xor(word, 2 << lanes_log2);
-            word = byte_permute(word, other, if group & 2 == 0 { 0x5410 } else { 0x3276 });
-        }
-        let (vector, first) = if lanes_log2 < 4 { (group & 3, group & !3) } else { (0, 4 * group) };
-        let number = ((if S::ROWS == 1 { tile.column * VECTORS as u32 + vector } else { tile.column }) << groups_log2) + first;
-        let row = tile.row::<S>(vector);
-        // Channels of a group: those of its lanes.
-        let channel = (number << lanes_log2) * S::CHANNELS;
-        if leads && tile.has_row::<S>(vector, num_tokens) && channel < hidden {
-            out.sf.cast::<u32>().set(row * out.row_stride + number / 4 * out.col_stride, word);
-        }
-    } else if leads {
-        unroll!(i in VECTORS {
-            let j = i as u32;
-            if tile.has_row::<S>(j, num_tokens) && start(j) < hidden {
-                let at = tile.row::<S>(j) * out.row_stride + number(j) * out.col_stride;
-                out.sf.cast::<f32>().set(at, scale_of::<T>(amax[i], round).sf);
+        let rows = tile_rows::<S>(N, THREADS);
+        unroll!(i in N {
+            let (row, group) = (tile.row_in_tile::<S>(i), tile.channel_in_tile::<S>(i) >> self.npc_log2);
+            let sf = scale_of::<T>(amax[i], round).sf;
+            if round && self.packed {
+                // Groups beyond the end of the row count as 0.
+                let exponent = if tile.channel::<S>(i) < hidden { ue8m0(sf) } else { 0 };
+                self.scales.cast::<u8>().set((group / 4 * rows + row) * 4 + group % 4, exponent as u8);
+            } else {
+                self.scales.set(group * rows + row, sf.to_bits());
             }
         });
+    }
+
+    /// Write what the block collected, after a barrier.
+    #[inline(always)]
+    #[track_caller]
+    fn write<S: Source, const N: usize, const THREADS: u32>(self, tile: Tile<N, THREADS>, num_tokens: u32, hidden: u32) {
+        let rows = tile_rows::<S>(N, THREADS);
+        // Channels and columns that a word stands for.
+        let word_log2 = self.npc_log2 + if self.packed { 2 } else { 0 };
+        let columns_log2 = TILE.trailing_zeros() - word_log2;
+        let first = tile.channel >> word_log2;
+        let mut i = thread_idx();
+        while i < rows << columns_log2 {
+            // Neighbouring threads write neighbouring words.
+            let by_rows = (i >> columns_log2, i & ((1 << columns_log2) - 1));
+            let (row, column) = if self.col_stride == 1 { by_rows } else { (i % rows, i / rows) };
+            if tile.row + row < num_tokens && (first + column) << word_log2 < hidden {
+                let at = (tile.row + row) * self.row_stride + (first + column) * self.col_stride;
+                self.sf.cast::<u32>().set(at, self.scales.get(column * rows + row));
+            }
+            i += THREADS;
+        }
     }
 }
 
 kernel! {
     op = per_token_cast;
-    threads = 256, blocks = 6;
-    /// Plain input. `x_stride` counts bytes. A group of `2^lanes_log2` lanes shares a scale. `round`, only looked at by narrow
-    /// entries: scales are powers of two. `STREAM`: data are written to leave the caches first. `with_data = 0`: only the scales are written. Warp tile `i` is part `i % row_tiles` of
-    /// row `i / row_tiles`.
-    pub fn cast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool, const STREAM: bool](
-        x: In<u8>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32, round: u32,
-        with_data: u32, sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32,
-        row_magic: u32, row_shift: u32,
+    threads = 512, blocks = 4;
+    /// Plain input. `x_stride` counts bytes. Groups of `2^npc_log2` channels share a scale. `round`, only looked at by narrow
+    /// entries: scales are powers of two. `with_data = 0`: only the scales are written.
+    pub fn cast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool, const N: usize, const THREADS: u32](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, npc_log2: u32, round: u32,
+        with_data: u32, sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32,
     ) {
-        let Some(tile) = Tile::of_warp(num_tiles, row_tiles, Divisor { magic: row_magic, shift: row_shift }) else { return };
+        let tile = Tile::<N, THREADS>::of_block::<S>();
         let round = rounds::<ROUND, WIDE>(round);
-        let raw = load_tile::<S, WIDE>(x, tile, num_tokens, hidden, x_stride);
-        let amax = group_max(raw.map(S::amax), lanes_log2);
-        let to = SfOut { sf, row_stride: sf_row_stride, col_stride: sf_col_stride, packed: sf_packed != 0 };
-        store_scales::<S, T>(to, amax, round, lanes_log2, tile, num_tokens, hidden);
+        let raw = tile.load::<S, WIDE>(x, num_tokens, hidden, x_stride);
+        let amax = group_max::<S, N>(raw.map(S::amax), npc_log2 - S::CHANNELS.trailing_zeros());
+        let (_, scales) = tile_shared(tile_rows::<S>(N, THREADS));
+        let to = SfOut { sf, row_stride: sf_row_stride, col_stride: sf_col_stride, packed: sf_packed != 0, npc_log2, scales };
+        to.collect::<S, T, N, THREADS>(tile, amax, round, hidden);
         if with_data != 0 {
             // Each scale is made where it is used, which saves registers.
-            store_tile::<S, T, ROUND, WIDE, STREAM>(out, raw, |i| scale_of::<T>(amax[i], round).inv, tile, num_tokens, hidden);
+            tile.store::<S, T, ROUND, WIDE>(out, raw, |i| scale_of::<T>(amax[i], round).inv, num_tokens, hidden);
         }
+        block_sync();
+        to.write::<S, N, THREADS>(tile, num_tokens, hidden);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, false, true, false], bf16_e4m3_round[Bf16, E4m3, true, true, false],
-        bf16_e2m1[Bf16, E2m1, false, true, false], bf16_e2m1_round[Bf16, E2m1, true, true, false],
-        f32_e4m3[F32, E4m3, false, true, false], f32_e4m3_round[F32, E4m3, true, true, false],
-        f32_e2m1[F32, E2m1, false, true, false], f32_e2m1_round[F32, E2m1, true, true, false],
-        bf16_e4m3_narrow[Bf16, E4m3, false, false, false],
-        bf16_e2m1_narrow[Bf16, E2m1, false, false, false],
-        f32_e4m3_narrow[F32, E4m3, false, false, false],
-        f32_e2m1_narrow[F32, E2m1, false, false, false],
-        bf16_e4m3_round_stream[Bf16, E4m3, true, true, true], f32_e4m3_round_stream[F32, E4m3, true, true, true],
-        bf16_e2m1_round_stream[Bf16, E2m1, true, true, true],
+        bf16_e4m3[Bf16, E4m3, false, true, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }],
+        bf16_e4m3_round[Bf16, E4m3, true, true, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }],
+        bf16_e4m3_narrow[Bf16, E4m3, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        bf16_e2m1[Bf16, E2m1, false, true, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }],
+        bf16_e2m1_round[Bf16, E2m1, true, true, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }],
+        bf16_e2m1_narrow[Bf16, E2m1, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        f32_e4m3[F32, E4m3, false, true, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
+        f32_e4m3_round[F32, E4m3, true, true, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
+        f32_e4m3_narrow[F32, E4m3, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        f32_e2m1[F32, E2m1, false, true, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
+        f32_e2m1_round[F32, E2m1, true, true, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
+        f32_e2m1_narrow[F32, E2m1, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        bf16_e4m3_round_1x256[Bf16, E4m3, true, true, 1, 256],
+        bf16_e4m3_round_1x512[Bf16, E4m3, true, true, 1, 512],
+        bf16_e4m3_round_2x512[Bf16, E4m3, true, true, 2, 512],
+        f32_e4m3_round_1x256[F32, E4m3, true, true, 1, 256],
+        f32_e4m3_round_1x512[F32, E4m3, true, true, 1, 512],
+        f32_e4m3_round_2x256[F32, E4m3, true, true, 2, 256],
+        f32_e4m3_round_4x256[F32, E4m3, true, true, 4, 256],
+        bf16_e2m1_round_1x256[Bf16, E2m1, true, true, 1, 256],
+        bf16_e2m1_round_1x512[Bf16, E2m1, true, true, 1, 512],
+        bf16_e2m1_round_2x512[Bf16, E2m1, true, true, 2, 512],
     }
 }
 
 kernel! {
     op = per_token_cast;
     threads = 256, blocks = 4;
-    /// Quantised input with a scale for each `2^npt_log2` rows by `2^npc_log2` channels, at least 16 of them. Strides of `x_sf` count
-    /// words, which hold one scale, or four if packed. Warp tile `i` is part `i % row_tiles` of rows `4 * (i / row_tiles)` and on.
-    pub fn recast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool, const STREAM: bool](
-        x: In<u8>, x_sf: In<u32>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, lanes_log2: u32,
-        round: u32, x_sf_row_stride: u32, x_sf_col_stride: u32, x_sf_packed: u32, npt_log2: u32, npc_log2: u32,
-        sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32, num_tiles: u32, row_tiles: u32, row_magic: u32, row_shift: u32,
+    /// Quantised input with a scale for each `2^x_npt_log2` rows by `2^x_npc_log2` channels, at least 16 of them. Strides of `x_sf`
+    /// count words, which hold one scale, or four if packed.
+    pub fn recast[S: Source, T: Encode, const ROUND: bool, const WIDE: bool, const N: usize, const THREADS: u32](
+        x: In<u8>, x_sf: In<u32>, out: Out<u8>, sf: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, npc_log2: u32,
+        round: u32, x_sf_row_stride: u32, x_sf_col_stride: u32, x_sf_packed: u32, x_npt_log2: u32, x_npc_log2: u32,
+        sf_row_stride: u32, sf_col_stride: u32, sf_packed: u32,
     ) {
-        let Some(tile) = Tile::of_warp(num_tiles, row_tiles, Divisor { magic: row_magic, shift: row_shift }) else { return };
+        let tile = Tile::<N, THREADS>::of_block::<S>();
         let round = rounds::<ROUND, WIDE>(round);
-        let raw = load_tile::<S, WIDE>(x, tile, num_tokens, hidden, x_stride);
+        let raw = tile.load::<S, WIDE>(x, num_tokens, hidden, x_stride);
+        // Warps start at the first channel of a row, so all vectors of a lane have the same channels.
         let channel = tile.channel::<S>(0);
-        let block = channel >> npc_log2;
+        let block = channel >> x_npc_log2;
         let column = if x_sf_packed != 0 { block / 4 } else { block };
         let x_sf = x_sf.at(column as u64 * x_sf_col_stride as u64);
         let input_scale = |row: u32| {
@@ -601,33 +651,49 @@ kernel! {
                 return 0.0;
             }
             // One word either way; of a packed one, a byte becomes the exponent.
-            let word = x_sf.get((row >> npt_log2) * x_sf_row_stride);
+            let word = x_sf.get((row >> x_npt_log2) * x_sf_row_stride);
             let exponent = ((word >> (block % 4 * 8)) << 23) & 0x7f80_0000;
             f32::from_bits(if x_sf_packed != 0 { exponent } else { word })
         };
-        // The rows of a tile are the ones of four aligned rows, so they share a block of four rows and more.
-        let x_sf: [f32; VECTORS] = if npt_log2 >= 2 {
-            [input_scale(tile.row::<S>(0)); VECTORS]
+        // The rows of a lane are among four aligned ones, so they share a block of four rows and more.
+        let x_sf: [f32; N] = if N == 1 || x_npt_log2 >= 2 {
+            [input_scale(tile.row::<S>(0)); N]
         } else {
-            core::array::from_fn(|i| input_scale(tile.row::<S>(i as u32)))
+            core::array::from_fn(|i| input_scale(tile.row::<S>(i)))
         };
-        let amax = group_max(core::array::from_fn(|i| S::amax(raw[i]) * x_sf[i]), lanes_log2);
-        let to = SfOut { sf, row_stride: sf_row_stride, col_stride: sf_col_stride, packed: sf_packed != 0 };
-        store_scales::<S, T>(to, amax, round, lanes_log2, tile, num_tokens, hidden);
+        let products = core::array::from_fn(|i| S::amax(raw[i]) * x_sf[i]);
+        let amax = group_max::<S, N>(products, npc_log2 - S::CHANNELS.trailing_zeros());
+        let (_, scales) = tile_shared(tile_rows::<S>(N, THREADS));
+        let to = SfOut { sf, row_stride: sf_row_stride, col_stride: sf_col_stride, packed: sf_packed != 0, npc_log2, scales };
+        to.collect::<S, T, N, THREADS>(tile, amax, round, hidden);
         // Zeros in a block of large scale: the factor may overflow, and zero times infinity would be NaN.
         let factor = |i: usize| min_total(x_sf[i] * scale_of::<T>(amax[i], round).inv, f32::MAX);
-        store_tile::<S, T, false, WIDE, STREAM>(out, raw, factor, tile, num_tokens, hidden);
+        tile.store::<S, T, false, WIDE>(out, raw, factor, num_tokens, hidden);
+        block_sync();
+        to.write::<S, N, THREADS>(tile, num_tokens, hidden);
     }
     entries {
-        e4m3_e4m3[E4m3, E4m3, false, true, false], e4m3_e4m3_round[E4m3, E4m3, true, true, false],
-        e4m3_e2m1[E4m3, E2m1, false, true, false], e4m3_e2m1_round[E4m3, E2m1, true, true, false],
-        e2m1_e4m3[E2m1, E4m3, false, true, false], e2m1_e4m3_round[E2m1, E4m3, true, true, false],
-        e2m1_e2m1[E2m1, E2m1, false, true, false], e2m1_e2m1_round[E2m1, E2m1, true, true, false],
-        e4m3_e4m3_narrow[E4m3, E4m3, false, false, false],
-        e4m3_e2m1_narrow[E4m3, E2m1, false, false, false],
-        e2m1_e4m3_narrow[E2m1, E4m3, false, false, false],
-        e2m1_e2m1_narrow[E2m1, E2m1, false, false, false],
-        e4m3_e4m3_round_stream[E4m3, E4m3, true, true, true], e2m1_e4m3_round_stream[E2m1, E4m3, true, true, true],
+        e4m3_e4m3[E4m3, E4m3, false, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e4m3_e4m3_round[E4m3, E4m3, true, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e4m3_e4m3_narrow[E4m3, E4m3, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        e4m3_e2m1[E4m3, E2m1, false, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e4m3_e2m1_round[E4m3, E2m1, true, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e4m3_e2m1_narrow[E4m3, E2m1, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        e2m1_e4m3[E2m1, E4m3, false, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e2m1_e4m3_round[E2m1, E4m3, true, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e2m1_e4m3_narrow[E2m1, E4m3, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        e2m1_e2m1[E2m1, E2m1, false, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e2m1_e2m1_round[E2m1, E2m1, true, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e2m1_e2m1_narrow[E2m1, E2m1, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        e4m3_e4m3_round_2x256[E4m3, E4m3, true, true, 2, 256],
+        e4m3_e4m3_round_4x256[E4m3, E4m3, true, true, 4, 256],
+        e4m3_e2m1_round_2x256[E4m3, E2m1, true, true, 2, 256],
+        e4m3_e2m1_round_4x256[E4m3, E2m1, true, true, 4, 256],
+        e2m1_e4m3_round_2x256[E2m1, E4m3, true, true, 2, 256],
+        e2m1_e4m3_round_4x256[E2m1, E4m3, true, true, 4, 256],
+        e2m1x32_e2m1_round[E2m1x32, E2m1, true, true, 1, 128],
+        e2m1_e2m1_round_2x256[E2m1, E2m1, true, true, 2, 256],
+        e2m1_e2m1_round_4x256[E2m1, E2m1, true, true, 4, 256],
     }
 }
 
@@ -645,10 +711,10 @@ kernel! {
         let out = out.at(row as u64 * bytes(hidden, T::BITS));
         let channel = |i: u32| (thread_idx() + i * block_dim()) * S::CHANNELS;
         let read = |at: u32| load::<S, WIDE>(x.at(bytes(at, S::BITS)), at, hidden);
-        let held: [S::Raw; VECTORS] = core::array::from_fn(|i| read(channel(i as u32)));
+        let held: [S::Raw; ROW_VECTORS] = core::array::from_fn(|i| read(channel(i as u32)));
         let mut amax = held.iter().fold(0.0, |m, raw| max_total(m, S::amax(*raw)));
         // A row that is longer than what the threads can hold is read twice, the second time from L2.
-        let mut at = channel(VECTORS as u32);
+        let mut at = channel(ROW_VECTORS as u32);
         while at < hidden {
             amax = max_total(amax, S::amax(read(at)));
             at += block_dim() * S::CHANNELS;
@@ -657,13 +723,13 @@ kernel! {
         let write = |raw: S::Raw, at: u32| {
             if at < hidden {
                 let codes = S::encode::<T, ROUND>(raw, scale.inv);
-                store::<S, T, WIDE, false>(out.at(bytes(at, T::BITS)), codes, at, hidden);
+                store::<S, T, WIDE>(out.at(bytes(at, T::BITS)), codes, at, hidden);
             }
         };
-        unroll!(i in VECTORS {
+        unroll!(i in ROW_VECTORS {
             write(held[i], channel(i as u32));
         });
-        let mut at = channel(VECTORS as u32);
+        let mut at = channel(ROW_VECTORS as u32);
         while at < hidden {
             write(read(at), at);
             at += block_dim() * S::CHANNELS;
@@ -687,23 +753,29 @@ kernel! {
 
 kernel! {
     op = per_token_cast;
-    threads = 256, blocks = 6;
-    /// Plain input and given scales, one for `2^npc_log2` channels; tiles as in `cast`.
-    pub fn apply[S: Source, T: Encode, const WIDE: bool](
+    threads = 256, blocks = 8;
+    /// Plain input and given scales, one for `2^npc_log2` channels.
+    pub fn apply[S: Source, T: Encode, const WIDE: bool, const N: usize, const THREADS: u32](
         x: In<u8>, sf: In<f32>, out: Out<u8>, x_stride: u64, num_tokens: u32, hidden: u32, npc_log2: u32,
-        sf_row_stride: u32, sf_col_stride: u32, num_tiles: u32, row_tiles: u32, row_magic: u32, row_shift: u32,
+        sf_row_stride: u32, sf_col_stride: u32,
     ) {
-        let Some(tile) = Tile::of_warp(num_tiles, row_tiles, Divisor { magic: row_magic, shift: row_shift }) else { return };
-        let raw = load_tile::<S, WIDE>(x, tile, num_tokens, hidden, x_stride);
-        let sf: [f32; VECTORS] = core::array::from_fn(|i| {
-            let channel = tile.channel::<S>(i as u32);
-            if channel < hidden { sf.get(tile.row * sf_row_stride + (channel >> npc_log2) * sf_col_stride) } else { 1.0 }
+        let tile = Tile::<N, THREADS>::of_block::<S>();
+        let raw = tile.load::<S, WIDE>(x, num_tokens, hidden, x_stride);
+        let sf: [f32; N] = core::array::from_fn(|i| {
+            let (row, channel) = (tile.row::<S>(i), tile.channel::<S>(i));
+            let inside = row < num_tokens && channel < hidden;
+            if inside { sf.get(row * sf_row_stride + (channel >> npc_log2) * sf_col_stride) } else { 1.0 }
         });
-        store_tile::<S, T, false, WIDE, false>(out, raw, |i| 1.0 / sf[i], tile, num_tokens, hidden);
+        tile.store::<S, T, false, WIDE>(out, raw, |i| 1.0 / sf[i], num_tokens, hidden);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, true], bf16_e2m1[Bf16, E2m1, true], f32_e4m3[F32, E4m3, true], f32_e2m1[F32, E2m1, true],
-        bf16_e4m3_narrow[Bf16, E4m3, false], bf16_e2m1_narrow[Bf16, E2m1, false],
-        f32_e4m3_narrow[F32, E4m3, false], f32_e2m1_narrow[F32, E2m1, false],
+        bf16_e4m3[Bf16, E4m3, true, { APPLY_SHAPE.0 }, { APPLY_SHAPE.1 }],
+        bf16_e2m1[Bf16, E2m1, true, { APPLY_SHAPE.0 }, { APPLY_SHAPE.1 }],
+        f32_e4m3[F32, E4m3, true, { APPLY_SHAPE.0 }, { APPLY_SHAPE.1 }],
+        f32_e2m1[F32, E2m1, true, { APPLY_SHAPE.0 }, { APPLY_SHAPE.1 }],
+        bf16_e4m3_narrow[Bf16, E4m3, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        bf16_e2m1_narrow[Bf16, E2m1, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        f32_e4m3_narrow[F32, E4m3, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
+        f32_e2m1_narrow[F32, E2m1, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
     }
 }

@@ -538,14 +538,24 @@ impl Outputs {
     }
 
     fn cast(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
-        self.call(stream, x, npc, round_sf, false)
+        self.call(stream, x, npc, round_sf, None)
     }
 
-    fn call(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool, streaming: bool) -> ferrotile::Result<()> {
+    fn call(
+        &mut self,
+        stream: &Stream,
+        x: Input<'_>,
+        npc: u32,
+        round_sf: bool,
+        config: Option<(usize, u32)>,
+    ) -> ferrotile::Result<()> {
         let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?.reinterpret(self.format.dtype())?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let args = Args { x, npc, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } };
-        if streaming { op::per_token_cast_streaming(stream, args) } else { op::per_token_cast(stream, args) }
+        match config {
+            Some(config) => op::per_token_cast_config(stream, args, config),
+            None => op::per_token_cast(stream, args),
+        }
     }
 
     fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
@@ -646,8 +656,13 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
                     out.check_sf(&name, &words)?;
                     out.check_data(&name, &expected.data)?;
                     if round && ctx.depth == Depth::Small {
-                        out.call(&stream, source.input().map_err(text)?, npc, round, true).map_err(text)?;
-                        out.check_data(&name, &expected.data)?;
+                        for config in op::CONFIGS.into_iter().chain(op::QUANTISED_CONFIGS) {
+                            let mut out = Outputs::new(device, shape, format, npc, layout)?;
+                            out.offset = plan.out_offset;
+                            out.call(&stream, source.input().map_err(text)?, npc, round, Some(config)).map_err(text)?;
+                            out.check_sf(&name, &words)?;
+                            out.check_data(&name, &expected.data)?;
+                        }
                     }
                     if let Some(exact) = plan.bias.filter(|_| layout == SfLayout::RowMajor) {
                         let scales = Some(BlockScales { sf: expected.sf.clone(), block: (1, npc) });
@@ -944,15 +959,16 @@ fn row(
             _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
         };
         let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
-        let streaming = streaming(&row_case);
-        Ok(Box::new(move |stream| out.call(stream, source.input()?, npc, true, streaming)))
+        let config = config(&row_case);
+        Ok(Box::new(move |stream| out.call(stream, source.input()?, npc, true, config)))
     };
     Row { op: "per_token_cast", case, bytes, build: Box::new(build) }
 }
 
-/// Whether the case asks for the entry that writes data past the caches.
-fn streaming(case: &str) -> bool {
-    case.ends_with(",stores=stream")
+/// The launch shape that a case asks for.
+fn config(case: &str) -> Option<(usize, u32)> {
+    let (vectors, threads) = case.split_once(",config=")?.1.split_once('x')?;
+    Some((vectors.parse().ok()?, threads.parse().ok()?))
 }
 
 /// The peers' cases, shapes of 1.0.0's own benchmark (8001 tokens), whole rows, and small inputs.
@@ -999,18 +1015,26 @@ pub fn bench() -> Vec<Row> {
             Some((128, 128)),
         ));
     }
-    // Two ways to store, of which the faster one stays.
-    let stream = |case: String| case + ",stores=stream";
+    // Launch shapes, of which the fastest stays.
     for npc in [32, 128] {
         for (dtype, input, format) in
             [(DType::Bf16, "bf16", Format::E4m3), (DType::F32, "f32", Format::E4m3), (DType::Bf16, "bf16", Format::E2m1)]
         {
-            let case = stream(case(format, 7168, input, npc, 8064));
-            rows.push(row(case, dtype, (8064, 7168), format, npc, packed, None));
+            let configs = if dtype == DType::F32 { &op::CONFIGS[..] } else { &op::CONFIGS[..4] };
+            for (vectors, threads) in configs {
+                let case = case(format, 7168, input, npc, 8064) + &format!(",config={vectors}x{threads}");
+                rows.push(row(case, dtype, (8064, 7168), format, npc, packed, None));
+            }
         }
         for (dtype, input) in [(DType::E4m3, "e4m3,128x128"), (DType::E2m1x2, "e2m1,128x128")] {
-            let case = stream(case(Format::E4m3, 7168, input, npc, 8001));
-            rows.push(row(case, dtype, (8001, 7168), Format::E4m3, npc, packed, Some((128, 128))));
+            for format in FORMATS {
+                // Vectors of 32 channels are for e2m1 to e2m1 only.
+                let pairs_32 = dtype == DType::E2m1x2 && format == Format::E2m1;
+                for (vectors, threads) in &op::QUANTISED_CONFIGS[..if pairs_32 { 4 } else { 3 }] {
+                    let case = case(format, 7168, input, npc, 8001) + &format!(",config={vectors}x{threads}");
+                    rows.push(row(case, dtype, (8001, 7168), format, npc, packed, Some((128, 128))));
+                }
+            }
         }
     }
     rows
