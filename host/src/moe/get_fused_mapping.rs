@@ -62,7 +62,7 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 /// | `expert_start`, `expert_end`, `num_tokens_per_expert` | `[num_experts]` | i32 |
 ///
 /// All are contiguous. `workspace` is zeroed once and then serves any number of calls, one after the other; see [`Args::workspace`]. From
-/// 8193 choices on the launch is cooperative: it starts when the GPU has room for all of its blocks, at most one per multiprocessor.
+/// 1025 choices on the launch is cooperative: it starts when the GPU has room for all of its blocks, at most one per multiprocessor.
 ///
 /// Expert `e` owns rows `expert_start[e]..expert_end[e]`, its number of choices rounded up to `alignment`; expert 0
 /// starts at row 0 and each expert where the one before ends. Choices stand in ascending order of `token * num_topk + choice` inside
@@ -115,14 +115,6 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 pub fn get_fused_mapping(stream: &Stream, args: Args<'_>) -> Result<()> {
     let sizes = check_args(stream, &args)?;
     launch(stream, args, &sizes, kernels::plan(sizes.n, sizes.e, stream.device().num_sms()))
-}
-
-/// [`get_fused_mapping`] with at most so many blocks, for the benchmark.
-#[doc(hidden)]
-pub fn get_fused_mapping_with(stream: &Stream, args: Args<'_>, blocks: u32) -> Result<()> {
-    let sizes = check_args(stream, &args)?;
-    let most = kernels::plan_of(sizes.n, stream.device().num_sms());
-    launch(stream, args, &sizes, kernels::plan_of(sizes.n, blocks.min(most.blocks)))
 }
 
 fn launch(stream: &Stream, args: Args<'_>, sizes: &Sizes, plan: Plan) -> Result<()> {

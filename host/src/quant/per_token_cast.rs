@@ -109,29 +109,10 @@ pub struct PrecomputedArgs<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast(stream, &args, None)
-}
-
-/// Launch shapes that [`per_token_cast_config`] has for rounded scales of aligned input: bf16 or f32 to e4m3 and bf16 to e2m1; the last
-/// one only for f32.
-#[doc(hidden)]
-pub const CONFIGS: [k::Shape; 5] = [(1, 256), (1, 512), (2, 256), (2, 512), (4, 256)];
-
-/// The same for quantised input; the last one for vectors of 32 channels from e2m1 to e2m1.
-#[doc(hidden)]
-pub const QUANTISED_CONFIGS: [k::Shape; 4] = [(1, 256), (2, 256), (4, 256), (1, 128)];
-
-/// [`per_token_cast`] in another launch shape, where there is such an entry: for the benchmark to decide.
-#[doc(hidden)]
-pub fn per_token_cast_config(stream: &Stream, args: Args<'_>, config: k::Shape) -> Result<()> {
-    cast(stream, &args, Some(config))
-}
-
-fn cast(stream: &Stream, args: &Args<'_>, config: Option<k::Shape>) -> Result<()> {
     let op = "per_token_cast";
     match args.x {
-        Input::Plain(x) => cast_plain(op, stream, x, args, config),
-        Input::Quantised { data, sf, block } => cast_quantised(op, stream, data, sf, block, args, config),
+        Input::Plain(x) => cast_plain(op, stream, x, &args),
+        Input::Quantised { data, sf, block } => cast_quantised(op, stream, data, sf, block, &args),
     }
 }
 
@@ -173,7 +154,7 @@ pub fn per_token_cast_with_sf_only(stream: &Stream, args: SfOnlyArgs<'_>) -> Res
         return Ok(());
     }
     let group = Group { npc: args.npc, round_sf: args.round_sf, sf, packed: args.sf.layout.is_packed() };
-    launch_cast(op, stream, &rows, group, args.format, None, args.sf.tensor.output(), None)
+    launch_cast(op, stream, &rows, group, args.format, None, args.sf.tensor.output())
 }
 
 /// Quantise with given scale factors: `q = x * (1 / sf)`, the quotient and the product rounded to f32, then rounded and saturated as
@@ -262,7 +243,7 @@ struct Group {
     packed: bool,
 }
 
-fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'_>, config: Option<k::Shape>) -> Result<()> {
+fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'_>) -> Result<()> {
     let rows = Rows::new(op, &x, &[DType::Bf16, DType::F32])?;
     let format = rows.check_out(op, &args.out)?;
     // An empty row has no groups; whatever `npc` is, it is none of a whole row.
@@ -285,7 +266,7 @@ fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'
     if whole_row {
         launch_rows(op, stream, &rows, group, format, &args.out, args.sf.tensor.output())
     } else {
-        launch_cast(op, stream, &rows, group, format, Some(&args.out), args.sf.tensor.output(), config)
+        launch_cast(op, stream, &rows, group, format, Some(&args.out), args.sf.tensor.output())
     }
 }
 
@@ -299,7 +280,6 @@ fn launch_cast(
     format: Format,
     out: Option<&TensorMut<'_>>,
     sf: Out<u8>,
-    config: Option<k::Shape>,
 ) -> Result<()> {
     use k::cast as e;
     let wide = rows.is_wide(format, out.map(|out| &**out));
@@ -322,23 +302,6 @@ fn launch_cast(
         (true, Source::F32) => k::F32_SHAPE,
         (true, _) => k::BF16_SHAPE,
     };
-    let other = config.filter(|_| wide && group.round_sf).and_then(|config| {
-        let entry = match (rows.source, format, config) {
-            (Source::Bf16, Format::E4m3, (1, 256)) => &e::bf16_e4m3_round_1x256,
-            (Source::Bf16, Format::E4m3, (1, 512)) => &e::bf16_e4m3_round_1x512,
-            (Source::Bf16, Format::E4m3, (2, 512)) => &e::bf16_e4m3_round_2x512,
-            (Source::F32, Format::E4m3, (1, 256)) => &e::f32_e4m3_round_1x256,
-            (Source::F32, Format::E4m3, (1, 512)) => &e::f32_e4m3_round_1x512,
-            (Source::F32, Format::E4m3, (2, 256)) => &e::f32_e4m3_round_2x256,
-            (Source::F32, Format::E4m3, (4, 256)) => &e::f32_e4m3_round_4x256,
-            (Source::Bf16, Format::E2m1, (1, 256)) => &e::bf16_e2m1_round_1x256,
-            (Source::Bf16, Format::E2m1, (1, 512)) => &e::bf16_e2m1_round_1x512,
-            (Source::Bf16, Format::E2m1, (2, 512)) => &e::bf16_e2m1_round_2x512,
-            _ => return None,
-        };
-        Some((entry, config))
-    });
-    let (entry, shape) = other.unwrap_or((entry, shape));
     let kernel_args = e::Args {
         x: rows.view.input(),
         out: out.map_or(Out::null(), |out| out.output()),
@@ -405,7 +368,6 @@ fn cast_quantised(
     x_sf: Sf<'_>,
     block: (u32, u32),
     args: &Args<'_>,
-    config: Option<k::Shape>,
 ) -> Result<()> {
     let rows = Rows::new(op, &x, &[DType::E4m3, DType::E2m1x2])?;
     let format = rows.check_out(op, &args.out)?;
@@ -441,26 +403,10 @@ fn cast_quantised(
         (_, Format::E2m1, false, _) => &e::e4m3_e2m1_narrow,
     };
     let shape = if wide { k::QUANTISED_SHAPE } else { k::NARROW_SHAPE };
-    let other = config.filter(|_| wide && args.round_sf).and_then(|config| {
-        let entry = match (rows.source, format, config) {
-            (Source::E4m3, Format::E4m3, (2, 256)) => &e::e4m3_e4m3_round_2x256,
-            (Source::E4m3, Format::E4m3, (4, 256)) => &e::e4m3_e4m3_round_4x256,
-            (Source::E4m3, Format::E2m1, (2, 256)) => &e::e4m3_e2m1_round_2x256,
-            (Source::E4m3, Format::E2m1, (4, 256)) => &e::e4m3_e2m1_round_4x256,
-            (Source::E2m1, Format::E4m3, (2, 256)) => &e::e2m1_e4m3_round_2x256,
-            (Source::E2m1, Format::E4m3, (4, 256)) => &e::e2m1_e4m3_round_4x256,
-            (Source::E2m1, Format::E2m1, (2, 256)) => &e::e2m1_e2m1_round_2x256,
-            (Source::E2m1, Format::E2m1, (4, 256)) => &e::e2m1_e2m1_round_4x256,
-            _ => return None,
-        };
-        Some((entry, config))
-    });
-    let (entry, shape) = other.unwrap_or((entry, shape));
     let wide_32 = rows.is_wide_in::<k::E2m1x32>(format, Some(out)) && args.npc >= 32 && x_npc_log2 >= 5;
     let pairs_32 = rows.source == Source::E2m1 && format == Format::E2m1 && wide_32 && args.round_sf;
-    let pairs_32 = pairs_32 && config == Some((1, 128));
     let (entry, config) = if pairs_32 {
-        let config = k::tile_config::<k::E2m1x32>((1, 128), rows.num_tokens, rows.hidden);
+        let config = k::tile_config::<k::E2m1x32>(k::PAIRS_SHAPE, rows.num_tokens, rows.hidden);
         (&e::e2m1x32_e2m1_round, config)
     } else {
         (entry, rows.config(shape))

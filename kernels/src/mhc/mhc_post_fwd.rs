@@ -134,9 +134,9 @@ fn mix_token<const M: usize>(thread: u32, tensors: Tensors, t: u32, h: u32) {
 
 kernel! {
     op = mhc_post_fwd;
-    threads = 256, blocks = 4;
-    /// One vector of a token per thread; see `mix_token`. Four blocks on a multiprocessor leave a thread 64 registers, which four
-    /// streams just need: what no longer fits spills, and `cargo xtask ptx` refuses that.
+    threads = 256, blocks = 3;
+    /// One vector of a token per thread; see `mix_token`. Three blocks on a multiprocessor: with a fourth a thread has 64 registers, and
+    /// four streams spill.
     pub fn columns[const M: usize](
         x: In<u16>, residual: In<u16>, post: In<f32>, comb: In<f32>, out: Out<u16>, t: u32, h: u32,
     ) {

@@ -23,7 +23,7 @@ pub const MAX_EXPERTS: u32 = THREADS;
 const HELD: usize = 4;
 
 /// Up to this many slots one block is faster than several that have to exchange counts.
-const MAX_ALONE: u32 = 8 * THREADS;
+const MAX_ALONE: u32 = THREADS;
 
 /// Every block reads the counts of all blocks, so more than 256 KiB of them cost more than what further blocks save.
 const MAX_COUNTS: u32 = 32 << 10;

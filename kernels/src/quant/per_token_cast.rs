@@ -23,8 +23,10 @@ pub type Shape = (usize, u32);
 pub const BF16_SHAPE: Shape = (2, 256);
 /// f32 input: 8 rows a block.
 pub const F32_SHAPE: Shape = (2, 512);
-/// Quantised input: 8 rows a block.
-pub const QUANTISED_SHAPE: Shape = (1, 256);
+/// Quantised input: 16 rows a block.
+pub const QUANTISED_SHAPE: Shape = (2, 256);
+/// e2m1 to e2m1 where every lane's 32 channels share scales on both sides: 8 rows a block.
+pub const PAIRS_SHAPE: Shape = (1, 128);
 /// Narrow entries.
 pub const NARROW_SHAPE: Shape = (1, 256);
 /// Input whose scales are given.
@@ -615,16 +617,6 @@ kernel! {
         f32_e2m1[F32, E2m1, false, true, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
         f32_e2m1_round[F32, E2m1, true, true, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
         f32_e2m1_narrow[F32, E2m1, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
-        bf16_e4m3_round_1x256[Bf16, E4m3, true, true, 1, 256],
-        bf16_e4m3_round_1x512[Bf16, E4m3, true, true, 1, 512],
-        bf16_e4m3_round_2x512[Bf16, E4m3, true, true, 2, 512],
-        f32_e4m3_round_1x256[F32, E4m3, true, true, 1, 256],
-        f32_e4m3_round_1x512[F32, E4m3, true, true, 1, 512],
-        f32_e4m3_round_2x256[F32, E4m3, true, true, 2, 256],
-        f32_e4m3_round_4x256[F32, E4m3, true, true, 4, 256],
-        bf16_e2m1_round_1x256[Bf16, E2m1, true, true, 1, 256],
-        bf16_e2m1_round_1x512[Bf16, E2m1, true, true, 1, 512],
-        bf16_e2m1_round_2x512[Bf16, E2m1, true, true, 2, 512],
     }
 }
 
@@ -685,15 +677,7 @@ kernel! {
         e2m1_e2m1[E2m1, E2m1, false, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e2m1_round[E2m1, E2m1, true, true, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e2m1_narrow[E2m1, E2m1, false, false, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }],
-        e4m3_e4m3_round_2x256[E4m3, E4m3, true, true, 2, 256],
-        e4m3_e4m3_round_4x256[E4m3, E4m3, true, true, 4, 256],
-        e4m3_e2m1_round_2x256[E4m3, E2m1, true, true, 2, 256],
-        e4m3_e2m1_round_4x256[E4m3, E2m1, true, true, 4, 256],
-        e2m1_e4m3_round_2x256[E2m1, E4m3, true, true, 2, 256],
-        e2m1_e4m3_round_4x256[E2m1, E4m3, true, true, 4, 256],
-        e2m1x32_e2m1_round[E2m1x32, E2m1, true, true, 1, 128],
-        e2m1_e2m1_round_2x256[E2m1, E2m1, true, true, 2, 256],
-        e2m1_e2m1_round_4x256[E2m1, E2m1, true, true, 4, 256],
+        e2m1x32_e2m1_round[E2m1x32, E2m1, true, true, { PAIRS_SHAPE.0 }, { PAIRS_SHAPE.1 }],
     }
 }
 

@@ -6,9 +6,7 @@ use crate::support::compare::equal;
 use crate::support::golden::{Case, Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::moe::get_fused_mapping::{
-    Args, get_fused_mapping, get_fused_mapping_alloc, get_fused_mapping_with, max_expanded_tokens, workspace_bytes,
-};
+use ferrotile::moe::get_fused_mapping::{Args, get_fused_mapping, get_fused_mapping_alloc, max_expanded_tokens, workspace_bytes};
 use ferrotile::{Buffer, Device, Stream};
 
 /// The checks of this op.
@@ -268,8 +266,8 @@ fn special_cases(depth: Depth) -> Vec<(&'static str, u64, u64, Vec<i64>)> {
             rng.stream(2).fill(n / 3 * 3, |rng, i| [-1, 3, 15, 16, -2, i64::MIN, i64::MAX, 1 << 32][rng.below(i, 8) as usize]),
         ),
         // The most that one block does, more than it holds in registers; then the least for several blocks, that is nine.
-        ("largest block", 5, 1, rng.stream(3).ints_i64(8192, -1, 5)),
-        ("smallest grid", 5, 3, rng.stream(4).ints_i64(8193, -1, 5)),
+        ("largest block", 5, 1, rng.stream(3).ints_i64(1024, -1, 5)),
+        ("smallest grid", 5, 3, rng.stream(4).ints_i64(1025, -1, 5)),
         ("one expert in a grid", 1, 1, vec![0; 9000]),
         // 32 blocks because of the counts, with two runs of slots per warp.
         ("most experts in a grid", 1024, 1, rng.stream(5).ints_i64(33_000, -1, 1024)),
@@ -442,9 +440,9 @@ fn check_graph(device: &Device) -> Result<(), String> {
     Ok(())
 }
 
-/// The peers' cases, all of the grid of 1.0.0 (`a=128`), and small ones; `blocks` limits the number of blocks.
+/// The peers' cases, all of the grid of 1.0.0 (`a=128`), and small ones.
 pub fn bench() -> Vec<Row> {
-    let row = |moe: MoeCase, case: String, blocks: Option<u32>| {
+    let row = |moe: MoeCase, case: String| {
         let topk_idx = moe.topk_idx();
         let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
         let p = problem.rows();
@@ -456,28 +454,21 @@ pub fn bench() -> Vec<Row> {
             build: Box::new(move |device, _| {
                 let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
                 let mut buffers = Buffers::new(device, &problem, p)?;
-                Ok(Box::new(move |stream: &Stream| match blocks {
-                    None => get_fused_mapping(stream, buffers.args()?),
-                    Some(blocks) => get_fused_mapping_with(stream, buffers.args()?, blocks),
-                }))
+                Ok(Box::new(move |stream: &Stream| get_fused_mapping(stream, buffers.args()?)))
             }),
         }
     };
     let moe = |num_send_tokens, num_topk, num_experts, num_ranks| MoeCase { num_send_tokens, num_topk, num_experts, num_ranks };
     let mut rows = Vec::new();
     for (e, ep) in [(32, 8), (4, 64)] {
-        let case = format!("e={e},ep={ep},k=8,send=4001");
-        rows.push(row(moe(4001, 8, e, ep), case.clone(), None));
-        rows.push(row(moe(4001, 8, e, ep), format!("{case},blocks=66"), Some(66)));
+        rows.push(row(moe(4001, 8, e, ep), format!("e={e},ep={ep},k=8,send=4001")));
     }
     for case in moe_bench_cases() {
-        rows.push(row(case, format!("a=128,{}", case.name()), None));
+        rows.push(row(case, format!("a=128,{}", case.name())));
     }
     for (send, e, ep) in [(1, 32, 8), (16, 32, 8), (128, 32, 8), (4001, 256, 1), (65536, 32, 8)] {
-        rows.push(row(moe(send, 8, e, ep), format!("e={e},ep={ep},k=8,send={send}"), None));
+        rows.push(row(moe(send, 8, e, ep), format!("e={e},ep={ep},k=8,send={send}")));
     }
-    // About 5400 choices: one block without this.
-    rows.push(row(moe(128, 8, 32, 8), "e=32,ep=8,k=8,send=128,blocks=8".to_owned(), Some(8)));
     rows
 }
 

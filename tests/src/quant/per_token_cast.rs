@@ -538,24 +538,10 @@ impl Outputs {
     }
 
     fn cast(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
-        self.call(stream, x, npc, round_sf, None)
-    }
-
-    fn call(
-        &mut self,
-        stream: &Stream,
-        x: Input<'_>,
-        npc: u32,
-        round_sf: bool,
-        config: Option<(usize, u32)>,
-    ) -> ferrotile::Result<()> {
         let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?.reinterpret(self.format.dtype())?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let args = Args { x, npc, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } };
-        match config {
-            Some(config) => op::per_token_cast_config(stream, args, config),
-            None => op::per_token_cast(stream, args),
-        }
+        op::per_token_cast(stream, args)
     }
 
     fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
@@ -655,15 +641,6 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
                     }
                     out.check_sf(&name, &words)?;
                     out.check_data(&name, &expected.data)?;
-                    if round && ctx.depth == Depth::Small {
-                        for config in op::CONFIGS.into_iter().chain(op::QUANTISED_CONFIGS) {
-                            let mut out = Outputs::new(device, shape, format, npc, layout)?;
-                            out.offset = plan.out_offset;
-                            out.call(&stream, source.input().map_err(text)?, npc, round, Some(config)).map_err(text)?;
-                            out.check_sf(&name, &words)?;
-                            out.check_data(&name, &expected.data)?;
-                        }
-                    }
                     if let Some(exact) = plan.bias.filter(|_| layout == SfLayout::RowMajor) {
                         let scales = Some(BlockScales { sf: expected.sf.clone(), block: (1, npc) });
                         let back = Values { values: decode(&expected.data, format), hidden: hidden as usize, scales };
@@ -948,7 +925,6 @@ fn row(
     let x_sf = block.map_or(0, |block| sf_shape(t, h, block, SfLayout::ColMajorPacked).shape.iter().product());
     let x_columns = if input == DType::E2m1x2 { h / 2 } else { h };
     let bytes = t * x_columns * input.size() + 4 * x_sf + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
-    let row_case = case.clone();
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let name = format!("per_token_cast benchmark {t} {h}");
         let source = match (block, Format::of(input)) {
@@ -959,16 +935,9 @@ fn row(
             _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
         };
         let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
-        let config = config(&row_case);
-        Ok(Box::new(move |stream| out.call(stream, source.input()?, npc, true, config)))
+        Ok(Box::new(move |stream| out.cast(stream, source.input()?, npc, true)))
     };
     Row { op: "per_token_cast", case, bytes, build: Box::new(build) }
-}
-
-/// The launch shape that a case asks for.
-fn config(case: &str) -> Option<(usize, u32)> {
-    let (vectors, threads) = case.split_once(",config=")?.1.split_once('x')?;
-    Some((vectors.parse().ok()?, threads.parse().ok()?))
 }
 
 /// The peers' cases, shapes of 1.0.0's own benchmark (8001 tokens), whole rows, and small inputs.
@@ -1014,28 +983,6 @@ pub fn bench() -> Vec<Row> {
             packed,
             Some((128, 128)),
         ));
-    }
-    // Launch shapes, of which the fastest stays.
-    for npc in [32, 128] {
-        for (dtype, input, format) in
-            [(DType::Bf16, "bf16", Format::E4m3), (DType::F32, "f32", Format::E4m3), (DType::Bf16, "bf16", Format::E2m1)]
-        {
-            let configs = if dtype == DType::F32 { &op::CONFIGS[..] } else { &op::CONFIGS[..4] };
-            for (vectors, threads) in configs {
-                let case = case(format, 7168, input, npc, 8064) + &format!(",config={vectors}x{threads}");
-                rows.push(row(case, dtype, (8064, 7168), format, npc, packed, None));
-            }
-        }
-        for (dtype, input) in [(DType::E4m3, "e4m3,128x128"), (DType::E2m1x2, "e2m1,128x128")] {
-            for format in FORMATS {
-                // Vectors of 32 channels are for e2m1 to e2m1 only.
-                let pairs_32 = dtype == DType::E2m1x2 && format == Format::E2m1;
-                for (vectors, threads) in &op::QUANTISED_CONFIGS[..if pairs_32 { 4 } else { 3 }] {
-                    let case = case(format, 7168, input, npc, 8001) + &format!(",config={vectors}x{threads}");
-                    rows.push(row(case, dtype, (8001, 7168), format, npc, packed, Some((128, 128))));
-                }
-            }
-        }
     }
     rows
 }
