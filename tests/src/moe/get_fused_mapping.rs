@@ -265,12 +265,13 @@ fn special_cases(depth: Depth) -> Vec<(&'static str, u64, u64, Vec<i64>)> {
             3,
             rng.stream(2).fill(n / 3 * 3, |rng, i| [-1, 3, 15, 16, -2, i64::MIN, i64::MAX, 1 << 32][rng.below(i, 8) as usize]),
         ),
-        // The most that one block does, more than it holds in registers; then the least for several blocks, that is nine.
+        // The most that one block does alone; then the least for several blocks, that is two.
         ("largest block", 5, 1, rng.stream(3).ints_i64(1024, -1, 5)),
-        ("smallest grid", 5, 3, rng.stream(4).ints_i64(1025, -1, 5)),
+        ("smallest grid", 5, 3, rng.stream(4).ints_i64(1026, -1, 5)),
         ("one expert in a grid", 1, 1, vec![0; 9000]),
-        // 32 blocks because of the counts, with two runs of slots per warp.
+        // 32 blocks because of the counts, with two runs of slots per warp; with five, which is more than registers hold.
         ("most experts in a grid", 1024, 1, rng.stream(5).ints_i64(33_000, -1, 1024)),
+        ("more than registers hold", 1024, 1, rng.stream(8).ints_i64(135_000, -1, 1024)),
     ];
     if depth == Depth::Full {
         // Up to 20 and up to 40 runs of slots per warp on 132 multiprocessors, and as many counts as there may be.
