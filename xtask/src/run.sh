@@ -64,7 +64,7 @@ peer() {
     for pid in "${pids[@]}"; do wait "$pid"; done
     echo "-- $release: timing" >&2
     CUDA_VISIBLE_DEVICES=$GPU PYTHONPATH=$site/site python3 "$here/time_peer.py" "$version" --only "$PEER_FILTER" 2>"$OUT/peer-$release.log" |
-      tee -a "$OUT/bench.jsonl" || { status=1; tail -n 5 "$OUT/peer-$release.log" >&2; }
+      grep --line-buffered '^{' | tee -a "$OUT/bench.jsonl" || { status=1; tail -n 5 "$OUT/peer-$release.log" >&2; }
   done
   if [ $found = 0 ]; then
     echo "peer: neither release is in this bundle; make it with: cargo xtask gpu-bundle --peer" >&2

@@ -20,7 +20,11 @@ const WARPS: u32 = THREADS / WARP_SIZE;
 pub const MAX_EXPERTS: u32 = THREADS;
 
 /// Runs of slots that a warp loads at once and keeps in registers.
-const HELD: usize = 4;
+const HELD: usize = 2;
+
+/// Runs that a warp loads at once after those. Every one is code that the driver compiles before the first launch, which takes it three
+/// times as long as ptxas: `cargo xtask bench` shows it.
+const MORE: usize = 1;
 
 /// Up to this many slots one block is faster than several that have to exchange counts.
 const MAX_ALONE: u32 = THREADS;
@@ -116,7 +120,7 @@ kernel! {
         let outputs = Outputs { pos_to_expert, pos_to_token, pos_to_token_topk, token_topk_to_pos, k, p };
 
         // Load.
-        let held = slots.load(0);
+        let held = slots.load::<HELD>(0);
         if !alone && thread_idx() == 0 {
             block.call.set(0, exchange.call());
         }
@@ -127,19 +131,18 @@ kernel! {
         let mut places = slots.count(&held, 0, counters);
         let mut group = HELD as u32;
         while group < groups {
-            slots.count(&slots.load(group), group, counters);
-            group += HELD as u32;
+            slots.count(&slots.load::<MORE>(group), group, counters);
+            group += MORE as u32;
         }
         block_sync();
         let expert = thread_idx();
         if expert < e {
-            let sum = sum_of_warps(block.counters, e, expert);
+            let sum = scan_warps(block.counters, e, expert);
             if alone {
                 block.total.set(expert, sum);
             } else {
                 exchange.publish(block.call.get(0), expert, sum);
             }
-            scan_warps(block.counters, e, expert);
         }
         block_sync();
         unroll!(i in HELD {
@@ -179,10 +182,10 @@ kernel! {
         } else {
             let mut group = 0;
             while group < groups {
-                let held = slots.load(group);
+                let held = slots.load::<MORE>(group);
                 let places = slots.count(&held, group, counters);
                 slots.place(&held, &places, group, block.base, &outputs);
-                group += HELD as u32;
+                group += MORE as u32;
             }
         }
         outputs.pad(&block, e);
@@ -218,9 +221,9 @@ impl Slots {
     /// Experts of this lane's slots in the runs from `group` on, [`NONE`] beyond the last run.
     #[inline(always)]
     #[track_caller]
-    fn load(self, group: u32) -> [u32; HELD] {
-        let mut experts = [u64::MAX; HELD];
-        unroll!(i in HELD {
+    fn load<const N: usize>(self, group: u32) -> [u32; N] {
+        let mut experts = [u64::MAX; N];
+        unroll!(i in N {
             let group = group + i as u32;
             let slot = self.slot(group);
             if group < self.groups && slot < self.n {
@@ -234,10 +237,10 @@ impl Slots {
     /// expert before it in its run.
     #[inline(always)]
     #[track_caller]
-    fn count(self, held: &[u32; HELD], group: u32, counters: Shared<u32>) -> [u32; HELD] {
+    fn count<const N: usize>(self, held: &[u32; N], group: u32, counters: Shared<u32>) -> [u32; N] {
         let lane = lane_id();
-        let mut places = [0; HELD];
-        unroll!(i in HELD {
+        let mut places = [0; N];
+        unroll!(i in N {
             if group + (i as u32) < self.groups {
                 let expert = held[i];
                 let same = warp_match_any(expert);
@@ -258,8 +261,8 @@ impl Slots {
     /// Write the positions of the runs from `group` on.
     #[inline(always)]
     #[track_caller]
-    fn place(self, held: &[u32; HELD], places: &[u32; HELD], group: u32, base: Shared<u32>, outputs: &Outputs) {
-        unroll!(i in HELD {
+    fn place<const N: usize>(self, held: &[u32; N], places: &[u32; N], group: u32, base: Shared<u32>, outputs: &Outputs) {
+        unroll!(i in N {
             let group = group + i as u32;
             let slot = self.slot(group);
             if group < self.groups && slot < self.n {
@@ -424,23 +427,10 @@ fn clear(block: &Block, counters: Shared<u32>, e: u32) {
 /// Counters that a thread reads at once: one by one, each would wait for the one before.
 const AT_ONCE: usize = 8;
 
-/// The block's count of an expert.
+/// Replace each warp's counter of an expert by the sum of those of the warps before it; returns the sum of all.
 #[inline(always)]
 #[track_caller]
-fn sum_of_warps(counters: Shared<u32>, e: u32, expert: u32) -> u32 {
-    let mut sums = [0; AT_ONCE];
-    let mut warp = 0;
-    while warp < WARPS {
-        unroll!(i in AT_ONCE { sums[i] += counters.get((warp + i as u32) * e + expert) });
-        warp += AT_ONCE as u32;
-    }
-    sums.iter().sum()
-}
-
-/// Replace each warp's counter of an expert by the sum of those of the warps before it.
-#[inline(always)]
-#[track_caller]
-fn scan_warps(counters: Shared<u32>, e: u32, expert: u32) {
+fn scan_warps(counters: Shared<u32>, e: u32, expert: u32) -> u32 {
     let mut next = 0;
     let mut warp = 0;
     while warp < WARPS {
@@ -451,4 +441,5 @@ fn scan_warps(counters: Shared<u32>, e: u32, expert: u32) {
         }
         warp += AT_ONCE as u32;
     }
+    next
 }
