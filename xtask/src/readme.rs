@@ -87,21 +87,36 @@ fn table(jsonl: &str) -> Result<String> {
     }
     // By op, cases in the order of the run.
     ours.sort_by(|a, b| a.0.cmp(&b.0));
+    let times =
+        |op: &str, case: &str| PEERS.map(|(peer, _)| peers.get(&(peer.to_owned(), op.to_owned(), case.to_owned())).copied());
     let mut table = format!(
         "Microseconds on {machine}; ours and both peers in one run, by the same method. Ratio: ours to the faster peer.{limits}\n\n"
     );
-    table.push_str("| op | case | ferrotile | GB/s |");
-    PEERS.iter().for_each(|(_, name)| table.push_str(&format!(" {name} |")));
-    table.push_str(" ratio |\n|---|---|---:|---:|---:|---:|---:|\n");
-    for (op, case, us, gbs) in &ours {
-        let times = PEERS.map(|(peer, _)| peers.get(&(peer.to_owned(), op.clone(), case.clone())).copied());
+    let beside: Vec<_> = ours.iter().filter(|(op, case, ..)| times(op, case).iter().any(Option::is_some)).collect();
+    let alone: Vec<_> = ours.iter().filter(|(op, case, ..)| times(op, case).iter().all(Option::is_none)).collect();
+    if !beside.is_empty() {
+        table.push_str("| op | case | ferrotile | GB/s |");
+        PEERS.iter().for_each(|(_, name)| table.push_str(&format!(" {name} |")));
+        table.push_str(" ratio |\n|---|---|---:|---:|---:|---:|---:|\n");
+    }
+    let cell = |value: Option<f64>, digits: usize| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"));
+    // A bar in a cell would end it.
+    let start =
+        |op: &str, case: &str, us: f64, gbs| format!("| `{op}` | {} | {us:.2} | {} |", case.replace('|', "\\|"), cell(gbs, 0));
+    for (op, case, us, gbs) in beside {
+        let times = times(op, case);
         let fastest = times.iter().flatten().copied().reduce(f64::min);
-        let cell = |value: Option<f64>, digits: usize| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"));
-        // A bar in a cell would end it.
-        let case = case.replace('|', "\\|");
-        table.push_str(&format!("| `{op}` | {case} | {} | {} |", cell(Some(*us), 2), cell(*gbs, 0)));
+        table.push_str(&start(op, case, *us, *gbs));
         times.iter().for_each(|time| table.push_str(&format!(" {} |", cell(*time, 2))));
         table.push_str(&format!(" {} |\n", cell(fastest.map(|fastest| us / fastest), 2)));
+    }
+    if !alone.is_empty() {
+        let summary = format!("{} cases that the peers' run does not have", alone.len());
+        table.push_str(&format!(
+            "\n<details><summary>{summary}</summary>\n\n| op | case | ferrotile | GB/s |\n|---|---|---:|---:|\n"
+        ));
+        alone.into_iter().for_each(|(op, case, us, gbs)| table.push_str(&(start(op, case, *us, *gbs) + "\n")));
+        table.push_str("\n</details>\n");
     }
     Ok(table)
 }
@@ -130,9 +145,16 @@ mod tests {
 
 | op | case | ferrotile | GB/s | TileKernels 1.0.0 | TileKernels 2.1.0 | ratio |
 |---|---|---:|---:|---:|---:|---:|
-| `alone` |  | 1.50 | – | – | – | – |
 | `cast` | t=2 | 60.00 | 2700 | 64.00 | 80.00 | 0.94 |
 | `topk_gate` | t=1 | 4.00 | 10 | – | 10.00 | 0.40 |
+
+<details><summary>1 cases that the peers' run does not have</summary>
+
+| op | case | ferrotile | GB/s |
+|---|---|---:|---:|
+| `alone` |  | 1.50 | – |
+
+</details>
 ";
         assert_eq!(table(LINES).unwrap(), expected);
         assert!(table("{\n").is_err());
