@@ -119,6 +119,17 @@ pub fn no_overlap(op: &'static str, a: (&'static str, &View), b: (&'static str, 
     Err(Error::Overlap { op, a: a.0, b: b.0 })
 }
 
+/// No output overlaps an input or another output. Inputs may overlap each other.
+pub fn no_overlaps(op: &'static str, inputs: &[(&'static str, &View)], outputs: &[(&'static str, &View)]) -> Result<()> {
+    for input in inputs {
+        outputs.iter().try_for_each(|output| no_overlap(op, *input, *output))?;
+    }
+    for (i, output) in outputs.iter().enumerate() {
+        outputs[i + 1..].iter().try_for_each(|other| no_overlap(op, *output, *other))?;
+    }
+    Ok(())
+}
+
 /// The configuration is one that the device and the compiled kernel allow.
 pub(crate) fn launch_config(op: &'static str, config: &LaunchConfig, max_threads: u32) -> Result<()> {
     let most = if max_threads == 0 { 1024 } else { max_threads };
@@ -216,6 +227,14 @@ mod tests {
         let middle = a.strided(&[4], &[1], 3).unwrap();
         assert_eq!(text(no_overlap(OP, ("x", &low), ("out", &middle))), "some_op: x and out overlap in memory");
         no_overlap(OP, ("x", &low), ("out", &a.strided(&[0], &[1], 2).unwrap())).unwrap();
+
+        // Inputs may share memory; every output is held against all inputs and all other outputs.
+        no_overlaps(OP, &[("x", &low), ("y", &low)], &[("out", &high)]).unwrap();
+        let apart = a.strided(&[1], &[1], 0).unwrap();
+        let error = no_overlaps(OP, &[("x", &apart), ("y", &low)], &[("out", &high), ("sf", &middle)]);
+        assert_eq!(text(error), "some_op: y and sf overlap in memory");
+        let error = no_overlaps(OP, &[("x", &apart)], &[("out", &high), ("sf", &middle)]);
+        assert_eq!(text(error), "some_op: out and sf overlap in memory");
     }
 
     #[test]

@@ -285,9 +285,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     }
     all[8] = ("workspace", workspace);
     check::same_device(OP, stream, &all)?;
-    for (i, a) in all.iter().enumerate() {
-        all[i + 1..].iter().try_for_each(|b| check::no_overlap(OP, *a, *b))?;
-    }
+    check::no_overlaps(OP, &all[..1], &all[1..])?;
     Ok(Sizes {
         n: check::fits_u32(OP, "num_tokens * num_topk", n)?,
         e: check::fits_u32(OP, "num_experts", e)?,

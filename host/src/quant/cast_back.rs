@@ -195,8 +195,7 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     check::in_range(op, "num_tokens", num_tokens, 0, i32::MAX as u64)?;
     let x_stride = if num_tokens == 1 { 0 } else { check::fits_u32(op, "row stride of x", a.x.stride(0))? };
     check::aligned(op, "out", &a.out, a.out.dtype().size())?;
-    check::no_overlap(op, ("x", &a.x), ("out", &a.out))?;
-    check::no_overlap(op, ("sf", &a.sf.tensor), ("out", &a.out))?;
+    check::no_overlaps(op, &[("x", &a.x), ("sf", &a.sf.tensor)], &[("out", &a.out)])?;
 
     let format = if a.x.dtype() == DType::E2m1x2 { Format::E2m1 } else { Format::E4m3 };
     let mut plan = Plan {
@@ -250,42 +249,32 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) ->
         let x = args.x.input::<u8>().at(first_token as u64 * plan.x_stride as u64);
         let sf = args.sf.tensor.input::<u8>().at((first_token / plan.npt) as u64 * plan.sf.row as u64 * 4);
         let out = args.out.output::<u8>().at(first_token as u64 * plan.hidden as u64 * plan.out.size());
+        // Both kernels number items through the tensor and take the same arguments.
+        macro_rules! launch {
+            ($kernel:ident, $entry:expr, $block_items:expr) => {{
+                let config = LaunchConfig::new(num_items.div_ceil($block_items), k::THREADS);
+                let args = k::$kernel::Args {
+                    x,
+                    sf,
+                    out,
+                    x_stride: plan.x_stride,
+                    sf_row_stride: plan.sf.row,
+                    sf_col_stride: plan.sf.col,
+                    num_items,
+                    row_items,
+                    row_magic: row.magic,
+                    row_shift: row.shift,
+                    block_magic: block.magic,
+                    block_shift: block.shift,
+                    k_shift,
+                };
+                stream.launch(op, $entry, &config, &args)?
+            }};
+        }
         if plan.path == Path::Narrow {
-            let config = LaunchConfig::new(num_items.div_ceil(k::THREADS * k::NARROW_ITEMS), k::THREADS);
-            let args = k::narrow::Args {
-                x,
-                sf,
-                out,
-                x_stride: plan.x_stride,
-                sf_row_stride: plan.sf.row,
-                sf_col_stride: plan.sf.col,
-                num_items,
-                row_items,
-                row_magic: row.magic,
-                row_shift: row.shift,
-                block_magic: block.magic,
-                block_shift: block.shift,
-                k_shift,
-            };
-            stream.launch(op, narrow_entry(&plan), &config, &args)?;
+            launch!(narrow, narrow_entry(&plan), k::THREADS * k::NARROW_ITEMS);
         } else {
-            let config = LaunchConfig::new(num_items.div_ceil(k::THREADS), k::THREADS);
-            let args = k::wide::Args {
-                x,
-                sf,
-                out,
-                x_stride: plan.x_stride,
-                sf_row_stride: plan.sf.row,
-                sf_col_stride: plan.sf.col,
-                num_items,
-                row_items,
-                row_magic: row.magic,
-                row_shift: row.shift,
-                block_magic: block.magic,
-                block_shift: block.shift,
-                k_shift,
-            };
-            stream.launch(op, wide_entry(&plan), &config, &args)?;
+            launch!(wide, wide_entry(&plan), k::THREADS);
         }
         first_token += tokens;
     }

@@ -121,9 +121,7 @@ pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
     let format = plan.check_out(op, &args.out)?;
     let sf = plan.check_sf(op, &args.sf, args.round_sf)?;
     check::same_device(op, stream, &[("x", &args.x), ("out", &args.out), ("sf", &args.sf.tensor)])?;
-    check::no_overlap(op, ("x", &args.x), ("out", &args.out))?;
-    check::no_overlap(op, ("x", &args.x), ("sf", &args.sf.tensor))?;
-    check::no_overlap(op, ("out", &args.out), ("sf", &args.sf.tensor))?;
+    check::no_overlaps(op, &[("x", &args.x)], &[("out", &args.out), ("sf", &args.sf.tensor)])?;
     if args.x.is_empty() {
         return Ok(());
     }
@@ -241,8 +239,7 @@ pub fn per_block_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
     }
     let sf = args.sf.check(op, "sf", plan.block_rows, plan.block_columns)?;
     check::same_device(op, stream, &[("x", &args.x), ("out", &args.out), ("sf", &args.sf.tensor)])?;
-    check::no_overlap(op, ("x", &args.x), ("out", &args.out))?;
-    check::no_overlap(op, ("sf", &args.sf.tensor), ("out", &args.out))?;
+    check::no_overlaps(op, &[("x", &args.x), ("sf", &args.sf.tensor)], &[("out", &args.out)])?;
     if args.x.is_empty() {
         return Ok(());
     }

@@ -199,8 +199,7 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
     }
     let sf = args.sf.check(op, "sf", rows.num_tokens.into(), rows.num_groups(args.npc))?;
     check::same_device(op, stream, &[("x", &args.x), ("sf", &args.sf.tensor), ("out", &args.out)])?;
-    check::no_overlap(op, ("x", &args.x), ("out", &args.out))?;
-    check::no_overlap(op, ("sf", &args.sf.tensor), ("out", &args.out))?;
+    check::no_overlaps(op, &[("x", &args.x), ("sf", &args.sf.tensor)], &[("out", &args.out)])?;
     if args.x.is_empty() {
         return Ok(());
     }
@@ -256,9 +255,7 @@ fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'
     }
     let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
     check::same_device(op, stream, &[("x", &x), ("out", &args.out), ("sf", &args.sf.tensor)])?;
-    check::no_overlap(op, ("x", &x), ("out", &args.out))?;
-    check::no_overlap(op, ("x", &x), ("sf", &args.sf.tensor))?;
-    check::no_overlap(op, ("out", &args.out), ("sf", &args.sf.tensor))?;
+    check::no_overlaps(op, &[("x", &x)], &[("out", &args.out), ("sf", &args.sf.tensor)])?;
     if x.is_empty() {
         return Ok(());
     }
@@ -378,11 +375,7 @@ fn cast_quantised(
     let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
     let (out, x_sf_tensor, sf_tensor) = (&args.out, &x_sf.tensor, &args.sf.tensor);
     check::same_device(op, stream, &[("x", &x), ("x_sf", x_sf_tensor), ("out", out), ("sf", sf_tensor)])?;
-    check::no_overlap(op, ("x", &x), ("out", out))?;
-    check::no_overlap(op, ("x", &x), ("sf", sf_tensor))?;
-    check::no_overlap(op, ("x_sf", x_sf_tensor), ("out", out))?;
-    check::no_overlap(op, ("x_sf", x_sf_tensor), ("sf", sf_tensor))?;
-    check::no_overlap(op, ("out", out), ("sf", sf_tensor))?;
+    check::no_overlaps(op, &[("x", &x), ("x_sf", x_sf_tensor)], &[("out", out), ("sf", sf_tensor)])?;
     if x.is_empty() {
         return Ok(());
     }

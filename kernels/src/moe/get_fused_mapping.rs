@@ -49,7 +49,7 @@ pub const fn plan(n: u32, e: u32, num_sms: u32) -> Plan {
 }
 
 /// The plan for `n` slots with at most `most` blocks.
-pub const fn plan_of(n: u32, most: u32) -> Plan {
+const fn plan_of(n: u32, most: u32) -> Plan {
     let groups = at_least_1(ceil_div(n, at_least_1(most) * THREADS));
     Plan { blocks: at_least_1(ceil_div(n, groups * THREADS)), groups }
 }

@@ -11,10 +11,9 @@ mod race;
 mod sched;
 mod stack;
 
+pub use sched::launch;
 pub(super) use sched::{Access, Bulk, PendingCopy, Thread, WARP_SYNC, Wait, current};
 
-use crate::launch::LaunchConfig;
-use memory::Region;
 use std::fmt;
 use std::panic::Location;
 use std::time::Duration;
@@ -176,17 +175,3 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
-
-/// Run `body` once per thread of the launch; returns when all blocks have finished or one has faulted.
-///
-/// `regions` are the tensors the kernel was given (only used with checks on).
-pub fn launch(
-    kernel: &'static str,
-    max_threads: u32,
-    config: &LaunchConfig,
-    options: &Options,
-    regions: &[Region],
-    body: &(dyn Fn() + Sync),
-) -> Result<(), Fault> {
-    sched::launch(kernel, max_threads, config, options, regions, body)
-}

@@ -688,6 +688,9 @@ fn run_blocks(launch: &Launch<'_>, stacks: &mut StackPool) -> Result<(), Fault> 
     outcome
 }
 
+/// Run `body` once per thread of the launch; returns when all blocks have finished or one has faulted.
+///
+/// `regions` are the tensors the kernel was given (only used with checks on).
 pub fn launch(
     kernel: &'static str,
     max_threads: u32,
