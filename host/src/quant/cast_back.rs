@@ -1,6 +1,6 @@
 //! Launchers of `cast_back` and `per_token_cast_back`.
 
-use super::{Format, Sf, SfStrides};
+use super::{Format, Sf, SfLayout, SfStrides};
 use crate::{DType, Result, Stream, TensorMut, TensorRef, check};
 use ferrotile_kernels::device::LaunchConfig;
 use ferrotile_kernels::entry::Entry;
@@ -185,7 +185,7 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     allowed_npc(op, "npc", a.block.1, hidden, &[1, 16, 32, 64, 128])?;
     let (npt, npc) = a.block;
     let block_rows = num_tokens.div_ceil(npt.into());
-    let sf = a.sf.check(op, "sf", block_rows, hidden.div_ceil(npc.into()))?;
+    let sf = a.sf.check(op, "sf", SfLayout::COMMON, (block_rows, hidden.div_ceil(npc.into())))?;
     check::last_stride_1(op, "x", &a.x)?;
     check::contiguous(op, "out", &a.out)?;
     check::same_device(op, stream, &[("x", &a.x), ("sf", &a.sf.tensor), ("out", &a.out)])?;
@@ -217,7 +217,7 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
         && (x_stride as u64).is_multiple_of(item_bytes)
         && a.out.ptr().is_multiple_of(16)
         && plan.hidden.is_multiple_of(values);
-    let scales_in_vectors = a.sf.layout == super::SfLayout::RowMajor
+    let scales_in_vectors = a.sf.layout == SfLayout::RowMajor
         && a.sf.tensor.ptr().is_multiple_of(16)
         && (block_rows == 1 || sf.row.is_multiple_of(4));
     plan.path = match (aligned, npc == 1) {

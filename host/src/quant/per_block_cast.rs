@@ -237,7 +237,7 @@ pub fn per_block_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         let (expected, got) = (SfLayout::RowMajor.to_string(), args.sf.layout.to_string());
         return Err(Error::Layout { op, arg: "sf", expected, got });
     }
-    let sf = args.sf.check(op, "sf", plan.block_rows, plan.block_columns)?;
+    let sf = args.sf.check(op, "sf", SfLayout::COMMON, (plan.block_rows, plan.block_columns))?;
     check::same_device(op, stream, &[("x", &args.x), ("out", &args.out), ("sf", &args.sf.tensor)])?;
     check::no_overlaps(op, &[("x", &args.x), ("sf", &args.sf.tensor)], &[("out", &args.out)])?;
     if args.x.is_empty() {
@@ -319,7 +319,7 @@ impl Plan {
             let allowed = format!("true with {} scales", sf.layout);
             return Err(Error::Value { op, arg: "round_sf", allowed, got: "false".to_owned() });
         }
-        sf.check(op, "sf", self.block_rows, self.block_columns)
+        sf.check(op, "sf", SfLayout::COMMON, (self.block_rows, self.block_columns))
     }
 
     /// Of the entries of a kernel, the one for the input's type and alignment and the output's format.

@@ -197,7 +197,7 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         let (expected, got) = (SfLayout::RowMajor.to_string(), args.sf.layout.to_string());
         return Err(Error::Layout { op, arg: "sf", expected, got });
     }
-    let sf = args.sf.check(op, "sf", rows.num_tokens.into(), rows.num_groups(args.npc))?;
+    let sf = args.sf.check(op, "sf", SfLayout::COMMON, (rows.num_tokens.into(), rows.num_groups(args.npc)))?;
     check::same_device(op, stream, &[("x", &args.x), ("sf", &args.sf.tensor), ("out", &args.out)])?;
     check::no_overlaps(op, &[("x", &args.x), ("sf", &args.sf.tensor)], &[("out", &args.out)])?;
     if args.x.is_empty() {
@@ -371,7 +371,8 @@ fn cast_quantised(
     check::one_of(op, "npc with quantised input", args.npc, &GROUPS)?;
     let x_npt_log2 = block_log2(op, "npt of the input's block", block.0, 1, rows.num_tokens)?;
     let x_npc_log2 = block_log2(op, "npc of the input's block", block.1, 16, rows.hidden)?;
-    let x_strides = x_sf.check(op, "x_sf", rows.num_tokens.div_ceil(block.0).into(), rows.num_groups(block.1))?;
+    let x_strides =
+        x_sf.check(op, "x_sf", SfLayout::COMMON, (rows.num_tokens.div_ceil(block.0).into(), rows.num_groups(block.1)))?;
     let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
     let (out, x_sf_tensor, sf_tensor) = (&args.out, &x_sf.tensor, &args.sf.tensor);
     check::same_device(op, stream, &[("x", &x), ("x_sf", x_sf_tensor), ("out", out), ("sf", sf_tensor)])?;
@@ -502,7 +503,7 @@ impl Rows {
             let allowed = format!("true with {} scales", sf.layout);
             return Err(Error::Value { op, arg: "round_sf", allowed, got: "false".to_owned() });
         }
-        sf.check(op, "sf", self.num_tokens.into(), self.num_groups(npc))
+        sf.check(op, "sf", SfLayout::COMMON, (self.num_tokens.into(), self.num_groups(npc)))
     }
 
     /// Whether rows are whole numbers of aligned vectors, on both sides.
