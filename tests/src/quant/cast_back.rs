@@ -154,10 +154,7 @@ impl Scales {
     fn upload(device: &Device, p: &Problem, layout: SfLayout, gap: u64) -> Result<Self, String> {
         let (rows, columns) = (p.rows(), p.columns());
         let shape = [rows, if layout.is_packed() { columns.div_ceil(4) } else { columns }];
-        let strides = match layout {
-            SfLayout::RowMajor | SfLayout::RowMajorPacked => [shape[1] + gap, 1],
-            SfLayout::ColMajor | SfLayout::ColMajorPacked => [1, rows + gap],
-        };
+        let strides = if layout.is_col_major() { [1, rows + gap] } else { [shape[1] + gap, 1] };
         let mut words = vec![if layout.is_packed() { 0 } else { 0xA5A5_A5A5 }; ((rows + gap) * (shape[1] + gap)) as usize];
         for m in 0..rows {
             for k in 0..columns {
