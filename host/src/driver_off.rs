@@ -1,5 +1,6 @@
 //! Stands in for `driver.rs` when feature `cuda` is off: a context that cannot exist, so that nothing else needs to ask.
 
+use crate::stream::LaunchWay;
 use crate::{Error, Result};
 use ferrotile_kernels::entry::{Entry, KernelArgs};
 use ferrotile_kernels::launch::LaunchConfig;
@@ -15,6 +16,31 @@ impl Capture {
     pub fn finish(self) -> Result<*mut c_void> {
         match self {}
     }
+
+    pub fn finish_bare(self) -> Result<BareLaunch> {
+        match self {}
+    }
+}
+
+/// Never made.
+pub enum BareLaunch {}
+
+impl BareLaunch {
+    pub fn num_params(&self) -> usize {
+        match *self {}
+    }
+
+    pub fn burst(&mut self, _way: LaunchWay, _n: u32) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn wait(&self) -> Result<()> {
+        match *self {}
+    }
+}
+
+pub fn set_schedule(_ordinal: usize, _flags: u32) -> Result<()> {
+    off()
 }
 
 fn off<T>() -> Result<T> {
