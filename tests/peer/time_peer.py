@@ -67,16 +67,19 @@ def align(a, b):
     return cdiv(a, b) * b
 
 
-def pair(t, h, fmt, block, packed=False):
-    """Quantised data with constant scales: row-major fp32, or column-major packed."""
+def pair(t, h, fmt, block, layout='R'):
+    """Quantised data with constant scales in one of the layouts of spec/quant.md 3."""
     if fmt == 'e4m3':
         data = (randn(t, h, to='f32') * 128).to(dtype('e4m3'))
     else:
         data = torch.randint(-128, 128, (t, h // 2), device=dev, dtype=torch.int8)
     m, k = cdiv(t, block[0]), cdiv(h, block[1])
-    if packed:
+    if layout == 'CP':
         return data, torch.full((cdiv(k, 4), align(m, 4)), 0x78787878, device=dev, dtype=torch.int32).T[:m]
-    return data, torch.full((m, k), 2.0 ** -7, device=dev)
+    if layout == 'TP':
+        return data, torch.full((cdiv(m, 4), k), 0x78787878, device=dev, dtype=torch.int32)
+    sf = torch.full((m, k), 2.0 ** -7, device=dev)
+    return data, sf.to(dtype('e4m3')) if layout == 'R8' else sf
 
 
 def routed(send, k, e, ep):
@@ -135,7 +138,7 @@ def per_token_cast(fmt, name, npc, t, h=H, only=None):
             return lambda: tk.quant.per_token_cast(x, fmt, npc, **PACKED), x
         source, block = name.split(',')
         block = tuple(map(int, block.split('x')))
-        x = pair(t, h, source, block, packed=True)
+        x = pair(t, h, source, block, 'CP')
         return lambda: tk.quant.per_token_cast(x, fmt, npc, x_block_size=block, **PACKED), x
 
 
@@ -325,7 +328,7 @@ for t in SMALL:
 def cast_back(fmt, out, block, t, h=H, layout=None, only=None):
     @case('cast_back', {} if layout is None else dict(layout=layout), fmt=fmt, h=h, out=out, sf=f'{block[0]}x{block[1]}', t=t, only=only)
     def _():
-        x = pair(t, h, fmt, block, packed=layout == 'CP')
+        x = pair(t, h, fmt, block, layout or 'R')
         if block[0] == 1:
             return lambda: tk.quant.per_token_cast_back(x, out, block[1]), x
         return lambda: tk.quant.cast_back(x, out, block), x
@@ -345,6 +348,9 @@ for out in ('bf16', 'fp32'):
         cast_back('e4m3', out, block, 8001, layout='R')
 cast_back('e4m3', 'bf16', (128, 1), 4001, 2048, 'R')
 cast_back('e4m3', 'bf16', (1, 128), 8001, 576, 'R')
+cast_back('e4m3', 'bf16', (128, 1), T, layout='TP', only='v2')
+cast_back('e2m1', 'bf16', (1, 16), T, layout='R8', only='v2')
+cast_back('e4m3', 'bf16', (1, 128), T, layout='R8', only='v2')
 for t in SMALL:
     cast_back('e4m3', 'bf16', (1, 128), t, layout='R')
 cast_back('e2m1', 'fp32', (1, 128), 128, layout='R')
