@@ -525,6 +525,17 @@ impl Context {
         Ok(function)
     }
 
+    /// What the driver takes to compile each kernel, in microseconds. They stay loaded.
+    pub fn compile_times(&self) -> Result<Vec<(&'static str, f64)>> {
+        self.bind("compile")?;
+        let timed = |(op, name)| {
+            let start = std::time::Instant::now();
+            self.load("compile", op, name)?;
+            Ok((name, start.elapsed().as_secs_f64() * 1e6))
+        };
+        ptx::kernels().map(timed).collect()
+    }
+
     fn compile(&self, op: &'static str, module: &CStr, name: &CStr, isa: Option<(u32, u32)>) -> Result<CUfunction> {
         let mut log = vec![0u8; 8192];
         let mut options = [JIT_ERROR_LOG, JIT_ERROR_LOG_BYTES];

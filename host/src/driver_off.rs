@@ -73,6 +73,7 @@ unreachable_methods! {
     fn name() -> &str;
     fn num_sms() -> u32;
     fn driver_version() -> String;
+    fn compile_times() -> Result<Vec<(&'static str, f64)>>;
     fn alloc(op: &'static str, bytes: usize) -> Result<u64>;
     fn free(address: u64);
     fn create_stream() -> Result<*mut c_void>;

@@ -28,6 +28,9 @@ struct Cli {
     /// Compare ways to call the driver, by host time, instead of timing rows.
     #[arg(long)]
     launch_lab: bool,
+    /// Time how long the driver compiles each kernel, instead of timing rows. Without the driver's cache: CUDA_CACHE_DISABLE=1.
+    #[arg(long)]
+    compile_times: bool,
     /// How the driver waits for the GPU; its own choice if left out.
     #[arg(long)]
     schedule: Option<Schedule>,
@@ -66,7 +69,7 @@ fn run(cli: &Cli) -> Result<usize, String> {
         rows.iter().for_each(|row| println!("{} {}", row.op, row.case));
         return Ok(0);
     }
-    if rows.is_empty() {
+    if rows.is_empty() && !cli.compile_times {
         return Err(format!("no row contains `{}`; --list shows all", cli.filter));
     }
     if let (Some(schedule), Some(ordinal)) = (cli.schedule, cli.device.strip_prefix("cuda:").and_then(|n| n.parse().ok())) {
@@ -93,6 +96,9 @@ fn run(cli: &Cli) -> Result<usize, String> {
     };
 
     let mut bench = Bench::new(&device)?;
+    if cli.compile_times {
+        return bench.compile_times(&cli.filter)?.iter().try_for_each(&mut emit).map(|()| 0);
+    }
     let mut failed = 0;
     // First, because "first launch" is first only once per op and process.
     let mut launched = HashSet::new();

@@ -167,6 +167,15 @@ impl Bench {
         Ok(lines)
     }
 
+    /// How long the driver compiles each kernel whose name contains `filter`, the longest first: the first launch takes that and little
+    /// more.
+    pub fn compile_times(&self, filter: &str) -> Result<Vec<Line>, String> {
+        let mut times = self.device.compile_times().map_err(text)?;
+        times.retain(|(name, _)| name.contains(filter));
+        times.sort_by(|a, b| b.1.total_cmp(&a.1));
+        Ok(times.into_iter().map(|(name, us)| self.line("compile", &format!("entry={name}"), 0, vec![us])).collect())
+    }
+
     /// Host time of one of `n` launches in microseconds.
     fn burst(&self, n: u32, launch: &mut Launch) -> Result<f64, String> {
         let start = Instant::now();
