@@ -19,6 +19,9 @@
 
 pub mod cast_back;
 pub mod per_block_cast;
+pub mod per_channel_cast;
+pub mod per_channel_cast_and_transpose;
+pub mod per_channel_cast_fused;
 pub mod per_token_cast;
 
 pub use cast_back::{cast_back, per_token_cast_back};
