@@ -535,7 +535,13 @@ impl Scales {
 /// Quantise the vectors and store those whose rows and channels exist.
 #[inline(always)]
 #[track_caller]
-pub fn store<S: Source, const N: usize, const WIDE: bool>(held: &[S::Held; N], factors: [f32; 8], out: Out<u8>, tile: Tile, at: Place) {
+pub fn store<S: Source, const N: usize, const WIDE: bool>(
+    held: &[S::Held; N],
+    factors: [f32; 8],
+    out: Out<u8>,
+    tile: Tile,
+    at: Place,
+) {
     if at.col >= tile.h {
         return;
     }
@@ -546,6 +552,7 @@ pub fn store<S: Source, const N: usize, const WIDE: bool>(held: &[S::Held; N], f
         if (i as u32) >= rows {
             return;
         }
+        out = if i == 0 { out } else { out.at(tile.h as u64) };
         let values = S::values(held[i]);
         let v: [f32; 8] = core::array::from_fn(|j| values[j] * factors[j]);
         let low = f32x4_to_e4m3x4([v[0], v[1], v[2], v[3]]);
@@ -557,7 +564,6 @@ pub fn store<S: Source, const N: usize, const WIDE: bool>(held: &[S::Held; N], f
         } else {
             out.store4(0, low);
         }
-        out = out.at(tile.h as u64);
     });
 }
 

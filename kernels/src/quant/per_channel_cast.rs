@@ -5,20 +5,22 @@
 //! Map   a block per tile of 128 rows and 128 channels, held in registers between maximum and conversion; see `common_channels`.
 //! Cost  x read once, data and sf written once; 4 instructions a value from bf16, 7 from e4m3: memory bound.
 
-pub use super::common_channels::Order;
-use super::common_channels::{Bf16, F32, Input, Place, Quantised, SameRows, ScaleOutput, Source, Tile, load, shared, store, threads, tile_factors};
 use super::common::{Divisor, SfLayout};
+pub use super::common_channels::Order;
+use super::common_channels::{
+    Bf16, F32, Input, Place, Quantised, SameRows, ScaleOutput, Source, Tile, load, shared, store, threads, tile_factors,
+};
 use crate::device::*;
 use crate::kernel;
 
 /// Channels of a tile, and rows of a thread. A block has 32 registers of input a thread.
 pub type Shape = (u32, usize);
 /// bf16 input.
-pub const BF16: Shape = (128, 8);
+pub const BF16_SHAPE: Shape = (128, 8);
 /// f32 input.
-pub const F32_: Shape = (128, 8);
+pub const F32_SHAPE: Shape = (128, 8);
 /// e4m3 input, which is held as f32.
-pub const E4M3: Shape = (128, 4);
+pub const E4M3_SHAPE: Shape = (128, 4);
 
 /// An element type of the input, for [`config`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
