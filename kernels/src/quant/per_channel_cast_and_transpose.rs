@@ -4,7 +4,7 @@
 //! Exact  bit for bit, quant.md 2 and 5.6.
 //! Map   tiles as in `per_channel_cast`; a thread has eight neighbouring rows, so that it can write eight bytes of a transposed row to
 //!       shared memory, from where 16-byte pieces leave.
-//! Cost  x read once, data and sf written once; 5 instructions a value: memory bound.
+//! Cost  x read once, data and sf written once; 7 instructions a value: memory bound.
 
 use super::common::{Divisor, SfLayout};
 use super::common_channels::{Bf16, F32, Input, Order, Place, ROWS, SameRows, ScaleOutput, Source, Tile, load, tile_factors};

@@ -4,7 +4,7 @@
 //! Out  data  e4m3 [t, h];  sf  f32, ue8m0 [ceil(t/npt), h]
 //! Exact  bit for bit, quant.md 2 and 5.5; a row whose index is negative counts as zeros.
 //! Map   as `per_channel_cast`; columns of tiles in groups, so that a row that is read again is still in the cache.
-//! Cost  rows of x read once or more, data and sf written once; 4 instructions a value from bf16, 10 from e4m3: memory bound.
+//! Cost  rows of x read once or more, data and sf written once; 7 instructions a value from bf16, 11 from e4m3: memory bound.
 
 use super::common::{Divisor, SfLayout};
 use super::common_channels::{

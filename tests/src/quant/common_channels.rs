@@ -186,7 +186,7 @@ fn spread<T: Copy>(rows: &[T], h: u64, (stride, offset): (u64, u64), gap: T) -> 
     if stride == h && offset == 0 {
         return rows.to_vec();
     }
-    let t = if h == 0 { 0 } else { rows.len() as u64 / h };
+    let t = (rows.len() as u64).checked_div(h).unwrap_or(0);
     let mut all = vec![gap; if t == 0 { offset } else { offset + (t - 1) * stride + h } as usize];
     for (i, row) in rows.chunks_exact(h.max(1) as usize).enumerate() {
         let start = (offset + i as u64 * stride) as usize;

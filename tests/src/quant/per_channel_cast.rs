@@ -1,6 +1,6 @@
 //! Cases, checks and benchmark rows of `per_channel_cast`; the reference is in [`common_channels`](super::common_channels).
 
-use super::common_channels::{FILL, Kind, Outputs, Quantised, SCALES, Source, reference};
+use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS};
 use crate::support::compare;
@@ -260,6 +260,7 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::common_channels::FILL;
     use crate::support::golden::Golden;
     use crate::support::rng::Rng;
     use ferrotile::quant::{Input, Sf, SfMut, sf_shape};
