@@ -374,7 +374,7 @@ kernel! {
 }
 
 /// Results of [`math`] per input.
-pub const MATH: u32 = 11;
+pub const MATH: u32 = 12;
 
 kernel! {
     op = selftest;
@@ -396,6 +396,7 @@ kernel! {
             out.set(8, 1.0 / v);
             out.set(9, max_total(v, 0.5));
             out.set(10, min_total(v, 0.5));
+            out.set(11, max_abs(v, -0.5).abs());
         }
     }
 }

@@ -27,6 +27,9 @@ pub fn suites() -> Vec<Suite> {
         moe::topk_gate::SUITE,
         quant::cast_back::SUITE,
         quant::per_block_cast::SUITE,
+        quant::per_channel_cast::SUITE,
+        quant::per_channel_cast_and_transpose::SUITE,
+        quant::per_channel_cast_fused::SUITE,
         quant::per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
@@ -40,6 +43,9 @@ pub fn benches() -> Vec<Row> {
         moe::topk_gate::bench(),
         quant::cast_back::bench(),
         quant::per_block_cast::bench(),
+        quant::per_channel_cast::bench(),
+        quant::per_channel_cast_and_transpose::bench(),
+        quant::per_channel_cast_fused::bench(),
         quant::per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];

@@ -19,10 +19,16 @@
 
 pub mod cast_back;
 pub mod per_block_cast;
+pub mod per_channel_cast;
+pub mod per_channel_cast_and_transpose;
+pub mod per_channel_cast_fused;
 pub mod per_token_cast;
 
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
+pub use per_channel_cast::per_channel_cast;
+pub use per_channel_cast_and_transpose::per_channel_cast_and_transpose;
+pub use per_channel_cast_fused::per_channel_cast_fused;
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
 
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};

@@ -20,6 +20,12 @@ pub fn min_total(a: f32, b: f32) -> f32 {
     backend::min(a, b)
 }
 
+/// The larger magnitude; NaN loses against a number. The sign of the result means nothing.
+#[inline(always)]
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    backend::max_abs(a, b)
+}
+
 /// Square root, correctly rounded.
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {

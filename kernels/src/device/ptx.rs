@@ -193,6 +193,10 @@ pub fn store_shared<W: Word>(p: SharedPtr, v: W) {
     unsafe { W::st_shared(p, v) }
 }
 #[inline(always)]
+pub fn index_below(i: u32, len: u32, _: Here) -> bool {
+    i < len
+}
+#[inline(always)]
 pub fn prefetch_l2(p: Ptr) {
     unsafe { asm!("prefetch.global.L2 [{0}];", in(reg64) p.0, options(readonly, nostack, preserves_flags)) }
 }
@@ -619,6 +623,10 @@ pub fn max(a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub fn min(a: f32, b: f32) -> f32 {
     pure!("min.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
+}
+#[inline(always)]
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    pure!("max.xorsign.abs.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
 #[inline(always)]
 pub fn saturate(v: f32) -> f32 {

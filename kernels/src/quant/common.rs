@@ -47,8 +47,9 @@ pub fn scale<T: Target, const ROUND: bool>(amax: f32) -> Scale {
     let clamped = max_total(amax, T::AMAX_MIN);
     if ROUND {
         // The product with the rounded reciprocal lands in the same binade as the quotient for every legal `amax`.
+        // An infinite `amax` gives infinity and, by wrapping, its negative.
         let exponent = exponent_ceil(clamped * (1.0 / T::MAX));
-        Scale { sf: f32::from_bits(exponent << 23), inv: f32::from_bits((254 - exponent) << 23) }
+        Scale { sf: f32::from_bits(exponent << 23), inv: f32::from_bits(254u32.wrapping_sub(exponent) << 23) }
     } else {
         Scale { sf: clamped / T::MAX, inv: T::MAX / clamped }
     }

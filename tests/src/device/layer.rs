@@ -543,6 +543,7 @@ fn math(r: &Run) -> Result<(), String> {
             ("division", 8, 1.0 / v),
             ("max_total", 9, v.max(0.5)),
             ("min_total", 10, v.min(0.5)),
+            ("max_abs", 11, v.abs().max(0.5)),
         ];
         for (name, i, expected) in exact {
             ensure(got[i].to_bits() == expected.to_bits() || (got[i].is_nan() && expected.is_nan()), || {

@@ -168,6 +168,13 @@ pub fn store_shared<W: Word>(p: SharedPtr, v: W) {
     unsafe { p.checked::<W>(Access::Write).write(v) }
 }
 #[inline(always)]
+pub fn index_below(i: u32, len: u32, at: Here) -> bool {
+    if i >= len && current().block().checked() {
+        current().fault(FaultKind::Index { index: i, len }, at);
+    }
+    i < len
+}
+#[inline(always)]
 pub fn prefetch_l2(_: Ptr) {}
 
 #[inline(always)]
@@ -592,6 +599,9 @@ pub fn max(a: f32, b: f32) -> f32 {
 }
 pub fn min(a: f32, b: f32) -> f32 {
     if a.is_nan() || b < a || (a == b && b.is_sign_negative()) { b } else { a }
+}
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    max(a.abs(), b.abs()).copysign(if a.is_sign_negative() == b.is_sign_negative() { 1.0 } else { -1.0 })
 }
 pub fn saturate(v: f32) -> f32 {
     if v > 0.0 { v.min(1.0) } else { 0.0 }
