@@ -3,6 +3,7 @@
 
 use crate::device::*;
 use crate::kernel;
+use crate::quant::common_swiglu::silu8;
 
 /// Threads of a block in every kernel here.
 pub const THREADS: u32 = 256;
@@ -374,7 +375,7 @@ kernel! {
 }
 
 /// Results of [`math`] per input.
-pub const MATH: u32 = 12;
+pub const MATH: u32 = 16;
 
 kernel! {
     op = selftest;
@@ -396,7 +397,70 @@ kernel! {
             out.set(8, 1.0 / v);
             out.set(9, max_total(v, 0.5));
             out.set(10, min_total(v, 0.5));
-            out.set(11, max_abs(v, -0.5).abs());
+            out.set(11, max_nan(v, 0.5));
+            out.set(12, min_nan(v, 0.5));
+            out.set(13, one_plus_exp(v));
+            out.set(14, 1.0 + exp(v));
+            out.set(15, max_abs(v, -0.5).abs());
+        }
+    }
+}
+
+/// Functions of [`apply`] that the two backends round differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Function {
+    /// [`exp`].
+    Exp,
+    /// [`fast_exp2`].
+    Exp2,
+    /// [`fast_rcp`].
+    Rcp,
+    /// [`fast_rsqrt`].
+    Rsqrt,
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// One [`Function`] of every element, for references that must have the bits of the device.
+    pub fn apply(x: In<f32>, y: Out<f32>, n: u32, function: u32) {
+        let mut i = block_idx_x() * THREADS + thread_idx();
+        while i < n {
+            let v = x.get(i);
+            let result = if function == Function::Exp as u32 {
+                exp(v)
+            } else if function == Function::Exp2 as u32 {
+                fast_exp2(v)
+            } else if function == Function::Rcp as u32 {
+                fast_rcp(v)
+            } else {
+                fast_rsqrt(v)
+            };
+            y.set(i, result);
+            i += grid_dim_x() * THREADS;
+        }
+    }
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// All gates with the bit patterns `start + stride * i`, `i < n`: counts where the activation of SwiGLU is not the IEEE quotient,
+    /// and keeps the smallest such pattern. Every NaN is as good as another.
+    pub fn silu_sweep(start: u32, stride: u32, n: u64, differ: Out<u32>, first: Out<u32>) {
+        let mut i = block_idx_x() as u64 * THREADS as u64 + thread_idx() as u64;
+        while i < n {
+            let bits = start.wrapping_add((i as u32).wrapping_mul(stride));
+            let gate = f32::from_bits(bits);
+            // The others of the eight must not matter, except that an extreme one makes all take the long way.
+            let gates = core::array::from_fn(|j| if j == 0 { gate } else { (bits & 7) as f32 });
+            let (got, expected) = (silu8(gates)[0], gate / (1.0 + exp(-gate)));
+            if got.to_bits() != expected.to_bits() && !(got.is_nan() && expected.is_nan()) {
+                differ.atomic_add(0, 1, Scope::Gpu);
+                first.atomic(AtomicOp::Min, 0, bits, Scope::Gpu);
+            }
+            i += grid_dim_x() as u64 * THREADS as u64;
         }
     }
 }

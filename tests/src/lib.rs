@@ -31,6 +31,8 @@ pub fn suites() -> Vec<Suite> {
         quant::per_channel_cast_and_transpose::SUITE,
         quant::per_channel_cast_fused::SUITE,
         quant::per_token_cast::SUITE,
+        quant::swiglu_forward::SUITE,
+        quant::swiglu_forward_and_per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -47,6 +49,8 @@ pub fn benches() -> Vec<Row> {
         quant::per_channel_cast_and_transpose::bench(),
         quant::per_channel_cast_fused::bench(),
         quant::per_token_cast::bench(),
+        quant::swiglu_forward::bench(),
+        quant::swiglu_forward_and_per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

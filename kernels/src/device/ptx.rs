@@ -629,6 +629,14 @@ pub fn max_abs(a: f32, b: f32) -> f32 {
     pure!("max.xorsign.abs.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
 #[inline(always)]
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    pure!("max.NaN.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
+}
+#[inline(always)]
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    pure!("min.NaN.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
+}
+#[inline(always)]
 pub fn saturate(v: f32) -> f32 {
     pure!("cvt.sat.f32.f32 {0}, {1};", reg32 f32, reg32 v)
 }

@@ -6,8 +6,11 @@
 pub mod cast_back;
 pub mod common;
 pub mod common_channels;
+pub mod common_swiglu;
 pub mod per_block_cast;
 pub mod per_channel_cast;
 pub mod per_channel_cast_and_transpose;
 pub mod per_channel_cast_fused;
 pub mod per_token_cast;
+pub mod swiglu_forward;
+pub mod swiglu_forward_and_per_token_cast;

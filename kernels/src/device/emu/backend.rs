@@ -603,6 +603,12 @@ pub fn min(a: f32, b: f32) -> f32 {
 pub fn max_abs(a: f32, b: f32) -> f32 {
     max(a.abs(), b.abs()).copysign(if a.is_sign_negative() == b.is_sign_negative() { 1.0 } else { -1.0 })
 }
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { max(a, b) }
+}
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { min(a, b) }
+}
 pub fn saturate(v: f32) -> f32 {
     if v > 0.0 { v.min(1.0) } else { 0.0 }
 }
