@@ -217,7 +217,7 @@ pub fn e2m1x8_to_f32(v: u32) -> [f32; 8] {
 pub fn f32x8_to_e5m6x8(v: [f32; 8]) -> [u32; 3] {
     let joined = |v: f32, code: u32| {
         // The low bits of a NaN would carry into the sign; those of infinity, which the minimum makes of it, are zeros.
-        let low = backend::min(v.abs(), f32::INFINITY).to_bits();
+        let low = backend::min(v, f32::INFINITY).to_bits();
         // What stands above bit 28 is cut off below.
         let joined = select_bits(0x1_FFFF, low, code);
         joined.wrapping_add((joined >> 17) & 1).wrapping_add(0xFFFF)
@@ -229,9 +229,9 @@ pub fn f32x8_to_e5m6x8(v: [f32; 8]) -> [u32; 3] {
     let ([a, b], [c, d]) = (pair(v[0], v[1]), pair(v[2], v[3]));
     let ([e, f], [g, h]) = (pair(v[4], v[5]), pair(v[6], v[7]));
     [
-        select_bits(0xFFF0_0000, a << 3, select_bits(0xFFFF_FF00, b >> 9, (c >> 21) & 0xFF)),
-        select_bits(0xF000_0000, c << 11, select_bits(0xFFFF_0000, d >> 1, select_bits(0xFFFF_FFF0, e >> 13, (f >> 25) & 0xF))),
-        select_bits(0xFF00_0000, f << 7, select_bits(0xFFFF_F000, g >> 5, (h >> 17) & 0xFFF)),
+        select_bits(0xFFF0_0000, a << 3, select_bits(0xFFFF_FF00, b >> 9, c >> 21)),
+        select_bits(0xF000_0000, c << 11, select_bits(0xFFFF_0000, d >> 1, select_bits(0xFFFF_FFF0, e >> 13, f >> 25))),
+        select_bits(0xFF00_0000, f << 7, select_bits(0xFFFF_F000, g >> 5, h >> 17)),
     ]
 }
 
