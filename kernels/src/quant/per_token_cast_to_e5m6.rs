@@ -181,25 +181,23 @@ kernel! {
         let held: [S::Raw; N] = core::array::from_fn(|i| read(number(i as u32)));
         let mut amax = held.iter().fold(0.0, |m, raw| max_total(m, S::amax(*raw)));
         // A row that is longer than what the threads can hold is read twice, the second time from L2.
-        let mut n = number(N as u32);
-        while n < count {
-            amax = max_total(amax, S::amax(read(n)));
-            n += block_dim();
+        let mut i = N as u32;
+        while i * block_dim() < count {
+            amax = max_total(amax, S::amax(read(number(i))));
+            i += 1;
         }
         let scale = scale::<ROUND>(block_max(amax, scratch));
+        // Lanes exchange words, so all of them go through every step.
         let write = |raw: S::Raw, n: u32| {
-            // Lanes exchange words, so a warp goes on or stops as a whole.
-            if n - lane_id() < count {
-                store::<WIDE>(out, f32x8_to_e5m6x8(S::values(raw).map(|v| v * scale.inv)), n, count);
-            }
+            store::<WIDE>(out, f32x8_to_e5m6x8(S::values(raw).map(|v| v * scale.inv)), n, count);
         };
         unroll!(i in N {
             write(held[i], number(i as u32));
         });
-        let mut n = number(N as u32);
-        while n - lane_id() < count {
-            write(read(n), n);
-            n += block_dim();
+        let mut i = N as u32;
+        while i * block_dim() < count {
+            write(read(number(i)), number(i));
+            i += 1;
         }
         if thread_idx() == 0 {
             let word = if ROUND && packed != 0 { ue8m0(scale.sf) } else { scale.sf.to_bits() };
