@@ -255,8 +255,7 @@ fn convert(v: f32) -> [u32; CONVERSIONS as usize] {
         f32x2_to_e4m3x2(3.0, v) >> 8,
         f32x2_to_e5m2x2(v, 3.0) & 0xff,
         same_nibbles(f32x8_to_e2m1x8([v; 8])),
-        // e5m6 has no instruction; its first step does.
-        num::e5m6_from_f16_rz(f32_to_f16_rz(v) as u16, v) as u32,
+        same_e5m6(f32x8_to_e5m6x8([v; 8])),
         f16x2_to_f32(f32x2_to_f16x2(v, 0.0))[0].to_bits(),
     ]
 }
@@ -266,6 +265,13 @@ fn convert(v: f32) -> [u32; CONVERSIONS as usize] {
 fn same_nibbles(word: u32) -> u32 {
     let code = word & 15;
     if word == code * 0x1111_1111 { code } else { u32::MAX }
+}
+
+/// The code that all eight places of three words hold; all ones if they differ.
+#[inline(always)]
+fn same_e5m6(words: [u32; 3]) -> u32 {
+    let code = words[2] & 0xfff;
+    if words == num::pack_e5m6([code as u16; 8]) { code } else { u32::MAX }
 }
 
 /// The same by the integer code.
@@ -352,13 +358,19 @@ pub fn packed_operands(i: u32) -> (u32, u32) {
     (i | (i ^ 0x8000) << 16, (i.wrapping_mul(0x9E37_79B1) & 0x807f_807f) | 0x3f00_3f00)
 }
 
+/// Results of [`decode`] for one word.
+pub const DECODED: u32 = 24;
+
 kernel! {
     op = selftest;
     threads = 256;
-    /// Decoding of all codes: e4m3 pairs, e5m2 pairs, eight e2m1, bf16 and f16 pairs, of the word `i`.
+    /// Decoding of all codes: e4m3 pairs, e5m2 pairs, eight e2m1, bf16 and f16 pairs, of the word `i`; eight e5m6, which are the low
+    /// 12 bits of `i` and of its complement in turn.
     pub fn decode(y: Out<f32>) {
         let i = block_idx_x() * THREADS + thread_idx();
-        let out = y.at(i as u64 * 16);
+        let out = y.at(i as u64 * DECODED as u64);
+        let (code, other) = (i as u16 & 0xfff, !i as u16 & 0xfff);
+        let e5m6 = e5m6x8_to_f32(num::pack_e5m6([code, other, code, other, code, other, code, other]));
         let (e4m3, e5m2) = (e4m3x2_to_f32(i), e5m2x2_to_f32(i));
         let (f16, bf16) = (f16x2_to_f32(i | i << 16), bf16x2_to_f32(i | i << 16));
         let e2m1 = e2m1x8_to_f32(i | i << 16);
@@ -370,6 +382,7 @@ kernel! {
         }
         for j in 0..8 {
             out.set(8 + j, e2m1[j as usize]);
+            out.set(16 + j, e5m6[j as usize]);
         }
     }
 }

@@ -25,7 +25,9 @@ pub fn suites() -> Vec<Suite> {
         mhc::mhc_post_fwd::SUITE,
         moe::get_fused_mapping::SUITE,
         moe::topk_gate::SUITE,
+        quant::batched_transpose_weight_sf::SUITE,
         quant::cast_back::SUITE,
+        quant::cast_back_e5m6::SUITE,
         quant::per_block_cast::SUITE,
         quant::per_channel_cast::SUITE,
         quant::per_channel_cast_and_transpose::SUITE,
@@ -33,6 +35,8 @@ pub fn suites() -> Vec<Suite> {
         quant::per_token_cast::SUITE,
         quant::swiglu_forward::SUITE,
         quant::swiglu_forward_and_per_token_cast::SUITE,
+        quant::per_block_cast_lossless::SUITE,
+        quant::per_token_cast_to_e5m6::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -43,7 +47,9 @@ pub fn benches() -> Vec<Row> {
         mhc::mhc_post_fwd::bench(),
         moe::get_fused_mapping::bench(),
         moe::topk_gate::bench(),
+        quant::batched_transpose_weight_sf::bench(),
         quant::cast_back::bench(),
+        quant::cast_back_e5m6::bench(),
         quant::per_block_cast::bench(),
         quant::per_channel_cast::bench(),
         quant::per_channel_cast_and_transpose::bench(),
@@ -51,6 +57,8 @@ pub fn benches() -> Vec<Row> {
         quant::per_token_cast::bench(),
         quant::swiglu_forward::bench(),
         quant::swiglu_forward_and_per_token_cast::bench(),
+        quant::per_block_cast_lossless::bench(),
+        quant::per_token_cast_to_e5m6::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

@@ -17,6 +17,7 @@
 //! `M` and `K` count scaling blocks. Packed scales are powers of two, one exponent byte each; unused bytes of a last word are 0.
 //! The per-channel form is for blocks of one channel; e4m3 scales are those of FP4 with 16 channels a scale.
 
+pub mod batched_transpose_weight_sf;
 pub mod cast_back;
 mod common_swiglu;
 pub mod per_block_cast;
@@ -26,6 +27,9 @@ pub mod per_channel_cast_fused;
 pub mod per_token_cast;
 pub mod swiglu_forward;
 pub mod swiglu_forward_and_per_token_cast;
+pub mod cast_back_e5m6;
+pub mod per_block_cast_lossless;
+pub mod per_token_cast_to_e5m6;
 
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};

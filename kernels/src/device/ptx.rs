@@ -569,6 +569,10 @@ pub fn cvt_f16_rz(v: f32) -> u32 {
     pure!("cvt.rz.f16.f32 {0}, {1};", reg16 u16, reg32 v) as u32
 }
 #[inline(always)]
+pub fn cvt_f16x2_rz(lo: f32, hi: f32) -> u32 {
+    pure!("cvt.rz.f16x2.f32 {0}, {1}, {2};", reg32 u32, reg32 hi, reg32 lo)
+}
+#[inline(always)]
 pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
     [pure!("cvt.f32.f16 {0}, {1};", reg32 f32, reg16 v as u16), pure!("cvt.f32.f16 {0}, {1};", reg32 f32, reg16(v >> 16) as u16)]
 }

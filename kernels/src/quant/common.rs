@@ -105,6 +105,25 @@ pub fn load_sf<const PACKED: bool>(sf: In<u8>, layout: SfLayout, m: u32, k: u32)
     if PACKED { f32::from_bits((sf.get(layout.byte(m, k)) as u32) << 23) } else { sf.cast::<f32>().get(layout.index(m, k)) }
 }
 
+/// Write the scale of the scaling block `(m, k)`, and if the block is the `last` of its row, zeros into what is left of a last packed
+/// word.
+#[inline(always)]
+#[track_caller]
+pub fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, (m, k): (u32, u32), last: bool) {
+    if packed {
+        sf.set(layout.byte(m, k), ue8m0(value) as u8);
+        if last {
+            let mut unused = k + 1;
+            while !unused.is_multiple_of(4) {
+                sf.set(layout.byte(m, unused), 0);
+                unused += 1;
+            }
+        }
+    } else {
+        sf.cast::<f32>().set(layout.index(m, k), value);
+    }
+}
+
 /// Division by a number that the host knows, as a product and a shift. Right for dividends below 2^31.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Divisor {

@@ -472,15 +472,17 @@ fn conversion_sweep(r: &Run) -> Result<(), String> {
 }
 
 fn decode(r: &Run) -> Result<(), String> {
-    let y = r.alloc::<f32>(65_536 * 16)?;
+    let per = k::DECODED as usize;
+    let y = r.alloc::<f32>(65_536 * per)?;
     r.launch(&k::decode::ENTRY, LaunchConfig::new(256, k::THREADS), k::decode::Args { y: output(&y) })?;
-    for (i, got) in read(&y)?.chunks_exact(16).enumerate() {
+    for (i, got) in read(&y)?.chunks_exact(per).enumerate() {
         let (lo, hi, word) = (i as u8, (i >> 8) as u8, i as u32 | (i as u32) << 16);
         let f16 = num::f16_to_f32(i as u16);
         let bf16 = num::bf16_to_f32(i as u16);
         let mut expected =
             vec![num::e4m3_to_f32(lo), num::e4m3_to_f32(hi), num::e5m2_to_f32(lo), num::e5m2_to_f32(hi), f16, f16, bf16, bf16];
         expected.extend((0..8).map(|j| num::e2m1_to_f32((word >> (4 * j)) as u8 & 15)));
+        expected.extend((0..8).map(|j| num::e5m6_to_f32(if j % 2 == 0 { i as u16 } else { !i as u16 } & 0xfff)));
         for (j, (got, expected)) in got.iter().zip(&expected).enumerate() {
             let same = got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan());
             ensure(same, || format!("word {i:#06x}, result {j}: got {got}, expected {expected}"))?;

@@ -1,5 +1,6 @@
 //! Quantisation.
 
+pub mod batched_transpose_weight_sf;
 pub mod cast_back;
 mod common_channels;
 pub mod common_swiglu;
@@ -10,3 +11,6 @@ pub mod per_channel_cast_fused;
 pub mod per_token_cast;
 pub mod swiglu_forward;
 pub mod swiglu_forward_and_per_token_cast;
+pub mod cast_back_e5m6;
+pub mod per_block_cast_lossless;
+pub mod per_token_cast_to_e5m6;

@@ -484,6 +484,9 @@ pub fn cvt_f16x2(lo: f32, hi: f32) -> u32 {
 pub fn cvt_f16_rz(v: f32) -> u32 {
     num::f32_to_f16_rz(v) as u32
 }
+pub fn cvt_f16x2_rz(lo: f32, hi: f32) -> u32 {
+    num::f32_to_f16_rz(lo) as u32 | (num::f32_to_f16_rz(hi) as u32) << 16
+}
 pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
     [num::f16_to_f32(v as u16), num::f16_to_f32((v >> 16) as u16)]
 }
