@@ -28,6 +28,8 @@ pub fn suites() -> Vec<Suite> {
         quant::cast_back::SUITE,
         quant::per_block_cast::SUITE,
         quant::per_token_cast::SUITE,
+        quant::swiglu_backward::SUITE,
+        quant::swiglu_backward_and_per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -41,6 +43,8 @@ pub fn benches() -> Vec<Row> {
         quant::cast_back::bench(),
         quant::per_block_cast::bench(),
         quant::per_token_cast::bench(),
+        quant::swiglu_backward::bench(),
+        quant::swiglu_backward_and_per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

@@ -61,11 +61,37 @@ pub fn fast_rcp(v: f32) -> f32 {
 /// of two inside is correctly rounded, which moves the last bit of one result in eight.
 #[inline(always)]
 pub fn exp(v: f32) -> f32 {
+    let (a, b) = exp_factors(v);
+    a * b
+}
+
+/// `1.0 + exp(v)`, the same bits with an instruction less: the second factor is a power of two, so a product that counts beside 1
+/// is exact.
+#[inline(always)]
+pub fn one_plus_exp(v: f32) -> f32 {
+    let (a, b) = exp_factors(v);
+    fma(a, b, 1.0)
+}
+
+/// Two factors of e^v.
+#[inline(always)]
+fn exp_factors(v: f32) -> (f32, f32) {
     // Constants of the published sequence (quant.md 1.9): log2(e) split in two, and a magic number that rounds to integer.
     let t = backend::saturate(fma(v, f32::from_bits(0x3BBB_989D), 0.5));
     let j = backend::fma_toward_minus_inf(t, 252.0, f32::from_bits(0x4B40_0001));
     let k = -(j + f32::from_bits(0xCB40_007F));
     let q = fma(v, f32::from_bits(0x3FB8_AA3B), k);
     let q = fma(v, f32::from_bits(0x32A5_7060), q);
-    fast_exp2(q) * f32::from_bits(j.to_bits() << 23)
+    (fast_exp2(q), f32::from_bits(j.to_bits() << 23))
+}
+
+/// 1 / v for `v >= 1`, infinity too, without the branch that `1.0 / v` has: correctly rounded below 2^126, and beyond, where 1 / v is
+/// subnormal, for all but a few `v` in a million, which are one unit off.
+#[inline(always)]
+pub fn reciprocal(v: f32) -> f32 {
+    // The instruction flushes subnormal results, so it is given a quarter.
+    let near = fast_rcp(v * 0.25) * 0.25;
+    // Infinity times zero would be NaN.
+    let remainder = fma(-min_total(v, f32::MAX), near, 1.0);
+    fma(near, remainder, near)
 }
