@@ -7,5 +7,6 @@ pub mod cast_back;
 pub mod common;
 pub mod per_block_cast;
 pub mod per_token_cast;
+pub mod swiglu;
 pub mod swiglu_backward;
 pub mod swiglu_backward_and_per_token_cast;

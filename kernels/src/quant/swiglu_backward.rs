@@ -7,6 +7,8 @@
 //!
 //! What is shared with `swiglu_backward_and_per_token_cast` is here.
 
+use super::common::Divisor;
+use super::swiglu::{Rows, Weights, clamp_gate, clamp_up};
 use crate::device::*;
 use crate::{kernel, unroll};
 
@@ -135,10 +137,8 @@ pub fn dot<const N: usize>(grad: [f32; N], act: [f32; N], mut sum: f32) -> f32 {
 pub fn gradients<const N: usize>(x: [f32; N], y: [f32; N], grad: [f32; N], weight: f32, clamp: f32) -> Gradients<N> {
     let mut out = Gradients { dx: [0.0; N], dy: [0.0; N], act: [0.0; N] };
     unroll!(i in N {
-        // Selected, not by minimum and maximum: NaN stays.
         let (x_cut, y_cut) = (x[i] > clamp, y[i].abs() > clamp);
-        let x = if x_cut { clamp } else { x[i] };
-        let y = if y_cut { clamp.copysign(y[i]) } else { y[i] };
+        let (x, y) = (clamp_gate(x[i], clamp), clamp_up(y[i], clamp));
         let t = one_plus_exp(-x);
         let s = reciprocal(t);
         // x / t, correctly rounded: the product with the inverse, and its remainder divided too (6.9). Infinity times zero would be NaN.
@@ -153,127 +153,67 @@ pub fn gradients<const N: usize>(x: [f32; N], y: [f32; N], grad: [f32; N], weigh
     out
 }
 
-/// Bits of `options`: a row with a negative number in `map` is padding.
-pub const POS_TO_EXPERT: u32 = 1;
-/// `map` holds the ends of experts.
-pub const PSUM: u32 = 2;
-/// Row `p` has `weights[p] * factor`.
-pub const PER_ROW: u32 = 4;
-/// Row `p` has `weights[slots[p]]`, or 0.
-pub const PER_SLOT: u32 = 8;
-/// The activation is wanted.
-pub const ACT_OUT: u32 = 16;
-/// Gradients of the weights are wanted.
-pub const WEIGHT_GRAD: u32 = 32;
-/// Scales are packed (only with scales).
-pub const PACKED: u32 = 64;
+/// Bits of `options`: the activation is wanted.
+pub const ACT_OUT: u32 = 1;
+/// The gradients of the weights are wanted.
+pub const WEIGHT_GRAD: u32 = 2;
+/// Scales are packed.
+pub const PACKED: u32 = 4;
 
-/// Which rows are padding, and what the others weigh, as both kernels are told it.
+/// What a row is multiplied by, and where the gradient of that goes.
 #[derive(Clone, Copy)]
-pub struct Routing {
-    /// Of the constants above.
-    pub options: u32,
-    /// An expert a row, or an end an expert.
-    pub map: In<i32>,
-    /// Ends in `map`.
-    pub num_experts: u32,
-    /// What experts start at multiples of.
-    pub alignment: u32,
-    /// Weights.
-    pub weights: In<f32>,
-    /// Factor of weights and of their gradients; 1 but with `PER_ROW`.
-    pub factor: f32,
-    /// Index into `weights` of each row.
-    pub slots: In<i32>,
-    /// Weights that `slots` may name.
-    pub num_weights: u32,
+pub struct RowWeight {
+    /// Whether the row holds a token. Of padding nothing is read, and zeros give zeros.
+    pub holds_token: bool,
+    /// The weight; 0 for padding.
+    pub weight: f32,
+    /// Number of the gradient, at least 2^31 if there is none.
+    slot: u32,
+    /// What the gradient is multiplied by.
+    factor: f32,
 }
 
-/// In place of a weight's index: the row has none.
-const NO_SLOT: u32 = u32::MAX;
-/// In place of a weight's index: the row is padding.
-pub const PADDING: u32 = u32::MAX - 1;
-
-impl Routing {
-    /// Whether an option is set.
-    #[inline(always)]
-    pub fn has(self, option: u32) -> bool {
-        self.options & option != 0
-    }
-
-    /// Weight of a row, and its index, or [`PADDING`]. All lanes of a warp ask for the same row.
+impl RowWeight {
+    /// Of row `row`, the same for all lanes of the warp.
     #[inline(always)]
     #[track_caller]
-    pub fn row(self, row: u32) -> (f32, u32) {
-        let padding = if self.has(PSUM) {
-            is_beyond_expert(self.map, self.num_experts, self.alignment, row)
-        } else {
-            self.has(POS_TO_EXPERT) && self.map.get(row) < 0
+    pub fn new(rows: Rows, weights: Weights, row: u32) -> Self {
+        let holds_token = rows.holds_token(row);
+        let weight = if holds_token { weights.of(row) } else { 0.0 };
+        let slot = match weights.kind {
+            Weights::PER_ROW => row,
+            Weights::PER_TOKEN_TOPK => weights.map.get(row) as u32,
+            _ => u32::MAX,
         };
-        if padding {
-            return (0.0, PADDING);
-        }
-        if self.has(PER_ROW) {
-            return (self.weights.get(row) * self.factor, row);
-        }
-        let slot = if self.has(PER_SLOT) { self.slots.get(row) as u32 } else { NO_SLOT };
-        if slot < self.num_weights {
-            (self.weights.get(slot), slot)
-        } else {
-            // Unknown to the maps, which is weight 0, or without any weights.
-            (if self.has(PER_SLOT) { 0.0 } else { 1.0 }, NO_SLOT)
-        }
+        Self { holds_token, weight, slot, factor: weights.factor }
     }
 
-    /// Write the gradient of a row's weight after [`begin_sum`] and a barrier.
+    /// Write the gradient after [`begin_sum`] and a barrier.
     #[inline(always)]
     #[track_caller]
-    pub fn store_weight_grad(self, weight_grad: Out<f32>, row: u32, slot: u32) {
-        if warp_id() != 0 {
-            return;
-        }
-        let sum = end_sum() * self.factor;
-        let slot = if slot == PADDING && self.has(PER_ROW) { row } else { slot };
-        if slot < PADDING && lane_id() == 0 {
-            weight_grad.set(slot, sum);
-        }
-    }
-
-    /// The block's share of the weights' gradients that belong to no row becomes 0.
-    #[inline(always)]
-    #[track_caller]
-    pub fn clear_absent(self, token_topk_to_pos: In<i32>, weight_grad: Out<f32>, share: u32) {
-        let end = (block_idx_x() + 1) * share;
-        let end = if end < self.num_weights { end } else { self.num_weights };
-        let mut slot = block_idx_x() * share + thread_idx();
-        while slot < end {
-            if token_topk_to_pos.get(slot) < 0 {
-                weight_grad.set(slot, 0.0);
+    pub fn store_grad(self, weight_grad: Out<f32>) {
+        if warp_id() == 0 {
+            let sum = end_sum() * self.factor;
+            if self.slot as i32 >= 0 && lane_id() == 0 {
+                weight_grad.set(self.slot, sum);
             }
-            slot += block_dim();
         }
     }
 }
 
-/// Whether row `row` lies between experts or behind the last one. The warp looks at 32 experts at a time.
+/// Zeros into those gradients of weights that no row has: the block looks after `share` of all `num_weights`.
 #[inline(always)]
 #[track_caller]
-fn is_beyond_expert(ends: In<i32>, num_experts: u32, alignment: u32, row: u32) -> bool {
-    let (mut first, mut before) = (0, 0);
-    while first < num_experts {
-        let expert = first + lane_id();
-        let end = if expert < num_experts { ends.get(expert) } else { 0 };
-        let ending_later = warp_ballot(row as i32 - end < 0);
-        if ending_later != 0 {
-            let in_chunk = ending_later.trailing_zeros();
-            let previous = warp_shuffle(end, in_chunk.wrapping_sub(1));
-            let previous = if in_chunk == 0 { before } else { previous };
-            return row < align_up(previous as u32, alignment);
+pub fn clear_absent(token_topk_to_pos: In<i32>, weight_grad: Out<f32>, num_weights: u32, share: u32) {
+    let first = block_idx_x() * share;
+    let end = (first + share).min(num_weights);
+    let mut slot = first + thread_idx();
+    while slot < end {
+        if token_topk_to_pos.get(slot) < 0 {
+            weight_grad.set(slot, 0.0);
         }
-        before = warp_shuffle(end, 31);
-        first += WARP_SIZE;
+        slot += block_dim();
     }
-    true
 }
 
 /// Sum over the block in a fixed order, in two parts with a barrier between them. This one notes the sum of each warp.
@@ -296,23 +236,24 @@ pub fn end_sum() -> f32 {
 kernel! {
     op = swiglu_backward;
     threads = 256, blocks = 4;
-    /// Strides count bytes. `options` and what belongs to them: see [`Routing`]; `share` is the number of the weights' gradients that a
-    /// block looks after.
+    /// Strides count bytes; `rows_…` and `weights_…` are the fields of [`Rows`] and [`Weights`]. `num_weights` is 0 unless gradients of
+    /// weights are to be cleared, see [`clear_absent`].
     pub fn plain[X: Float, O: Float, const N: usize](
-        x: In<u8>, grad: In<u8>, map: In<i32>, weights: In<f32>, slots: In<i32>, token_topk_to_pos: In<i32>,
+        x: In<u8>, grad: In<u8>, rows_map: In<i32>, weights: In<f32>, weights_map: In<i32>, token_topk_to_pos: In<i32>,
         x_grad: Out<u8>, weight_grad: Out<f32>, act_out: Out<u8>, x_stride: u64, grad_stride: u64,
-        num_rows: u32, hidden: u32, clamp: f32, factor: f32, options: u32, num_experts: u32, alignment: u32, num_weights: u32,
-        share: u32,
+        num_rows: u32, hidden: u32, clamp: f32, options: u32,
+        rows_kind: u32, num_experts: u32, alignment: u32, alignment_magic: u32, alignment_shift: u32,
+        weights_kind: u32, factor: f32, num_weights: u32, share: u32,
     ) {
-        let routing = Routing { options, map, num_experts, alignment, weights, factor, slots, num_weights };
-        if routing.has(PER_SLOT) && routing.has(WEIGHT_GRAD) {
-            routing.clear_absent(token_topk_to_pos, weight_grad, share);
-        }
+        clear_absent(token_topk_to_pos, weight_grad, num_weights, share);
         let row = block_idx_x();
         if row >= num_rows {
             return;
         }
-        let (weight, slot) = routing.row(row);
+        let divisor = Divisor { magic: alignment_magic, shift: alignment_shift };
+        let rows = Rows { kind: rows_kind, map: rows_map, num_experts, alignment, divisor };
+        let weights = Weights { kind: weights_kind, weights, map: weights_map, factor };
+        let of_row = RowWeight::new(rows, weights, row);
         let row_bytes = hidden as u64 * O::BYTES as u64;
         let (x_grad, act_out) = (x_grad.at(row as u64 * 2 * row_bytes), act_out.at(row as u64 * row_bytes));
         let (x, grad) = (x.at(row as u64 * x_stride), grad.at(row as u64 * grad_stride));
@@ -320,26 +261,25 @@ kernel! {
         let mut sum = 0.0;
         while channel < hidden {
             let mut raw = ([0; 8], [0; 8], [0; 8]);
-            // Of padding nothing is read: zeros give zeros.
-            if slot != PADDING {
+            if of_row.holds_token {
                 let load = |from: In<u8>, value: u32| X::load::<N>(from.at(value as u64 * X::BYTES as u64));
                 raw = (load(x, channel), load(x, hidden + channel), load(grad, channel));
             }
             let grad = X::decode::<N>(raw.2);
-            let of = gradients::<N>(X::decode(raw.0), X::decode(raw.1), grad, weight, clamp);
+            let of = gradients::<N>(X::decode(raw.0), X::decode(raw.1), grad, of_row.weight, clamp);
             sum = dot(grad, of.act, sum);
             let at = channel as u64 * O::BYTES as u64;
             O::store::<N>(x_grad.at(at), of.dx);
             O::store::<N>(x_grad.at(row_bytes + at), of.dy);
-            if routing.has(ACT_OUT) {
-                O::store::<N>(act_out.at(at), of.act.map(|v| v * weight));
+            if options & ACT_OUT != 0 {
+                O::store::<N>(act_out.at(at), of.act.map(|v| v * of_row.weight));
             }
             channel += block_dim() * N as u32;
         }
-        if routing.has(WEIGHT_GRAD) {
+        if options & WEIGHT_GRAD != 0 {
             begin_sum(sum);
             block_sync();
-            routing.store_weight_grad(weight_grad, row, slot);
+            of_row.store_grad(weight_grad);
         }
     }
     entries {

@@ -8,9 +8,10 @@
 //!       row meet in shared memory and leave last.
 //! Cost  h * 4 bytes read and h * 8 written a row (6 without act_out); 48 instructions a channel: memory bound.
 
-use super::common::{E4m3, Scale, scale};
+use super::common::{Divisor, E4m3, Scale, scale};
+use super::swiglu::{Rows, Weights};
 use super::swiglu_backward::{
-    ACT_OUT, Bf16, F32, Float, PACKED, PADDING, PER_SLOT, Routing, WEIGHT_GRAD, begin_sum, dot, gradients, row_shared,
+    ACT_OUT, Bf16, F32, Float, PACKED, RowWeight, WEIGHT_GRAD, begin_sum, clear_absent, dot, gradients, row_shared,
 };
 pub use super::swiglu_backward::{THREADS, blocks, row_threads};
 use crate::device::*;
@@ -60,24 +61,26 @@ fn store(to: Out<u8>, v: [f32; N], inv: f32) {
 kernel! {
     op = swiglu_backward_and_per_token_cast;
     threads = 256, blocks = 4;
-    /// Strides count bytes, those of scales words. Groups of `LANES` lanes share a scale. `options` and what belongs to them: see
-    /// [`Routing`]; `share` is the number of the weights' gradients that a block looks after.
+    /// Strides count bytes, those of scales words; `rows_…` and `weights_…` are the fields of [`Rows`] and [`Weights`]. Groups of `LANES`
+    /// lanes share a scale. `num_weights` is 0 unless gradients of weights are to be cleared, see [`clear_absent`].
     pub fn cast[G: Float, const ROUND: bool, const LANES: u32](
-        x: In<u8>, x_sf: In<f32>, grad: In<u8>, map: In<i32>, weights: In<f32>, slots: In<i32>, token_topk_to_pos: In<i32>,
-        x_grad: Out<u8>, x_grad_fp8: Out<u8>, sf: Out<u32>, weight_grad: Out<f32>, act_out: Out<u8>,
+        x: In<u8>, x_sf: In<f32>, grad: In<u8>, rows_map: In<i32>, weights: In<f32>, weights_map: In<i32>,
+        token_topk_to_pos: In<i32>, x_grad: Out<u8>, x_grad_fp8: Out<u8>, sf: Out<u32>, weight_grad: Out<f32>, act_out: Out<u8>,
         x_stride: u64, grad_stride: u64, x_sf_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
-        num_rows: u32, hidden: u32, clamp: f32, factor: f32, options: u32, num_experts: u32, alignment: u32,
-        num_weights: u32, share: u32,
+        num_rows: u32, hidden: u32, clamp: f32, options: u32,
+        rows_kind: u32, num_experts: u32, alignment: u32, alignment_magic: u32, alignment_shift: u32,
+        weights_kind: u32, factor: f32, num_weights: u32, share: u32,
     ) {
-        let routing = Routing { options, map, num_experts, alignment, weights, factor, slots, num_weights };
-        if routing.has(PER_SLOT) && routing.has(WEIGHT_GRAD) {
-            routing.clear_absent(token_topk_to_pos, weight_grad, share);
-        }
+        clear_absent(token_topk_to_pos, weight_grad, num_weights, share);
         let row = block_idx_x();
         if row >= num_rows {
             return;
         }
-        let (weight, slot) = routing.row(row);
+        let divisor = Divisor { magic: alignment_magic, shift: alignment_shift };
+        let rows = Rows { kind: rows_kind, map: rows_map, num_experts, alignment, divisor };
+        let weights = Weights { kind: weights_kind, weights, map: weights_map, factor };
+        let of_row = RowWeight::new(rows, weights, row);
+        let (packed, with_act) = (ROUND && options & PACKED != 0, options & ACT_OUT != 0);
         let h = hidden as u64;
         let x_grad = x_grad.at(row as u64 * 4 * h);
         let x_grad_fp8 = x_grad_fp8.at(row as u64 * 2 * h);
@@ -85,7 +88,7 @@ kernel! {
         let half_groups = hidden / (LANES * N as u32);
         let groups = 2 * half_groups;
         let (_, staged) = shared(groups);
-        if routing.has(PACKED) && thread_idx() < align_up(groups, 4) - groups {
+        if packed && thread_idx() < align_up(groups, 4) - groups {
             // What is left of the last word.
             staged.cast::<u8>().set(groups + thread_idx(), 0);
         }
@@ -101,8 +104,7 @@ kernel! {
             let inside = channel < hidden;
             let group = channel / (LANES * N as u32);
             let mut raw = ([0; 2], [0; 2], 0.0, 0.0, [0; 8]);
-            // Of padding nothing is read: zeros give zeros.
-            if inside && slot != PADDING {
+            if inside && of_row.holds_token {
                 raw = (
                     x.load8(channel),
                     x.load8(hidden + channel),
@@ -112,14 +114,14 @@ kernel! {
                 );
             }
             let grad = G::decode::<N>(raw.4);
-            let of = gradients::<N>(decode(raw.0, raw.2), decode(raw.1, raw.3), grad, weight, clamp);
+            let of = gradients::<N>(decode(raw.0, raw.2), decode(raw.1, raw.3), grad, of_row.weight, clamp);
             sum = dot(grad, of.act, sum);
             let at = channel as u64;
             if inside {
                 Bf16::store::<N>(x_grad.at(2 * at), of.dx);
                 Bf16::store::<N>(x_grad.at(2 * (h + at)), of.dy);
-                if routing.has(ACT_OUT) {
-                    Bf16::store::<N>(act_out.at(2 * at), of.act.map(|v| v * weight));
+                if with_act {
+                    Bf16::store::<N>(act_out.at(2 * at), of.act.map(|v| v * of_row.weight));
                 }
             }
             let (of_x, of_y) = (scale_of::<ROUND, LANES>(of.dx), scale_of::<ROUND, LANES>(of.dy));
@@ -129,8 +131,8 @@ kernel! {
             }
             if inside && lane_id() % LANES == 0 {
                 let stage = |group: u32, scale: Scale| {
-                    let bits = if slot == PADDING { 0 } else { scale.sf.to_bits() };
-                    if ROUND && routing.has(PACKED) {
+                    let bits = if of_row.holds_token { scale.sf.to_bits() } else { 0 };
+                    if packed {
                         staged.cast::<u8>().set(group, (bits >> 23) as u8);
                     } else {
                         staged.set(group, bits);
@@ -141,19 +143,19 @@ kernel! {
             }
             first += block_dim() * N as u32;
         }
-        if routing.has(WEIGHT_GRAD) {
+        if options & WEIGHT_GRAD != 0 {
             begin_sum(sum);
         }
         block_sync();
-        let words = if routing.has(PACKED) { ceil_div(groups, 4) } else { groups };
+        let words = if packed { ceil_div(groups, 4) } else { groups };
         let sf = sf.at(row as u64 * sf_row_stride as u64);
         let mut word = thread_idx();
         while word < words {
             sf.at(word as u64 * sf_col_stride as u64).set(0, staged.get(word));
             word += block_dim();
         }
-        if routing.has(WEIGHT_GRAD) {
-            routing.store_weight_grad(weight_grad, row, slot);
+        if options & WEIGHT_GRAD != 0 {
+            of_row.store_grad(weight_grad);
         }
     }
     entries {
