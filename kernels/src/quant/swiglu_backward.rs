@@ -193,7 +193,7 @@ impl RowWeight {
     #[track_caller]
     pub fn store_grad(self, weight_grad: Out<f32>) {
         if warp_id() == 0 {
-            let sum = end_sum() * self.factor;
+            let sum = if self.holds_token { end_sum() * self.factor } else { 0.0 };
             if self.slot as i32 >= 0 && lane_id() == 0 {
                 weight_grad.set(self.slot, sum);
             }

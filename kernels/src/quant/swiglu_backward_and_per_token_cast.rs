@@ -10,15 +10,18 @@
 
 use super::common::{Divisor, E4m3, Scale, scale};
 use super::swiglu::{Rows, Weights};
+pub use super::swiglu_backward::{ACT_OUT, PACKED, THREADS, WEIGHT_GRAD};
 use super::swiglu_backward::{
-    ACT_OUT, Bf16, F32, Float, PACKED, RowWeight, WEIGHT_GRAD, begin_sum, clear_absent, dot, gradients, row_shared,
+    Bf16, F32, Float, RowWeight, begin_sum, blocks, clear_absent, dot, gradients, row_shared, row_threads,
 };
-pub use super::swiglu_backward::{THREADS, blocks, row_threads};
 use crate::device::*;
 use crate::kernel;
 
 /// Channels of a lane.
 const N: usize = 8;
+
+/// Most scales of a row, which shared memory has to hold.
+pub const MAX_GROUPS: u32 = 48 << 10;
 
 /// Grid and block; a row has `groups` scales.
 pub fn config(num_rows: u32, hidden: u32, groups: u32, num_weights: u32, most_threads: u32) -> LaunchConfig {
@@ -129,7 +132,7 @@ kernel! {
                 store(x_grad_fp8.at(at), of.dx, of_x.inv);
                 store(x_grad_fp8.at(h + at), of.dy, of_y.inv);
             }
-            if inside && lane_id() % LANES == 0 {
+            if inside && lane_id().is_multiple_of(LANES) {
                 let stage = |group: u32, scale: Scale| {
                     let bits = if of_row.holds_token { scale.sf.to_bits() } else { 0 };
                     if packed {

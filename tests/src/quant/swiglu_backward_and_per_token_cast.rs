@@ -48,7 +48,9 @@ pub fn bench() -> Vec<Row> {
         build: Box::new(move |device, _| {
             let x = device.zeros::<u32>(n as usize).map_err(text)?;
             let mut y = device.zeros::<u32>(n as usize).map_err(text)?;
-            Ok(Box::new(move |stream| swiglu_backward_and_per_token_cast(stream, Args { x: x.tensor(&[n])?, y: y.tensor_mut(&[n])? })))
+            Ok(Box::new(move |stream| {
+                swiglu_backward_and_per_token_cast(stream, Args { x: x.tensor(&[n])?, y: y.tensor_mut(&[n])? })
+            }))
         }),
     }]
 }
