@@ -3,7 +3,7 @@
 
 use crate::device::*;
 use crate::kernel;
-use crate::quant::swiglu;
+use crate::quant::common_swiglu as swiglu;
 
 /// Threads of a block in every kernel here.
 pub const THREADS: u32 = 256;

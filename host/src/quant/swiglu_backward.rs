@@ -4,7 +4,7 @@ use super::{ExpertRows, RowWeights};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::{In, Out};
 use ferrotile_kernels::quant::common::Divisor;
-use ferrotile_kernels::quant::swiglu::{Rows, Weights};
+use ferrotile_kernels::quant::common_swiglu::{Rows, Weights};
 use ferrotile_kernels::quant::swiglu_backward as k;
 
 const OP: &str = "swiglu_backward";

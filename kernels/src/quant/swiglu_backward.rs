@@ -8,7 +8,7 @@
 //! What is shared with `swiglu_backward_and_per_token_cast` is here.
 
 use super::common::Divisor;
-use super::swiglu::{Rows, Weights, clamp_gate, clamp_up};
+use super::common_swiglu::{Rows, Weights, clamp_gate, clamp_up};
 use crate::device::*;
 use crate::{kernel, unroll};
 

@@ -9,7 +9,7 @@
 //! Cost  h * 4 bytes read and h * 8 written a row (6 without act_out); 48 instructions a channel: memory bound.
 
 use super::common::{Divisor, E4m3, Scale, scale};
-use super::swiglu::{Rows, Weights};
+use super::common_swiglu::{Rows, Weights};
 pub use super::swiglu_backward::{ACT_OUT, PACKED, THREADS, WEIGHT_GRAD};
 use super::swiglu_backward::{
     Bf16, F32, Float, RowWeight, begin_sum, blocks, clear_absent, dot, gradients, row_shared, row_threads,
