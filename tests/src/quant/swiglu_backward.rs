@@ -934,6 +934,7 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::{ProptestConfig, proptest};
 
     #[test]
     fn suite() {
@@ -944,5 +945,112 @@ mod tests {
     fn golden() {
         let Some(golden) = Golden::open().unwrap() else { return };
         check_golden(&Ctx::new(Device::emulator(), Depth::Small), &golden).unwrap();
+    }
+
+    /// The formula of 6.9 for x / t, which the kernel has, against the division: equal for every x, whatever last bit `exp` has.
+    #[test]
+    fn the_short_quotient_is_the_quotient() {
+        let device = Device::emulator();
+        let bits: Vec<u32> = (0..u32::MAX).step_by(997).filter(|b| f32::from_bits(*b).is_finite()).collect();
+        let x: Vec<f32> = bits.iter().map(|b| f32::from_bits(*b)).chain((0..40_000).map(|i| -90.0 + i as f32 * 1e-4)).collect();
+        let negative: Vec<f32> = x.iter().map(|x| -x).collect();
+        let exps = device_math::exp_of(&device, &negative).unwrap();
+        for (x, exp) in x.iter().zip(exps) {
+            for exp in [exp, exp.next_up(), exp.next_down().max(0.0)] {
+                let t = 1.0 + exp;
+                let s = 1.0 / t;
+                let quotient = x * s;
+                let remainder = quotient.mul_add(t.min(f32::MAX), -x);
+                let short = (-remainder).mul_add(s, quotient);
+                assert_eq!(short.to_bits(), (x / t).to_bits(), "{x:e} / {t:e}");
+            }
+        }
+    }
+
+    /// The inverse without a branch. The emulator's instruction is exact, so all that can be off is what is subnormal.
+    #[test]
+    fn the_short_inverse_is_the_inverse() {
+        let mut x: Vec<f32> = (1f32.to_bits()..f32::INFINITY.to_bits()).step_by(499).map(f32::from_bits).collect();
+        x.push(f32::INFINITY);
+        let got = device_math::map(&Device::emulator(), Function::Reciprocal, &x).unwrap();
+        let off = |(x, got): &(&f32, &f32)| (1.0 / *x).to_bits() != got.to_bits();
+        assert_eq!(x.iter().zip(&got).filter(off).map(|(x, _)| *x).find(|x| *x < 2f32.powi(126)), None);
+        assert!(x.iter().zip(&got).filter(off).count() < 3);
+        assert_eq!(got.last().map(|v| v.to_bits()), Some(0));
+    }
+
+    #[test]
+    fn bad_arguments_are_named() {
+        let device = Device::emulator();
+        let stream = device.stream().unwrap();
+        let (x, grad) = (device.zeros::<f32>(4 * 32).unwrap(), device.zeros::<f32>(4 * 16).unwrap());
+        let (bf16s, weights, map) =
+            (device.zeros::<bf16>(64).unwrap(), device.zeros::<f32>(4).unwrap(), device.zeros::<i32>(4).unwrap());
+        let mut out = (device.zeros::<f32>(4 * 32).unwrap(), device.zeros::<f32>(4).unwrap());
+        out.0.fill_bytes(FILL).unwrap();
+        out.1.fill_bytes(FILL).unwrap();
+        // A call, and whether it wrote something.
+        let mut call = |x, act_x_grad, (x_grad, weight_grad): (&[u64], &[u64]), weights, clamp| {
+            let result = op::swiglu_backward(
+                &stream,
+                Args {
+                    x,
+                    act_x_grad,
+                    rows: ExpertRows::PosToExpert(map.tensor(&[4]).unwrap()),
+                    weights,
+                    clamp,
+                    x_grad: out.0.tensor_mut(x_grad).unwrap(),
+                    weight_grad: Some(WeightGrad::PerRow(out.1.tensor_mut(weight_grad).unwrap())),
+                    act_out: None,
+                },
+            );
+            let filled = |b: &Buffer<f32>| b.to_vec().unwrap().iter().all(|v| v.to_bits() == u32::from_ne_bytes([FILL; 4]));
+            (result, filled(&out.0) && filled(&out.1))
+        };
+        let by_row = || RowWeights::PerRow { topk_weights: weights.tensor(&[4]).unwrap(), routed_scaling_factor: 1.0 };
+        let (fine_x, fine_grad) = (x.tensor(&[4, 32]).unwrap(), grad.tensor(&[4, 16]).unwrap());
+        let shapes: (&[u64], &[u64]) = (&[4, 32], &[4]);
+        let refuses = |text: &str, (result, untouched): (ferrotile::Result<()>, bool)| {
+            let got = result.expect_err(text).to_string();
+            assert!(got.starts_with(&format!("swiglu_backward: {text}")) && untouched, "{got}\nexpected {text}");
+        };
+        refuses(
+            "columns of x is 24, allowed: multiples of 16",
+            call(x.tensor(&[4, 24]).unwrap(), fine_grad, shapes, by_row(), None),
+        );
+        refuses("clamp is -2, allowed: 0 or more", call(fine_x, fine_grad, shapes, by_row(), Some(-2.0)));
+        refuses("act_x_grad is bf16, allowed: f32", call(fine_x, bf16s.tensor(&[4, 16]).unwrap(), shapes, by_row(), None));
+        refuses(
+            "act_x_grad has shape [2, 32], expected [4, 16]",
+            call(fine_x, grad.tensor(&[2, 32]).unwrap(), shapes, by_row(), None),
+        );
+        refuses("layout of x is", call(x.strided(&[4, 32], &[1, 4], 0).unwrap(), fine_grad, shapes, by_row(), None));
+        refuses("x_grad has shape [2, 64], expected [4, 32]", call(fine_x, fine_grad, (&[2, 64], &[4]), by_row(), None));
+        refuses("weight_grad has shape [3], expected [4]", call(fine_x, fine_grad, (&[4, 32], &[3]), by_row(), None));
+        refuses("weight_grad is by row, allowed: none", call(fine_x, fine_grad, shapes, RowWeights::None, None));
+        let (result, untouched) = call(fine_x, fine_grad, shapes, by_row(), Some(0.0));
+        assert!(result.is_ok() && !untouched);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// Any layout of experts, hidden size, distance of rows, options and range of values.
+        #[test]
+        fn any_input(
+            tokens in 0u64..9, alignment in 1u32..20, eights in 1u64..40, gap in 0u64..3, offset in 0u64..3, dtypes in 0usize..4,
+            option in 0usize..12, seed: u64,
+        ) {
+            let device = Device::emulator();
+            let (input, output) = DTYPES[dtypes];
+            let name = format!("any {seed}");
+            let problem = problem(small_layout(tokens, alignment), 8 * eights, input, "awkward", &name);
+            let inputs = Inputs::new(&device, &problem, input, (8 * gap, 8 * offset)).unwrap();
+            let options = Options::all()[option];
+            let expected = problem.expected(&options, &problem.exps(&device).unwrap()).unwrap();
+            let mut outputs = Outputs::new(&device, &inputs, &options, output).unwrap();
+            outputs.run(&device.stream().unwrap(), &inputs, &options).unwrap();
+            outputs.check(&name, &inputs, &options, &expected).unwrap();
+        }
     }
 }

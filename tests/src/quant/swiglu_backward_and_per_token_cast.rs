@@ -388,7 +388,8 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
 
 /// Two sides whose `exp` differs in a last bit: one code of the quantised values, which is an eighth of them or the smallest.
 fn near_quantised(name: &str, a: &[f32], b: &[f32], sf: &[f32], npc: usize) -> Result<(), String> {
-    let far = (0..b.len()).find(|i| !((a[*i] - b[*i]).abs() <= (b[*i].abs() / 8.0).max(sf[i / npc] * 2f32.powi(-9)) * 1.01));
+    let near = |i: usize| (a[i] - b[i]).abs() <= (b[i].abs() / 8.0).max(sf[i / npc] * 2f32.powi(-9)) * 1.01;
+    let far = (0..b.len()).find(|i| !near(*i));
     match far {
         Some(i) => Err(format!("fp8: {i}: {:e} and {:e}; {name}", a[i], b[i])),
         None => Ok(()),
@@ -580,6 +581,9 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferrotile::quant::swiglu_backward::WeightGrad;
+    use ferrotile::{Error, TensorMut, TensorRef};
+    use proptest::prelude::{ProptestConfig, proptest};
 
     #[test]
     fn suite() {
@@ -590,5 +594,244 @@ mod tests {
     fn golden() {
         let Some(golden) = Golden::open().unwrap() else { return };
         check_golden(&Ctx::new(Device::emulator(), Depth::Small), &golden).unwrap();
+    }
+
+    /// The formulas, by hand: one channel of a clamped gate, one of a clamped other half, one of neither.
+    #[test]
+    fn the_reference_clamps_and_weighs() {
+        let x = vec![3.0, 1.0, -1.0, 0.5, -4.0, 2.0];
+        let problem = Problem::new(plain_layout(1), 3, x, vec![2.0, 3.0, 5.0], "");
+        let exps = problem.exps(&Device::emulator()).unwrap();
+        let options = Options { weights: WeightsBy::None, weight_grad: false, ..Options::v1(Some(2.0)) };
+        let of = problem.expected(&options, &exps).unwrap();
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let slope = |x: f64| (silu(x + 1e-6) - silu(x - 1e-6)) / 2e-6;
+        let act = [silu(2.0) * 0.5, silu(1.0) * -2.0, silu(-1.0) * 2.0];
+        let gradients = [0.0, 3.0 * slope(1.0) * -2.0, 5.0 * slope(-1.0) * 2.0, 2.0 * silu(2.0), 0.0, 5.0 * silu(-1.0)];
+        let near = |a: &[f32], b: &[f64]| a.iter().zip(b).all(|(a, b)| (*a as f64 - b).abs() < 1e-5);
+        assert!(near(&of.act_out, &act), "{:?} {act:?}", of.act_out);
+        assert!(near(&of.x_grad, &gradients), "{:?} {gradients:?}", of.x_grad);
+    }
+
+    /// Buffers for calls that must be refused: 4 rows of 64 channels, 2 tokens with 2 choices.
+    struct Fixture {
+        device: Device,
+        x: Buffer<E4m3>,
+        x_sf: Buffer<f32>,
+        grad: Buffer<bf16>,
+        weights: Buffer<f32>,
+        map: Buffer<i32>,
+        x_grad: Buffer<bf16>,
+        fp8: Buffer<E4m3>,
+        sf: Buffer<f32>,
+        act_out: Buffer<bf16>,
+        weight_grad: Buffer<f32>,
+        /// Whatever else a call may name.
+        spare: Buffer<f32>,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let device = Device::emulator();
+            let mut new = Self {
+                x: device.zeros(4 * 128).unwrap(),
+                x_sf: device.zeros(4 * 4).unwrap(),
+                grad: device.zeros(4 * 64).unwrap(),
+                weights: device.zeros(4).unwrap(),
+                map: device.zeros(4).unwrap(),
+                x_grad: device.zeros(4 * 128).unwrap(),
+                fp8: device.zeros(4 * 128).unwrap(),
+                sf: device.zeros(4 * 4).unwrap(),
+                act_out: device.zeros(4 * 64).unwrap(),
+                weight_grad: device.zeros(4).unwrap(),
+                spare: device.zeros(4096).unwrap(),
+                device,
+            };
+            new.x_grad.fill_bytes(FILL).unwrap();
+            new.fp8.fill_bytes(FILL).unwrap();
+            new.sf.fill_bytes(FILL).unwrap();
+            new.act_out.fill_bytes(FILL).unwrap();
+            new.weight_grad.fill_bytes(FILL).unwrap();
+            new
+        }
+
+        fn spare(&self, dtype: DType, shape: &[u64], strides: &[u64], offset: u64) -> TensorRef<'_> {
+            // SAFETY: only calls that launch nothing are given these.
+            unsafe { TensorRef::from_raw(&self.device, self.spare.as_ptr() + offset, dtype, shape, strides).unwrap() }
+        }
+
+        fn spare_mut(&self, dtype: DType, shape: &[u64], strides: &[u64], offset: u64) -> TensorMut<'_> {
+            // SAFETY: only calls that launch nothing are given these.
+            unsafe { TensorMut::from_raw(&self.device, self.spare.as_ptr() + offset, dtype, shape, strides).unwrap() }
+        }
+
+        /// A call that is fine, changed.
+        fn call<'a>(&'a self, edit: impl Fn(&mut Args<'a>, &'a Self)) -> ferrotile::Result<()> {
+            let out = |address: u64, dtype, shape: &[u64]| {
+                let strides: Vec<u64> = (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect();
+                // SAFETY: no other tensor of these buffers is alive.
+                unsafe { TensorMut::from_raw(&self.device, address, dtype, shape, &strides).unwrap() }
+            };
+            let map = self.map.tensor(&[4])?;
+            let mut args = Args {
+                x: self.x.tensor(&[4, 128])?,
+                x_sf: Sf { tensor: self.x_sf.tensor(&[4, 4])?, layout: SfLayout::RowMajor },
+                num_per_channels: 32,
+                act_x_grad: self.grad.tensor(&[4, 64])?,
+                rows: ExpertRows::All,
+                weights: RowWeights::PerTokenTopk { topk_weights: self.weights.tensor(&[2, 2])?, pos_to_token_topk: map },
+                clamp: Some(10.0),
+                round_sf: true,
+                x_grad: out(self.x_grad.as_ptr(), DType::Bf16, &[4, 128]),
+                x_grad_fp8: out(self.fp8.as_ptr(), DType::E4m3, &[4, 128]),
+                x_grad_sf: SfMut { tensor: out(self.sf.as_ptr(), DType::F32, &[4, 4]), layout: SfLayout::RowMajor },
+                weight_grad: Some(WeightGrad::PerTokenTopk {
+                    weight_grad: out(self.weight_grad.as_ptr(), DType::F32, &[2, 2]),
+                    token_topk_to_pos: self.map.tensor(&[2, 2])?,
+                }),
+                act_out: Some(out(self.act_out.as_ptr(), DType::Bf16, &[4, 64])),
+            };
+            edit(&mut args, self);
+            op::swiglu_backward_and_per_token_cast(&self.device.stream()?, args)
+        }
+
+        fn untouched(&self) -> bool {
+            let halves = [&self.x_grad, &self.act_out].map(|b| b.to_vec().unwrap());
+            let words = [&self.sf, &self.weight_grad].map(|b| b.to_vec().unwrap());
+            halves.iter().flatten().all(|v| v.to_bits() == u16::from_ne_bytes([FILL; 2]))
+                && words.iter().flatten().all(|v| v.to_bits() == u32::from_ne_bytes([FILL; 4]))
+                && self.fp8.to_vec().unwrap().iter().all(|v| v.0 == FILL)
+        }
+
+        /// The call fails with a text that starts like this, and nothing was written.
+        fn refuses<'a>(&'a self, start: &str, edit: impl Fn(&mut Args<'a>, &'a Self)) {
+            let text = self.call(edit).expect_err(start).to_string();
+            let whole = format!("{}: {start}", SUITE.op);
+            assert!(text.starts_with(&whole), "{text}\nexpected {whole}");
+            assert!(self.untouched(), "{text}: something was written");
+        }
+    }
+
+    #[test]
+    fn bad_arguments_are_named() {
+        use DType::{Bf16, E4m3, F16, F32, I32, I64, Ue8m0x4};
+        let f = Fixture::new();
+        // Numbers.
+        f.refuses("num_per_channels is 64, allowed: 32, 128", |a, _| a.num_per_channels = 64);
+        f.refuses("columns of x is 128, allowed: multiples of 256", |a, _| a.num_per_channels = 128);
+        f.refuses("columns of x is 96, allowed: multiples of 64", |a, f| a.x = f.spare(E4m3, &[4, 96], &[96, 1], 0));
+        f.refuses("clamp is -1, allowed: 0 or more", |a, _| a.clamp = Some(-1.0));
+        f.refuses("clamp is NaN, allowed: 0 or more", |a, _| a.clamp = Some(f32::NAN));
+        f.refuses("rows of x is 2147483648, allowed", |a, f| a.x = f.spare(E4m3, &[1 << 31, 128], &[0, 1], 0));
+        f.refuses("scales of a row is 49154, allowed: 0 to 49152", |a, f| {
+            a.x = f.spare(E4m3, &[1, 32 * 49154], &[0, 1], 0);
+        });
+        f.refuses("alignment is 0, allowed: 1 to", |a, f| {
+            let psum_num_tokens_per_expert = f.spare(I32, &[3], &[1], 0);
+            a.rows = ExpertRows::Psum { psum_num_tokens_per_expert, alignment: 0 };
+        });
+        f.refuses("round_sf is false, allowed: true with row-major packed scales", |a, f| {
+            a.round_sf = false;
+            a.x_grad_sf = SfMut { tensor: f.spare_mut(Ue8m0x4, &[4, 1], &[1, 1], 0), layout: SfLayout::RowMajorPacked };
+        });
+        // Types.
+        f.refuses("x is f32, allowed: e4m3", |a, f| a.x = f.spare(F32, &[4, 128], &[128, 1], 0));
+        f.refuses("act_x_grad is f16, allowed: bf16, f32", |a, f| a.act_x_grad = f.spare(F16, &[4, 64], &[64, 1], 0));
+        f.refuses("x_grad is f32, allowed: bf16", |a, f| a.x_grad = f.spare_mut(F32, &[4, 128], &[128, 1], 0));
+        f.refuses("x_grad_fp8 is bf16, allowed: e4m3", |a, f| a.x_grad_fp8 = f.spare_mut(Bf16, &[4, 128], &[128, 1], 0));
+        f.refuses("act_out is f32, allowed: bf16", |a, f| a.act_out = Some(f.spare_mut(F32, &[4, 64], &[64, 1], 0)));
+        f.refuses("pos_to_expert is i64, allowed: i32", |a, f| {
+            a.rows = ExpertRows::PosToExpert(f.spare(I64, &[4], &[1], 0));
+        });
+        f.refuses("topk_weights is bf16, allowed: f32", |a, f| {
+            (a.weights, a.weight_grad) = (RowWeights::None, None);
+            a.weights = RowWeights::PerRow { topk_weights: f.spare(Bf16, &[4], &[1], 0), routed_scaling_factor: 1.0 };
+        });
+        // Shapes.
+        f.refuses("x has shape [512], expected 2 dimensions", |a, f| a.x = f.spare(E4m3, &[512], &[1], 0));
+        f.refuses("act_x_grad has shape [4, 128], expected [4, 64]", |a, f| {
+            a.act_x_grad = f.spare(Bf16, &[4, 128], &[128, 1], 0);
+        });
+        f.refuses("x_grad has shape [3, 128], expected [4, 128]", |a, f| a.x_grad = f.spare_mut(Bf16, &[3, 128], &[128, 1], 0));
+        f.refuses("x_sf has shape [4, 2], expected [4, 4]", |a, f| a.x_sf.tensor = f.spare(F32, &[4, 2], &[2, 1], 0));
+        f.refuses("x_grad_sf has shape [4, 8], expected [4, 4]", |a, f| {
+            a.x_grad_sf.tensor = f.spare_mut(F32, &[4, 8], &[8, 1], 0);
+        });
+        f.refuses("pos_to_expert has shape [3], expected [4]", |a, f| {
+            a.rows = ExpertRows::PosToExpert(f.spare(I32, &[3], &[1], 0));
+        });
+        f.refuses("pos_to_token_topk has shape [5], expected [4]", |a, f| {
+            let topk_weights = f.spare(F32, &[2, 2], &[2, 1], 0);
+            a.weights = RowWeights::PerTokenTopk { topk_weights, pos_to_token_topk: f.spare(I32, &[5], &[1], 0) };
+        });
+        f.refuses("token_topk_to_pos has shape [4], expected [2, 2]", |a, f| {
+            let (weight_grad, token_topk_to_pos) = (f.spare_mut(F32, &[2, 2], &[2, 1], 0), f.spare(I32, &[4], &[1], 64));
+            a.weight_grad = Some(WeightGrad::PerTokenTopk { weight_grad, token_topk_to_pos });
+        });
+        // A gradient of another kind than the weights.
+        f.refuses("weight_grad is by row, allowed: by token and choice, as the weights are", |a, f| {
+            a.weight_grad = Some(WeightGrad::PerRow(f.spare_mut(F32, &[4], &[1], 0)));
+        });
+        f.refuses("weight_grad is by token and choice, allowed: none without weights", |a, _| a.weights = RowWeights::None);
+        // Layouts.
+        f.refuses("layout of x is", |a, f| a.x = f.spare(E4m3, &[4, 128], &[1, 4], 0));
+        f.refuses("layout of x is", |a, f| a.x = f.spare(E4m3, &[4, 128], &[132, 1], 0));
+        f.refuses("layout of act_x_grad is", |a, f| a.act_x_grad = f.spare(Bf16, &[4, 64], &[64, 1], 8));
+        f.refuses("layout of x_sf is col-major, expected row-major", |a, _| a.x_sf.layout = SfLayout::ColMajor);
+        f.refuses("layout of x_grad is", |a, f| a.x_grad = f.spare_mut(Bf16, &[4, 128], &[136, 1], 0));
+        f.refuses("layout of x_grad_fp8 is", |a, f| a.x_grad_fp8 = f.spare_mut(E4m3, &[4, 128], &[128, 1], 8));
+        f.refuses("layout of x_grad_sf is", |a, _| a.x_grad_sf.layout = SfLayout::ColMajor);
+        f.refuses("layout of x_grad_sf is per-channel packed, expected", |a, _| {
+            a.x_grad_sf.layout = SfLayout::PerChannelPacked;
+        });
+        f.refuses("layout of psum_num_tokens_per_expert is", |a, f| {
+            let psum_num_tokens_per_expert = f.spare(I32, &[3], &[2], 0);
+            a.rows = ExpertRows::Psum { psum_num_tokens_per_expert, alignment: 4 };
+        });
+        // Memory.
+        let other = Device::emulator().checked().zeros::<ferrotile::E4m3>(512).unwrap();
+        // SAFETY: nothing is launched.
+        let x = unsafe { TensorRef::from_raw(other.device(), other.as_ptr(), E4m3, &[4, 128], &[128, 1]).unwrap() };
+        let error = f.call(|a, _| a.x = x).unwrap_err();
+        assert!(matches!(error, Error::DeviceMismatch { arg: "x", .. }), "{error}");
+        f.refuses("x and x_grad overlap in memory", |a, f| {
+            a.x = f.spare(E4m3, &[4, 128], &[128, 1], 0);
+            a.x_grad = f.spare_mut(Bf16, &[4, 128], &[128, 1], 496);
+        });
+        f.refuses("x_grad and act_out overlap in memory", |a, f| {
+            a.x_grad = f.spare_mut(Bf16, &[4, 128], &[128, 1], 0);
+            a.act_out = Some(f.spare_mut(Bf16, &[4, 64], &[64, 1], 512));
+        });
+        f.refuses("token_topk_to_pos and weight_grad overlap in memory", |a, f| {
+            let (weight_grad, token_topk_to_pos) = (f.spare_mut(F32, &[2, 2], &[2, 1], 0), f.spare(I32, &[2, 2], &[2, 1], 8));
+            a.weight_grad = Some(WeightGrad::PerTokenTopk { weight_grad, token_topk_to_pos });
+        });
+        // What all of this was derived from is fine.
+        f.call(|_, _| ()).unwrap();
+        assert!(!f.untouched());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// Any layout of experts, hidden size, distance of rows, options and range of values.
+        #[test]
+        fn any_input(
+            tokens in 0u64..9, alignment in 1u32..20, groups in 1u64..5, wide: bool, gap in 0u64..3, offset in 0u64..3, f32_grad: bool,
+            option in 0usize..12, scale in 0usize..12, seed: u64,
+        ) {
+            let device = Device::emulator();
+            let npc = if wide { 128 } else { 32 };
+            let dtype = if f32_grad { DType::F32 } else { DType::Bf16 };
+            let (h, name) = (groups * npc, format!("any {seed}"));
+            let (problem, x) = problem(small_layout(tokens, alignment), h, npc, dtype, "awkward", &name);
+            let inputs = Inputs::new(&device, &problem, &x, npc, dtype, (8 * gap, 8 * offset)).unwrap();
+            let (options, (round, layout)) = (Options::all()[option], scales(scale));
+            let expected = problem.expected(&options, &problem.exps(&device).unwrap()).unwrap();
+            let fp8 = quantise(&expected.x_grad, 2 * h as usize, npc as usize, round, |row| expected.holds_token[row]);
+            let mut outputs = Outputs::new(&device, &inputs, &options, layout).unwrap();
+            outputs.run(&device.stream().unwrap(), &inputs, &options, round).unwrap();
+            outputs.check(&name, &inputs, &options, &expected, &fp8).unwrap();
+        }
     }
 }
