@@ -163,10 +163,9 @@ pub const PACKED: u32 = 4;
 /// What a row is multiplied by, and where the gradient of that goes.
 #[derive(Clone, Copy)]
 pub struct RowWeight {
-    /// Whether the row holds a token. Of padding nothing is read, and zeros give zeros.
-    pub holds_token: bool,
     /// The weight; 0 for padding.
     pub weight: f32,
+    holds_token: bool,
     /// Number of the gradient, at least 2^31 if there is none.
     slot: u32,
     /// What the gradient is multiplied by.
@@ -174,18 +173,17 @@ pub struct RowWeight {
 }
 
 impl RowWeight {
-    /// Of row `row`, the same for all lanes of the warp.
+    /// Of row `row`.
     #[inline(always)]
     #[track_caller]
-    pub fn new(rows: Rows, weights: Weights, row: u32) -> Self {
-        let holds_token = rows.holds_token(row);
+    pub fn new(holds_token: bool, weights: Weights, row: u32) -> Self {
         let weight = if holds_token { weights.of(row) } else { 0.0 };
         let slot = match weights.kind {
             Weights::PER_ROW => row,
             Weights::PER_TOKEN_TOPK => weights.map.get(row) as u32,
             _ => u32::MAX,
         };
-        Self { holds_token, weight, slot, factor: weights.factor }
+        Self { weight, holds_token, slot, factor: weights.factor }
     }
 
     /// Write the gradient after [`begin_sum`] and a barrier.
@@ -253,18 +251,24 @@ kernel! {
         let divisor = Divisor { magic: alignment_magic, shift: alignment_shift };
         let rows = Rows { kind: rows_kind, map: rows_map, num_experts, alignment, divisor };
         let weights = Weights { kind: weights_kind, weights, map: weights_map, factor };
-        let of_row = RowWeight::new(rows, weights, row);
+        let holds_token = rows.holds_token(row);
         let row_bytes = hidden as u64 * O::BYTES as u64;
         let (x_grad, act_out) = (x_grad.at(row as u64 * 2 * row_bytes), act_out.at(row as u64 * row_bytes));
         let (x, grad) = (x.at(row as u64 * x_stride), grad.at(row as u64 * grad_stride));
+        let load = |channel: u32| {
+            // Of padding nothing is read: zeros give zeros. Nor is there anything beyond the end.
+            if channel >= hidden || !holds_token {
+                return ([0; 8], [0; 8], [0; 8]);
+            }
+            let values = |from: In<u8>, value: u32| X::load::<N>(from.at(value as u64 * X::BYTES as u64));
+            (values(x, channel), values(x, hidden + channel), values(grad, channel))
+        };
         let mut channel = thread_idx() * N as u32;
+        // On its way before the weight is waited for.
+        let mut raw = load(channel);
+        let of_row = RowWeight::new(holds_token, weights, row);
         let mut sum = 0.0;
         while channel < hidden {
-            let mut raw = ([0; 8], [0; 8], [0; 8]);
-            if of_row.holds_token {
-                let load = |from: In<u8>, value: u32| X::load::<N>(from.at(value as u64 * X::BYTES as u64));
-                raw = (load(x, channel), load(x, hidden + channel), load(grad, channel));
-            }
             let grad = X::decode::<N>(raw.2);
             let of = gradients::<N>(X::decode(raw.0), X::decode(raw.1), grad, of_row.weight, clamp);
             sum = dot(grad, of.act, sum);
@@ -275,6 +279,7 @@ kernel! {
                 O::store::<N>(act_out.at(at), of.act.map(|v| v * of_row.weight));
             }
             channel += block_dim() * N as u32;
+            raw = load(channel);
         }
         if options & WEIGHT_GRAD != 0 {
             begin_sum(sum);

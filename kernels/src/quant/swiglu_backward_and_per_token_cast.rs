@@ -82,7 +82,7 @@ kernel! {
         let divisor = Divisor { magic: alignment_magic, shift: alignment_shift };
         let rows = Rows { kind: rows_kind, map: rows_map, num_experts, alignment, divisor };
         let weights = Weights { kind: weights_kind, weights, map: weights_map, factor };
-        let of_row = RowWeight::new(rows, weights, row);
+        let holds_token = rows.holds_token(row);
         let (packed, with_act) = (ROUND && options & PACKED != 0, options & ACT_OUT != 0);
         let h = hidden as u64;
         let x_grad = x_grad.at(row as u64 * 4 * h);
@@ -99,23 +99,28 @@ kernel! {
         let x = x.at(row as u64 * x_stride);
         let x_sf = x_sf.at(row as u64 * x_sf_stride as u64);
         let grad = grad.at(row as u64 * grad_stride);
-        let mut sum = 0.0;
-        // The block goes on together, its lanes beyond the end with zeros.
-        let mut first = 0;
-        while first < hidden {
-            let channel = first + thread_idx() * N as u32;
-            let inside = channel < hidden;
-            let group = channel / (LANES * N as u32);
-            let mut raw = ([0; 2], [0; 2], 0.0, 0.0, [0; 8]);
-            if inside && of_row.holds_token {
-                raw = (
-                    x.load8(channel),
-                    x.load8(hidden + channel),
-                    x_sf.get(group),
-                    x_sf.get(half_groups + group),
-                    G::load::<N>(grad.at(channel as u64 * G::BYTES as u64)),
-                );
+        let load = |channel: u32| {
+            // Of padding nothing is read: zeros give zeros. Nor is there anything beyond the end.
+            if channel >= hidden || !holds_token {
+                return ([0; 2], [0; 2], 0.0, 0.0, [0; 8]);
             }
+            let group = channel / (LANES * N as u32);
+            (
+                x.load8(channel),
+                x.load8(hidden + channel),
+                x_sf.get(group),
+                x_sf.get(half_groups + group),
+                G::load::<N>(grad.at(channel as u64 * G::BYTES as u64)),
+            )
+        };
+        let mut channel = thread_idx() * N as u32;
+        // On its way before the weight is waited for.
+        let mut raw = load(channel);
+        let of_row = RowWeight::new(holds_token, weights, row);
+        let (mut sum, mut first) = (0.0, 0);
+        // The block goes on together.
+        while first < hidden {
+            let inside = channel < hidden;
             let grad = G::decode::<N>(raw.4);
             let of = gradients::<N>(decode(raw.0, raw.2), decode(raw.1, raw.3), grad, of_row.weight, clamp);
             sum = dot(grad, of.act, sum);
@@ -133,8 +138,9 @@ kernel! {
                 store(x_grad_fp8.at(h + at), of.dy, of_y.inv);
             }
             if inside && lane_id().is_multiple_of(LANES) {
+                let group = channel / (LANES * N as u32);
                 let stage = |group: u32, scale: Scale| {
-                    let bits = if of_row.holds_token { scale.sf.to_bits() } else { 0 };
+                    let bits = if holds_token { scale.sf.to_bits() } else { 0 };
                     if packed {
                         staged.cast::<u8>().set(group, (bits >> 23) as u8);
                     } else {
@@ -145,6 +151,8 @@ kernel! {
                 stage(half_groups + group, of_y);
             }
             first += block_dim() * N as u32;
+            channel += block_dim() * N as u32;
+            raw = load(channel);
         }
         if options & WEIGHT_GRAD != 0 {
             begin_sum(sum);
