@@ -431,6 +431,8 @@ pub enum Function {
     Rcp,
     /// [`fast_rsqrt`].
     Rsqrt,
+    /// [`reciprocal`].
+    Reciprocal,
 }
 
 kernel! {
@@ -447,8 +449,10 @@ kernel! {
                 fast_exp2(v)
             } else if function == Function::Rcp as u32 {
                 fast_rcp(v)
-            } else {
+            } else if function == Function::Rsqrt as u32 {
                 fast_rsqrt(v)
+            } else {
+                reciprocal(v)
             };
             y.set(i, result);
             i += grid_dim_x() * THREADS;

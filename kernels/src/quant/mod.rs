@@ -14,6 +14,8 @@ pub mod per_channel_cast;
 pub mod per_channel_cast_and_transpose;
 pub mod per_channel_cast_fused;
 pub mod per_token_cast;
+pub mod swiglu_backward;
+pub mod swiglu_backward_and_per_token_cast;
 pub mod swiglu_forward;
 pub mod swiglu_forward_and_per_token_cast;
 pub mod per_block_cast_lossless;

@@ -14,3 +14,5 @@ pub mod swiglu_forward_and_per_token_cast;
 pub mod cast_back_e5m6;
 pub mod per_block_cast_lossless;
 pub mod per_token_cast_to_e5m6;
+pub mod swiglu_backward;
+pub mod swiglu_backward_and_per_token_cast;
