@@ -402,7 +402,7 @@ mod tests {
         );
         refuses(&|c| c.bad = Some(view(&c.weights[1].sf0, 0, DType::I32, &[2], &[1])), "sf0 and bad overlap");
         let elsewhere = Device::emulator().checked().zeros::<f32>(15).unwrap();
-        let error = call(|c| c.weights[0].sf = read(&*elsewhere.tensor(&[1]).unwrap(), 0, DType::F32, &[3, 5], &[5, 1]));
+        let error = call(|c| c.weights[0].sf = read(&elsewhere.tensor(&[1]).unwrap(), 0, DType::F32, &[3, 5], &[5, 1]));
         assert!(matches!(error, Err(Error::DeviceMismatch { arg: "sf", .. })), "{error:?}");
     }
 

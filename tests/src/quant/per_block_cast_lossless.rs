@@ -52,7 +52,7 @@ fn exponent(bits: u32) -> i32 {
 
 /// The cast of the codes `x`, `(t, h / 2)` bytes, with scales `x_sf` as f32 bits.
 fn reference(x: &[u8], x_sf: &[u32], h: usize, x_block: Block, block: Block) -> Lossless {
-    let t = if h == 0 { 0 } else { 2 * x.len() / h };
+    let t = (2 * x.len()).checked_div(h).unwrap_or(0);
     let blocks = |(npt, npc): Block| (t.div_ceil(npt as usize), h.div_ceil(npc as usize));
     let (x_columns, (rows, columns)) = (blocks(x_block).1, blocks(block));
     let mut sf = vec![0; rows * columns];
