@@ -20,6 +20,12 @@ pub fn min_total(a: f32, b: f32) -> f32 {
     backend::min(a, b)
 }
 
+/// The larger magnitude; NaN loses against a number.
+#[inline(always)]
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    backend::max_abs(a, b)
+}
+
 /// The larger value; NaN if there is one.
 #[inline(always)]
 pub fn max_nan(a: f32, b: f32) -> f32 {

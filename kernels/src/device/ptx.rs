@@ -615,6 +615,11 @@ pub fn max(a: f32, b: f32) -> f32 {
 pub fn min(a: f32, b: f32) -> f32 {
     pure!("min.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
+/// One instruction with two absolute values among its operands, which the compiler would make of two more.
+#[inline(always)]
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    pure!("{{ .reg .f32 x, y; abs.f32 x, {1}; abs.f32 y, {2}; max.f32 {0}, x, y; }}", reg32 f32, reg32 a, reg32 b)
+}
 #[inline(always)]
 pub fn max_nan(a: f32, b: f32) -> f32 {
     pure!("max.NaN.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)

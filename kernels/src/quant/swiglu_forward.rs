@@ -90,9 +90,8 @@ kernel! {
                 let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
                 let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
                 let (v, clamped) = activate::<S, MODE>(gate, up, clamp, weights.of(row));
-                // Zeros behind the row are not clamped.
                 if MODE == Clamp::COUNT {
-                    shared.count(clamped, (hidden - first).min(PIECE));
+                    shared.count(clamped, inside);
                 }
                 if inside {
                     T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);

@@ -592,6 +592,9 @@ pub fn max(a: f32, b: f32) -> f32 {
 pub fn min(a: f32, b: f32) -> f32 {
     if a.is_nan() || b < a || (a == b && b.is_sign_negative()) { b } else { a }
 }
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    max(a.abs(), b.abs())
+}
 pub fn max_nan(a: f32, b: f32) -> f32 {
     if a.is_nan() || b.is_nan() { f32::NAN } else { max(a, b) }
 }
