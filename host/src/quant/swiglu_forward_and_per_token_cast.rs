@@ -191,7 +191,8 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
         return stream.launch(OP, entry, &config, &kernel_args!(rows {}));
     }
     let npc_log2 = args.npc.trailing_zeros();
-    let vectors = if two && bf16 && !counting { k::TWO } else { k::VECTORS };
+    let wide = hidden.is_multiple_of(16) && args.out.ptr().is_multiple_of(16);
+    let vectors = if two && wide && bf16 && !counting { k::TWO } else { k::VECTORS };
     let config = k::tile_config(num_rows, hidden, vectors, counting);
     if counting {
         let entry = if bf16 { &k::cast_count::bf16 } else { &k::cast_count::f32 };

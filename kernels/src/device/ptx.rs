@@ -628,6 +628,7 @@ pub fn max(a: f32, b: f32) -> f32 {
 pub fn min(a: f32, b: f32) -> f32 {
     pure!("min.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
+/// One instruction with two absolute values among its operands, which the compiler would make of two more.
 #[inline(always)]
 pub fn max_abs(a: f32, b: f32) -> f32 {
     pure!("max.xorsign.abs.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)

@@ -550,6 +550,7 @@ fn math(r: &Run) -> Result<(), String> {
             ("max_nan", 11, if v.is_nan() { *v } else { v.max(0.5) }),
             ("min_nan", 12, if v.is_nan() { *v } else { v.min(0.5) }),
             ("one_plus_exp", 13, got[14]),
+            ("max_abs", 15, v.abs().max(0.5)),
         ];
         for (name, i, expected) in exact {
             ensure(got[i].to_bits() == expected.to_bits() || (got[i].is_nan() && expected.is_nan()), || {
