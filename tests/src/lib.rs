@@ -30,6 +30,8 @@ pub fn suites() -> Vec<Suite> {
         quant::per_token_cast::SUITE,
         quant::swiglu_backward::SUITE,
         quant::swiglu_backward_and_per_token_cast::SUITE,
+        quant::swiglu_forward::SUITE,
+        quant::swiglu_forward_and_per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -45,6 +47,8 @@ pub fn benches() -> Vec<Row> {
         quant::per_token_cast::bench(),
         quant::swiglu_backward::bench(),
         quant::swiglu_backward_and_per_token_cast::bench(),
+        quant::swiglu_forward::bench(),
+        quant::swiglu_forward_and_per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

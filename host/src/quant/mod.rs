@@ -18,14 +18,19 @@
 //! The per-channel form is for blocks of one channel; e4m3 scales are those of FP4 with 16 channels a scale.
 
 pub mod cast_back;
+mod common_swiglu;
 pub mod per_block_cast;
 pub mod per_token_cast;
 pub mod swiglu_backward;
 pub mod swiglu_backward_and_per_token_cast;
+pub mod swiglu_forward;
+pub mod swiglu_forward_and_per_token_cast;
 
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use swiglu_forward::swiglu_forward;
+pub use swiglu_forward_and_per_token_cast::swiglu_forward_and_per_token_cast;
 
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
 use std::fmt;

@@ -667,10 +667,6 @@ pub fn min_bf16x2(a: u32, b: u32) -> u32 {
 pub fn max_u16x2(a: u32, b: u32) -> u32 {
     pure!("max.u16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
 }
-#[inline(always)]
-pub fn max_i16x2(a: u32, b: u32) -> u32 {
-    pure!("max.s16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
-}
 
 #[inline(always)]
 pub fn mma_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4], _: Here) -> [f32; 4] {

@@ -662,10 +662,6 @@ pub fn min_bf16x2(a: u32, b: u32) -> u32 {
 pub fn max_u16x2(a: u32, b: u32) -> u32 {
     (a as u16).max(b as u16) as u32 | ((a >> 16).max(b >> 16)) << 16
 }
-pub fn max_i16x2(a: u32, b: u32) -> u32 {
-    // Flipping the sign bits turns the order of signed numbers into that of unsigned ones.
-    max_u16x2(a ^ 0x8000_8000, b ^ 0x8000_8000) ^ 0x8000_8000
-}
 
 /// All lanes' fragments: word `i` of lane `l` is `[i][l]`.
 fn gather<const N: usize>(op: &'static str, words: [u32; N], at: Here) -> [[u32; 32]; N] {
