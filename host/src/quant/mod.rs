@@ -29,6 +29,8 @@ pub mod swiglu_forward_and_per_token_cast;
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use swiglu_backward::{WeightGrad, swiglu_backward};
+pub use swiglu_backward_and_per_token_cast::swiglu_backward_and_per_token_cast;
 pub use swiglu_forward::swiglu_forward;
 pub use swiglu_forward_and_per_token_cast::swiglu_forward_and_per_token_cast;
 

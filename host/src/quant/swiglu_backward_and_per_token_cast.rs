@@ -1,13 +1,11 @@
 //! Launcher of `swiglu_backward_and_per_token_cast`.
 
 use super::common_swiglu::{Tensors, check_clamp, check_memory, check_rows, check_weights, row_bytes};
-use super::swiglu_backward::{OfWeights, check_grad, check_output};
+use super::swiglu_backward::{OfWeights, WeightGrad, check_grad, check_output};
 use super::{ExpertRows, RowWeights, Sf, SfLayout, SfMut};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, check};
 use ferrotile_kernels::device::Out;
 use ferrotile_kernels::quant::swiglu_backward_and_per_token_cast as k;
-
-pub use super::swiglu_backward::WeightGrad;
 
 const OP: &str = "swiglu_backward_and_per_token_cast";
 
