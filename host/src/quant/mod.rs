@@ -39,6 +39,8 @@ pub use per_channel_cast::per_channel_cast;
 pub use per_channel_cast_and_transpose::per_channel_cast_and_transpose;
 pub use per_channel_cast_fused::per_channel_cast_fused;
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use swiglu_backward::{WeightGrad, swiglu_backward};
+pub use swiglu_backward_and_per_token_cast::swiglu_backward_and_per_token_cast;
 pub use swiglu_forward::swiglu_forward;
 pub use swiglu_forward_and_per_token_cast::swiglu_forward_and_per_token_cast;
 

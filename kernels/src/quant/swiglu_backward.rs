@@ -293,6 +293,6 @@ kernel! {
 }
 
 /// Grid and block for rows that take `vectors` steps of a lane.
-pub fn config(num_rows: u32, vectors: u32, num_weights: u32, most_threads: u32) -> LaunchConfig {
-    LaunchConfig::new(blocks(num_rows, num_weights), row_threads(vectors, most_threads)).shared(&row_shared().0)
+pub fn config(num_rows: u32, vectors: u32, num_weights: u32) -> LaunchConfig {
+    LaunchConfig::new(blocks(num_rows, num_weights), row_threads(vectors, THREADS)).shared(&row_shared().0)
 }
