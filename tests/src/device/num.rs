@@ -108,10 +108,8 @@ pub fn awkward_f32() -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotile_kernels::device::{
-        f32x2_to_bf16x2_sr, f32x4_to_e4m3x4_sr, f32x8_to_e2m1x8_packed, f32x8_to_e2m1x8_sr,
-    };
     use ferrotile_kernels::device::num::*;
+    use ferrotile_kernels::device::{f32x2_to_bf16x2_sr, f32x4_to_e4m3x4_sr, f32x8_to_e2m1x8_packed, f32x8_to_e2m1x8_sr};
     use rayon::prelude::*;
 
     /// What a conversion does beyond the largest finite value.
