@@ -25,9 +25,11 @@ pub fn suites() -> Vec<Suite> {
         mhc::mhc_post_fwd::SUITE,
         moe::get_fused_mapping::SUITE,
         moe::topk_gate::SUITE,
+        quant::cast::SUITE,
         quant::cast_back::SUITE,
         quant::per_block_cast::SUITE,
         quant::per_token_cast::SUITE,
+        quant::per_token_cast_and_cast_back::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -38,9 +40,11 @@ pub fn benches() -> Vec<Row> {
         mhc::mhc_post_fwd::bench(),
         moe::get_fused_mapping::bench(),
         moe::topk_gate::bench(),
+        quant::cast::bench(),
         quant::cast_back::bench(),
         quant::per_block_cast::bench(),
         quant::per_token_cast::bench(),
+        quant::per_token_cast_and_cast_back::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

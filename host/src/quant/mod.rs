@@ -17,13 +17,17 @@
 //! `M` and `K` count scaling blocks. Packed scales are powers of two, one exponent byte each; unused bytes of a last word are 0.
 //! The per-channel form is for blocks of one channel; e4m3 scales are those of FP4 with 16 channels a scale.
 
+pub mod cast;
 pub mod cast_back;
 pub mod per_block_cast;
 pub mod per_token_cast;
+pub mod per_token_cast_and_cast_back;
 
+pub use cast::cast;
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use per_token_cast_and_cast_back::per_token_cast_and_cast_back;
 
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
 use std::fmt;

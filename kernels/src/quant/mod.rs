@@ -3,7 +3,9 @@
 //! A quantised tensor is a pair of data and scale factors `sf`, with `decoded = data * sf`. The scale of a block comes from its
 //! largest magnitude `amax`; [`common`] has the arithmetic, which is the same in every op.
 
+pub mod cast;
 pub mod cast_back;
 pub mod common;
 pub mod per_block_cast;
 pub mod per_token_cast;
+pub mod per_token_cast_and_cast_back;

@@ -50,7 +50,7 @@ pub const POWERS: u32 = 1;
 /// Scales are e4m3 (2d).
 pub const E4M3_SF: u32 = 2;
 /// In place of one of these three: an argument of the kernel decides.
-const AT_RUN_TIME: u32 = 3;
+pub(super) const AT_RUN_TIME: u32 = 3;
 /// How the scales of a quantised input are stored: f32, exponent bytes in words of four, e4m3.
 pub const X_SF_F32: u32 = 0;
 /// See [`X_SF_F32`].
@@ -581,7 +581,7 @@ impl<const N: usize, const THREADS: u32> Tile<N, THREADS> {
 /// Largest values over groups of `2^lanes_log2` neighbouring lanes, which hold 16 to 128 channels.
 #[inline(always)]
 #[track_caller]
-fn group_max<S: Source, const N: usize>(mut amax: [f32; N], lanes_log2: u32) -> [f32; N] {
+pub(super) fn group_max<S: Source, const N: usize>(mut amax: [f32; N], lanes_log2: u32) -> [f32; N] {
     for step in 0..5 {
         let (always, never) = ((2 * S::CHANNELS) << step <= 16, (2 * S::CHANNELS) << step > 128);
         if always || (!never && lanes_log2 > step) {
@@ -594,7 +594,7 @@ fn group_max<S: Source, const N: usize>(mut amax: [f32; N], lanes_log2: u32) -> 
 /// What gives the scales of a lane's vectors, whose groups have the largest values `amax`. A scale by a rule known at compile time
 /// is made anew wherever it is used, which saves registers; else once, which saves code.
 #[inline(always)]
-fn scales<T: Target, const RULE: u32, const N: usize>(amax: [f32; N], rule: u32) -> impl Fn(usize) -> Scale {
+pub(super) fn scales<T: Target, const RULE: u32, const N: usize>(amax: [f32; N], rule: u32) -> impl Fn(usize) -> Scale {
     let make = move |amax: f32| match rule {
         EXACT => scale::<T, false>(amax),
         POWERS => scale::<T, true>(amax),

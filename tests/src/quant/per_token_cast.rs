@@ -21,27 +21,27 @@ pub const SUITE: Suite = Suite { op: "per_token_cast", run };
 
 /// Values on their way into a cast: `value * scale`, with one scale for a block `(npt, npc)`; 1 for plain input.
 #[derive(Clone, Debug)]
-struct Values {
-    values: Vec<f32>,
-    hidden: usize,
+pub(super) struct Values {
+    pub(super) values: Vec<f32>,
+    pub(super) hidden: usize,
     scales: Option<BlockScales>,
 }
 
 #[derive(Clone, Debug)]
-struct BlockScales {
+pub(super) struct BlockScales {
     sf: Vec<f32>,
     block: (u32, u32),
 }
 
 /// Data as bytes, row by row, and scales `(T, K)`.
 #[derive(Clone, Debug, PartialEq)]
-struct Quantised {
-    data: Vec<u8>,
-    sf: Vec<f32>,
+pub(super) struct Quantised {
+    pub(super) data: Vec<u8>,
+    pub(super) sf: Vec<f32>,
 }
 
 /// Largest value of a format, and the smallest `amax`.
-fn limits(format: Format) -> (f32, f32) {
+pub(super) fn limits(format: Format) -> (f32, f32) {
     match format {
         Format::E4m3 => (448.0, f32::from_bits(0x38D1_B717)),
         Format::E2m1 => (6.0, f32::from_bits(0x01C0_0000)),
@@ -50,7 +50,7 @@ fn limits(format: Format) -> (f32, f32) {
 
 /// How scales are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Rule {
+pub(super) enum Rule {
     Exact,
     Powers,
     E4m3,
@@ -86,7 +86,7 @@ fn scale(amax: f32, format: Format, rule: Rule) -> (f32, f32) {
 }
 
 /// e4m3 by counting steps: 2^-9 below 2^-6, else an eighth of the binade.
-fn encode_e4m3(v: f32) -> u8 {
+pub(super) fn encode_e4m3(v: f32) -> u8 {
     if v.is_nan() {
         return 0x7F;
     }
@@ -120,32 +120,44 @@ fn bits_of_product(v: f32) -> u32 {
     if v.is_nan() { 0x7FFF_FFFF } else { v.to_bits() }
 }
 
-/// Codes of four values, rounded stochastically: the hash of quant.md 6.3, and a random part of a spacing added below the kept bits.
-fn round_stochastically(v: &[f32], quad: u32, format: Format) -> [u8; 4] {
+/// The two random words of four values, given by their bits: the hash of quant.md 6.3.
+pub(super) fn random_words(v: [u32; 4], quad: u32) -> [u32; 2] {
     let factors = [0x5671_D42Bu32, 0x9995_E499, 0xACE1_B8A5, 0xE153_538D];
-    let mut h = factors.iter().zip(v).fold(quad, |h, (f, v)| h.wrapping_add(f.wrapping_mul(bits_of_product(*v))));
+    let mut h = factors.iter().zip(v).fold(quad, |h, (f, v)| h.wrapping_add(f.wrapping_mul(v)));
     h ^= h >> 23;
     h = h.wrapping_mul(0x7FEB_352D);
     h ^= h >> 16;
-    let r = h.wrapping_mul(0x846C_A68B);
-    let r = r ^ (r >> 11);
+    [0x846C_A68Bu32, 0xD35A_2D97].map(|f| h.wrapping_mul(f)).map(|r| r ^ (r >> 11))
+}
+
+/// The neighbour of `v` that 16 random bits choose, in a format whose binades from `2^smallest_binade` on have `steps` values: a random
+/// part of a spacing is added, and the rest cut off. May be the first value beyond `largest`.
+pub(super) fn neighbour(v: f32, bits: u16, largest: f32, smallest_binade: i32, steps: f64) -> f32 {
+    if v.is_nan() {
+        return v;
+    }
+    let a = v.abs().min(largest);
+    let binade = ((a.to_bits() >> 23) as i32 - 127).max(smallest_binade);
+    let spacing = 2f64.powi(binade) / steps;
+    (((a as f64 / spacing + bits as f64 / 65536.0).floor() * spacing) as f32).copysign(v)
+}
+
+/// Codes of four values, rounded stochastically.
+pub(super) fn round_stochastically(v: &[f32], quad: u32, format: Format) -> [u8; 4] {
+    let r = random_words(std::array::from_fn(|i| bits_of_product(v[i])), quad)[0];
     let bits = [r as u16, (r as u16).reverse_bits(), (r >> 16) as u16, ((r >> 16) as u16).reverse_bits()];
     let (largest, smallest_binade, steps) = match format {
         Format::E4m3 => (448.0, -6, 8.0),
         Format::E2m1 => (6.0, 0, 2.0),
     };
     std::array::from_fn(|i| {
-        let a = v[i].abs().min(largest);
-        let binade = ((a.to_bits() >> 23) as i32 - 127).max(smallest_binade);
-        let spacing = 2f64.powi(binade) / steps;
-        let chosen = ((a as f64 / spacing + bits[i] as f64 / 65536.0).floor() * spacing) as f32;
-        let value = if v[i].is_nan() { v[i] } else { chosen.copysign(v[i]) };
+        let value = neighbour(v[i], bits[i], largest, smallest_binade, steps);
         // A value of the format by now, or the first one beyond it, so there is nothing to round.
         if format == Format::E4m3 { encode_e4m3(value) } else { encode_e2m1(value) }
     })
 }
 
-fn decode_e4m3(code: u8) -> f32 {
+pub(super) fn decode_e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = ((code >> 3 & 15) as i32, (code & 7) as f32);
     let magnitude = match (exponent, code & 0x7F) {
         (_, 0x7F) => f32::NAN,
@@ -161,7 +173,7 @@ fn decode_e2m1(code: u8) -> f32 {
 }
 
 /// The values that data of a format stand for, without their scales.
-fn decode(data: &[u8], format: Format) -> Vec<f32> {
+pub(super) fn decode(data: &[u8], format: Format) -> Vec<f32> {
     match format {
         Format::E4m3 => data.par_iter().map(|c| decode_e4m3(*c)).collect(),
         Format::E2m1 => data.par_iter().flat_map_iter(|c| [decode_e2m1(c & 15), decode_e2m1(c >> 4)]).collect(),
@@ -169,11 +181,11 @@ fn decode(data: &[u8], format: Format) -> Vec<f32> {
 }
 
 impl Values {
-    fn plain(values: Vec<f32>, hidden: u64) -> Self {
+    pub(super) fn plain(values: Vec<f32>, hidden: u64) -> Self {
         Self { values, hidden: hidden as usize, scales: None }
     }
 
-    fn num_tokens(&self) -> usize {
+    pub(super) fn num_tokens(&self) -> usize {
         self.values.len().checked_div(self.hidden).unwrap_or(0)
     }
 
@@ -200,7 +212,7 @@ impl Values {
     }
 
     /// The cast, with `given` scales `(T, K)` instead of computed ones.
-    fn cast(&self, format: Format, npc: usize, rule: Rule, given: Option<&[f32]>) -> Quantised {
+    pub(super) fn cast(&self, format: Format, npc: usize, rule: Rule, given: Option<&[f32]>) -> Quantised {
         self.cast_rounded(format, npc, rule, given, false)
     }
 
@@ -512,7 +524,7 @@ impl Source {
 }
 
 /// Standard normal values, such that `dtype` holds them.
-fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
+pub(super) fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
     let mut values = Rng::named(name).normal_f32((t * h) as usize);
     if dtype == DType::Bf16 {
         values.par_iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
@@ -522,7 +534,7 @@ fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
 
 /// Values with all that is hard: rows and groups of zeros, negative zeros, subnormals, halfway points of both formats and their
 /// neighbours, one huge value in a group, the largest finite value, NaN.
-fn awkward(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
+pub(super) fn awkward(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
     let mut values = normal(dtype, (t, h), name);
     let rng = Rng::named(name).stream(1);
     let ties = [0.25f32, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 1.0625, 1.1875, 2f32.powi(-10), 1.5 * 2f32.powi(-9), 440.0];
@@ -694,7 +706,7 @@ impl Outputs {
 }
 
 const FORMATS: [Format; 2] = [Format::E4m3, Format::E2m1];
-const GROUPS: [u32; 4] = [16, 32, 64, 128];
+pub(super) const GROUPS: [u32; 4] = [16, 32, 64, 128];
 /// Rounded scales, layout.
 const CONFIGS: [(bool, SfLayout); 8] = [
     (true, SfLayout::ColMajorPacked),
