@@ -357,7 +357,7 @@ kernel! {
             let (near_e4m3, near_e2m1, near_bf16) =
                 (num::f32_to_e4m3(a) as u32, num::f32_to_e2m1(a) as u32, num::f32_to_bf16(a) as u32);
             unroll!(j in 4 {
-                let value = if j % 2 == 0 { v } else { -v };
+                let value = if j.is_multiple_of(2) { v } else { -v };
                 let code = (e4m3 >> (8 * j)) & 0xff;
                 wrong[0] |= code != num::f32_to_e4m3_sr(value, num::sr_bits_x4(random[0])[j % 4]) as u32;
                 let sign = value.to_bits() >> 31;

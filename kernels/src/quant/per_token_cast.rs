@@ -358,7 +358,7 @@ impl Source for E2m1 {
     fn quad(x: [u32; 2], quad: usize) -> [f32; 4] {
         // The compiler decodes each word once.
         let v = e2m1x8_to_f32(x[quad / 2]);
-        if quad % 2 == 0 { [v[0], v[1], v[2], v[3]] } else { [v[4], v[5], v[6], v[7]] }
+        if quad.is_multiple_of(2) { [v[0], v[1], v[2], v[3]] } else { [v[4], v[5], v[6], v[7]] }
     }
 }
 

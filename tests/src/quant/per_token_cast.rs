@@ -95,7 +95,9 @@ pub(super) fn encode_e4m3(v: f32) -> u8 {
         return sign | 0x7E;
     }
     let binade = ((v.to_bits() >> 23 & 0xFF) as i32 - 127).max(-6);
-    let steps = (v.abs() * 2f32.powi(3 - binade)).round_ties_even() as i32;
+    // `powi` is slow, and the grids have billions of values.
+    let per_unit = f32::from_bits(((127 + 3 - binade) as u32) << 23);
+    let steps = (v.abs() * per_unit).round_ties_even() as i32;
     sign | ((binade + 6) * 8 + steps) as u8
 }
 
@@ -175,7 +177,10 @@ fn decode_e2m1(code: u8) -> f32 {
 /// The values that data of a format stand for, without their scales.
 pub(super) fn decode(data: &[u8], format: Format) -> Vec<f32> {
     match format {
-        Format::E4m3 => data.par_iter().map(|c| decode_e4m3(*c)).collect(),
+        Format::E4m3 => {
+            let values: [f32; 256] = std::array::from_fn(|code| decode_e4m3(code as u8));
+            data.par_iter().map(|c| values[*c as usize]).collect()
+        }
         Format::E2m1 => data.par_iter().flat_map_iter(|c| [decode_e2m1(c & 15), decode_e2m1(c >> 4)]).collect(),
     }
 }
@@ -833,6 +838,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     check_quantised_edges(ctx)?;
     if ctx.depth == Depth::Full {
         check_grid(ctx)?;
+        check_additions(ctx)?;
     }
     if !ctx.device.is_emulator() {
         check_graphs(ctx)?;
@@ -954,6 +960,34 @@ fn check_grid(ctx: &Ctx) -> Result<(), String> {
                             check_source(ctx, &source, &FORMATS, &Plan { npcs, configs, bias, ..Plan::default() })?;
                         }
                     }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What 2.1.0 added, on its numbers of tokens and channels: every layout, e4m3 scales on both sides, stochastic rounding.
+fn check_additions(ctx: &Ctx) -> Result<(), String> {
+    let device = &ctx.device;
+    for (t, h) in [(512, 128), (512, 192), (512, 384), (512, 768), (512, 2048), (512, 7168), (2001, 7168)] {
+        for dtype in DTYPES {
+            let values = normal(dtype, (t, h), &format!("per_token_cast {dtype} {t} {h}"));
+            let reference = Reference::new(values);
+            let source = Source::plain(device, dtype, reference.clone(), (h, 0), "normal")?;
+            // The large one in e4m3 layouts.
+            let (npcs, configs): (&[u32], _) = if t == 512 { (&GROUPS, &CONFIGS[..]) } else { (&[16, 32], &CONFIGS[6..]) };
+            let bias = Some(&reference.values.values[..]);
+            check_source(ctx, &source, &FORMATS, &Plan { npcs, configs, stochastic: true, bias, ..Plan::default() })?;
+            if dtype == DType::F32 {
+                continue;
+            }
+            for (format, block) in [(Format::E2m1, (1, 16)), (Format::E4m3, (1, 32)), (Format::E4m3, (128, 128))] {
+                for layout in [SfLayout::RowMajorE4m3, SfLayout::ColMajorE4m3] {
+                    let at = (format.columns(h), 0);
+                    let source = Source::quantised(device, &reference.values, format, block, layout, at, "normal")?;
+                    let plan = Plan { npcs: &[32, 128], configs: &EXTENDED, stochastic: t == 512, ..Plan::default() };
+                    check_source(ctx, &source, &FORMATS, &plan)?;
                 }
             }
         }
