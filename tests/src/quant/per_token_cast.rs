@@ -1099,21 +1099,37 @@ fn row(
     layout: SfLayout,
     block: Option<(u32, u32)>,
 ) -> Row {
-    let sf = sf_shape(t, h, (1, npc), layout);
-    let x_sf = block.map_or(0, |block| sf_shape(t, h, block, SfLayout::ColMajorPacked).shape.iter().product());
+    row_rounded(case, input, (t, h), format, npc, layout, block.map(|block| (block, SfLayout::ColMajorPacked)), false)
+}
+
+/// A row with any layout of the input's scales, and stochastic rounding or not.
+#[allow(clippy::too_many_arguments)]
+fn row_rounded(
+    case: String,
+    input: DType,
+    (t, h): (u64, u64),
+    format: Format,
+    npc: u32,
+    layout: SfLayout,
+    block: Option<((u32, u32), SfLayout)>,
+    stochastic: bool,
+) -> Row {
+    let sf_bytes = |sf: SfShape| sf.shape[0] * sf.shape[1] * sf.dtype.size();
+    let x_sf = block.map_or(0, |(block, layout)| sf_bytes(sf_shape(t, h, block, layout)));
     let x_columns = if input == DType::E2m1x2 { h / 2 } else { h };
-    let bytes = t * x_columns * input.size() + 4 * x_sf + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
+    let bytes = t * x_columns * input.size() + x_sf + t * format.columns(h) + sf_bytes(sf_shape(t, h, (1, npc), layout));
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let name = format!("per_token_cast benchmark {t} {h}");
         let source = match (block, Format::of(input)) {
-            (Some(block), Some(from)) => {
+            (Some((block, layout)), Some(from)) => {
                 let values = normal(DType::Bf16, (t, h), &name);
-                Source::quantised(device, &values, from, block, SfLayout::ColMajorPacked, (x_columns, 0), "benchmark")?
+                Source::quantised(device, &values, from, block, layout, (x_columns, 0), "benchmark")?
             }
             _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
         };
         let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
-        Ok(Box::new(move |stream| out.cast(stream, source.input()?, npc, true)))
+        let round = !layout.is_e4m3();
+        Ok(Box::new(move |stream| out.cast_rounded(stream, source.input()?, npc, round, stochastic)))
     };
     Row { op: "per_token_cast", case, bytes, build: Box::new(build) }
 }
@@ -1146,6 +1162,7 @@ pub fn bench() -> Vec<Row> {
             }
         }
     }
+    rows.extend(bench_additions());
     for t in [1, 16, 128] {
         for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
             rows.push(row(case(Format::E4m3, 7168, input, 128, t), dtype, (t, 7168), Format::E4m3, 128, packed, None));
@@ -1161,6 +1178,26 @@ pub fn bench() -> Vec<Row> {
             packed,
             Some((128, 128)),
         ));
+    }
+    rows
+}
+
+/// e4m3 scales and stochastic rounding, which no published benchmark has.
+fn bench_additions() -> Vec<Row> {
+    let mut rows = Vec::new();
+    let (shape, row_major, col_major) = ((8064, 7168), SfLayout::RowMajorE4m3, SfLayout::ColMajorE4m3);
+    for (format, npc) in [(Format::E2m1, 16), (Format::E4m3, 32)] {
+        for (layout, sf) in [(row_major, "e4m3"), (col_major, "e4m3 col-major")] {
+            let case = format!("fmt={format},h=7168,input=bf16,npc={npc},sf={sf},t=8064");
+            rows.push(row(case, DType::Bf16, shape, format, npc, layout, None));
+        }
+        for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
+            let case = format!("fmt={format},h=7168,input={input},npc=32,rounding=stochastic,sf=packed,t=8064");
+            rows.push(row_rounded(case, dtype, shape, format, 32, SfLayout::ColMajorPacked, None, true));
+        }
+        let case = format!("fmt={format},h=7168,input=e2m1,1x16,e4m3,npc=32,sf=packed,t=8064");
+        let block = Some(((1, 16), row_major));
+        rows.push(row_rounded(case, DType::E2m1x2, shape, format, 32, SfLayout::ColMajorPacked, block, false));
     }
     rows
 }
