@@ -8,6 +8,7 @@ use crate::device::num::awkward_f32;
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
+use crate::support::golden::{self, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::Format;
@@ -15,6 +16,7 @@ use ferrotile::quant::cast::{Args, cast_shaped};
 use ferrotile::{Buffer, DType, Device, Stream, TensorMut, TensorRef};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use safetensors::Dtype;
 
 /// What the `check` binary runs.
 pub const SUITE: Suite = Suite { op: "cast", run };
@@ -235,7 +237,24 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["cast"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
+}
+
+/// What 2.1.0 computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &golden::Case) -> Result<(), String> {
+    let dtype = |dtype| match dtype {
+        Dtype::F32 => Ok(DType::F32),
+        Dtype::BF16 => Ok(DType::Bf16),
+        Dtype::F8_E4M3 => Ok(DType::E4m3),
+        other => Err(format!("{}: a tensor of {other:?}", case.name())),
+    };
+    let (x, out) = (golden.tensor(case, "in/x")?, golden.tensor(case, "out/")?);
+    let (from, to) = (dtype(x.dtype)?, dtype(out.dtype)?);
+    let stream = ctx.device.stream().map_err(text)?;
+    let mut tensors = Tensors::new(&ctx.device, (from, 0), (to, 0), &x.shape, &from_bytes(from, x.bytes))?;
+    tensors.cast(&stream, false, 0).map_err(text)?;
+    tensors.check(&case.name(), &from_bytes(to, out.bytes))
 }
 
 /// Recorded in a graph and replayed: an aligned cast, a stochastic one, one of other alignment, and a copy.

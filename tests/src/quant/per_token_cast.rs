@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_token_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
@@ -846,7 +847,41 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["per_token_cast"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
+}
+
+/// What the peers computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let format = if case.param::<String>("fmt")? == "e4m3" { Format::E4m3 } else { Format::E2m1 };
+    let npc: u32 = case.param("num_per_channels")?;
+    let (layout, round) = case.sf_options()?;
+    let x = golden.tensor(case, "in/x")?;
+    let shape = (x.shape[0], x.shape[1]);
+    let (dtype, values) = if x.bytes.len() as u64 == 2 * shape.0 * shape.1 {
+        (DType::Bf16, x.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect())
+    } else {
+        (DType::F32, x.to_vec::<f32>()?)
+    };
+    let source = Source::plain(&ctx.device, dtype, Reference::new(Values::plain(values, shape.1)), (shape.1, 0), "golden")?;
+    let mut out = Outputs::new(&ctx.device, shape, format, npc, layout)?;
+    let stream = ctx.device.stream().map_err(text)?;
+    out.cast(&stream, source.input().map_err(text)?, npc, round).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    out.check_data(&name, golden.tensor(case, "out/0")?.bytes)?;
+    let sf = golden.tensor(case, "out/1")?;
+    sf.check_place(&name, &out.sf_shape)?;
+    let words = match layout {
+        _ if layout.is_packed() => sf.packed_words(shape.1.div_ceil(npc.into()))?,
+        // Four codes in a word, as in our references.
+        _ if layout.is_e4m3() => {
+            let codes = sf.to_vec::<u8>()?;
+            codes.chunks(4).map(|c| c.iter().rev().fold(0, |word, code| word << 8 | *code as u32)).collect()
+        }
+        _ => sf.to_vec()?,
+    };
+    out.check_sf(&name, &words)
 }
 
 /// Plain input of small and awkward shapes and values.
@@ -1205,7 +1240,6 @@ fn bench_additions() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::{Error, Result};
     use ferrotile_kernels::quant::common;
     use proptest::prelude::{Just, ProptestConfig, any, prop_oneof, proptest};
@@ -1293,61 +1327,6 @@ mod tests {
                 let sum: f64 = errors.iter().sum();
                 assert!(errors.iter().all(|e| e.abs() < 1.0) && sum.abs() < bound, "{format}, row {row}: {sum}, allowed {bound}");
             }
-        }
-    }
-
-    /// What the peers computed on a GPU.
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_token_cast").unwrap() {
-            let name = case.name();
-            let format = if case.param::<String>("fmt").unwrap() == "e4m3" { Format::E4m3 } else { Format::E2m1 };
-            let npc: u32 = case.param("num_per_channels").unwrap();
-            // 2.1.0 leaves out what is false.
-            let flag = |name| case.params.get(name).is_some_and(|value| value == true);
-            let (round, packed) = (flag("round_sf"), flag("use_packed_ue8m0"));
-            assert_eq!(packed, flag("use_tma_aligned_col_major_sf"), "{name}");
-            let layout = match (packed, flag("use_e4m3_sf")) {
-                (true, _) => SfLayout::ColMajorPacked,
-                (_, true) => SfLayout::RowMajorE4m3,
-                _ => SfLayout::RowMajor,
-            };
-            let x = golden.tensor(case, "in/x").unwrap();
-            let shape = (x.shape[0], x.shape[1]);
-            let (dtype, values) = if x.bytes.len() as u64 == 2 * shape.0 * shape.1 {
-                (DType::Bf16, x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect())
-            } else {
-                (DType::F32, x.to_vec::<f32>().unwrap())
-            };
-            let source =
-                Source::plain(&device, dtype, Reference::new(Values::plain(values, shape.1)), (shape.1, 0), "golden").unwrap();
-            let mut out = Outputs::new(&device, shape, format, npc, layout).unwrap();
-            out.cast(&stream, source.input().unwrap(), npc, round).unwrap();
-            out.check_data(&name, golden.tensor(case, "out/0").unwrap().bytes).unwrap();
-            let sf = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(&sf.shape[..], &out.sf_shape.shape[..], "{name}");
-            for i in (0..2).filter(|i| sf.shape[*i] > 1) {
-                assert!(sf.strides[i] == out.sf_shape.strides[i], "{name}: strides {:?}", sf.strides);
-            }
-            let mut words = match layout {
-                SfLayout::RowMajorE4m3 => {
-                    let codes = sf.to_vec::<u8>().unwrap();
-                    codes.chunks(4).map(|c| c.iter().rev().fold(0, |word, code| word << 8 | *code as u32)).collect()
-                }
-                _ => sf.to_vec::<u32>().unwrap(),
-            };
-            if packed {
-                // Bytes of groups that do not exist hold whatever there; here they are 0.
-                let columns = shape.1.div_ceil(npc.into());
-                for (i, word) in words.iter_mut().enumerate() {
-                    let used = (columns - 4 * (i as u64 % sf.shape[1])).min(4);
-                    *word &= (1u64 << (8 * used)).wrapping_sub(1) as u32;
-                }
-            }
-            out.check_sf(&name, &words).unwrap();
         }
     }
 
