@@ -617,6 +617,10 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     unsafe { llvm_fma(a, b, c) }
 }
 #[inline(always)]
+pub fn canonical(v: f32) -> f32 {
+    v
+}
+#[inline(always)]
 pub fn fma_toward_minus_inf(a: f32, b: f32, c: f32) -> f32 {
     pure!("fma.rm.f32 {0}, {1}, {2}, {3};", reg32 f32, reg32 a, reg32 b, reg32 c)
 }
