@@ -18,10 +18,16 @@
 //! The per-channel form is for blocks of one channel; e4m3 scales are those of FP4 with 16 channels a scale.
 
 pub mod cast_back;
+pub mod norm_backward;
+pub mod norm_forward;
+pub mod norm_forward_and_per_token_cast;
 pub mod per_block_cast;
 pub mod per_token_cast;
 
 pub use cast_back::{cast_back, per_token_cast_back};
+pub use norm_backward::norm_backward;
+pub use norm_forward::norm_forward;
+pub use norm_forward_and_per_token_cast::norm_forward_and_per_token_cast;
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
 

@@ -5,5 +5,8 @@
 
 pub mod cast_back;
 pub mod common;
+pub mod norm_backward;
+pub mod norm_forward;
+pub mod norm_forward_and_per_token_cast;
 pub mod per_block_cast;
 pub mod per_token_cast;
