@@ -6,7 +6,7 @@
 //! Cost  2 or 4 bytes read and 1 written a channel, and what is asked for besides; memory bound.
 
 use super::norm_forward::{Norm, Row, Strides, Value, normalise, store};
-pub use super::norm_forward::{RESIDUAL, RESIDUAL_OUT, PAIR, RSTD, VECTORS, WEIGHT, config, lanes_log2};
+pub use super::norm_forward::{PAIR, RESIDUAL, RESIDUAL_OUT, RSTD, VECTORS, WEIGHT, config, lanes_log2};
 use crate::device::*;
 use crate::quant::common::{Divisor, E4m3, Scale, SfLayout, scale, ue8m0};
 pub use crate::quant::per_token_cast::{Bf16, F32};
@@ -105,7 +105,15 @@ struct Scales {
 
 impl Scales {
     #[inline(always)]
-    fn new(row: Row, sf: Out<u8>, layout: SfLayout, mega_moe: Out<u8>, mega_moe_row: u32, mega_moe_stride: u32, parts: u32) -> Self {
+    fn new(
+        row: Row,
+        sf: Out<u8>,
+        layout: SfLayout,
+        mega_moe: Out<u8>,
+        mega_moe_row: u32,
+        mega_moe_stride: u32,
+        parts: u32,
+    ) -> Self {
         let group = row.first / GROUP;
         let packed = parts & PACKED != 0;
         // Vectors lie whole words apart.
@@ -174,8 +182,8 @@ kernel! {
                     amax = max_total(amax, warp_shuffle_xor(amax, 1 << step));
                 }
             });
-            // A norm that overflowed counts as the largest number.
-            let amax = min_total(amax, f32::MAX);
+            // A norm that overflowed counts as the largest number, NaN as none.
+            let amax = min_total(max_total(amax, 0.0), f32::MAX);
             let rounded = if LONG { parts & ROUND != 0 } else { ROUNDED };
             let Scale { sf, inv } = if rounded { scale::<E4m3, true>(amax) } else { scale::<E4m3, false>(amax) };
             if at < row.end {
