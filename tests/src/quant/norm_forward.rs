@@ -433,7 +433,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if ctx.depth == Depth::Full {
         for h in [128, 192, 768, 2048, 4096, 7168, 8192] {
             for dtype in DTYPES {
-                for (t, parts) in [(1, PARTS[1]), (512, PARTS[0]), (512, PARTS[2]), (8001, PARTS[1]), (8001, PARTS[3])] {
+                for (t, parts) in [(1, PARTS[1]), (512, PARTS[0]), (512, PARTS[2]), (512, PARTS[3]), (8001, PARTS[1])] {
                     check_problem(ctx, &Problem::new(dtype, &[t, h], parts), Gaps::default(), 0)?;
                 }
                 check_problem(ctx, &Problem::new(dtype, &[7, 73, h], PARTS[1]), Gaps { row: 8, batch: 16, offset: 0 }, 0)?;
@@ -464,8 +464,9 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, offset: u64) -> Result<(), 
     let (_, out) = outputs.check(p)?;
     outputs.launch(&stream, p, &inputs, op::norm_forward).map_err(text)?;
     same("out, a second time", &name, &p.shape, &outputs.out.values("out", &name)?, &out)?;
-    // Another alignment takes another way, and may not change a bit.
-    for other in [offset, offset + 1] {
+    // Another alignment takes another way, and may not change a bit. The largest outputs take too long to look at thrice.
+    let others = if p.x.len() < 1 << 24 { &[offset, offset + 1][..] } else { &[] };
+    for &other in others {
         let mut alone = Outputs::new(&ctx.device, p, other, false)?;
         alone.launch(&stream, p, &inputs, op::norm_forward).map_err(text)?;
         same("out alone", &name, &p.shape, &alone.out.values("out", &name)?, &out)?;

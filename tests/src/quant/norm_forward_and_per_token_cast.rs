@@ -10,7 +10,7 @@ use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::norm_forward::norm_forward;
 use ferrotile::quant::norm_forward_and_per_token_cast::{self as op, Args, MegaMoeSf};
 use ferrotile::quant::{Input, SfLayout, SfMut, per_token_cast, sf_shape};
-use ferrotile::{Buffer, DType, Device, E4m3, Stream, TensorMut};
+use ferrotile::{Buffer, DType, Device, E4m3, Stream};
 use rayon::prelude::*;
 
 /// The checks of this op.
@@ -330,8 +330,9 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
                 check_problem(ctx, &Problem::new(dtype, &[512, h], PARTS[0]), Gaps::default(), &all)?;
                 check_problem(ctx, &Problem::new(dtype, &[7, 73, h], PARTS[1]), Gaps::default(), &all)?;
                 let large = if h % 128 == 0 { [mega_moe, all[1], all[4]] } else { [packed, all[1], all[4]] };
-                check_problem(ctx, &Problem::new(dtype, &[8001, h], PARTS[1]), Gaps::default(), &large)?;
-                check_problem(ctx, &Problem::new(dtype, &[8001, h], PARTS[2]), Gaps::default(), &large[..1])?;
+                // The largest take seconds each, most of them for the reference.
+                let large = if h == 192 || h == 7168 { &large[..] } else { &large[..1] };
+                check_problem(ctx, &Problem::new(dtype, &[8001, h], PARTS[1]), Gaps::default(), large)?;
             }
         }
         check_problem(ctx, &Problem::new(DType::Bf16, &[501, 16384], PARTS[1]), Gaps::default(), &[mega_moe])?;
@@ -421,7 +422,7 @@ mod tests {
     use super::super::norm_forward::tests::{golden_floats, golden_problem};
     use super::*;
     use crate::support::golden::Golden;
-    use ferrotile::{Error, TensorRef};
+    use ferrotile::{Error, TensorMut, TensorRef};
     use proptest::prelude::{ProptestConfig, any, proptest};
 
     #[test]
