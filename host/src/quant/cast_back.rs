@@ -37,16 +37,18 @@ pub struct PerTokenArgs<'a> {
 /// | tensor | dtype | shape | layout |
 /// |---|---|---|---|
 /// | `x` | e4m3, or e2m1x2 with two values a byte | `(T, H)`, or `(T, H / 2)` | last stride 1, any row stride |
-/// | `sf` | f32, or packed ue8m0x4 | `(M, K)`, or `(M, ceil(K / 4))` | [`SfLayout`](super::SfLayout), any pitch |
+/// | `sf` | f32, packed ue8m0x4, or e4m3 | `(M, K)`, packed `(M, ceil(K / 4))` or `(ceil(M / 4), K)` | [`SfLayout`], any pitch |
 /// | `out` | bf16 or f32 | `(T, H)` | contiguous |
 ///
-/// `M = ceil(T / npt)` and `K = ceil(H / npc)`: a ragged last block uses its scale for what there is. NaN of `x` stays NaN. Any
-/// alignment works; it is fast when rows of `x` start at multiples of 8 bytes, `out` at one of 16 and `H` is a multiple of 8.
-/// Source: quant.md 2 (dequantisation), 3 and 5.7. Asynchronous; allocates nothing; an empty `out` launches nothing.
+/// `M = ceil(T / npt)` and `K = ceil(H / npc)`: a ragged last block uses its scale for what there is. NaN of `x` or of an e4m3
+/// scale stays NaN. Every layout goes with every block, but [`SfLayout::PerChannelPacked`] only with blocks of one channel. Any
+/// alignment works; it is fast when rows of `x` start at multiples of 8 bytes, `out` at one of 16 and `H` is a multiple of 8, and for
+/// blocks of one channel when scales are row-major f32 or packed in rows that start at multiples of 16 bytes.
+/// Source: quant.md 2 (dequantisation), 3, 5.7 and 6.7. Asynchronous; allocates nothing; an empty `out` launches nothing.
 ///
 /// # Errors
 /// [`Shape`](crate::Error::Shape) when shapes do not belong together, [`DType`](crate::Error::DType),
-/// [`Layout`](crate::Error::Layout) for strides, [`Value`](crate::Error::Value) for `block` or a size beyond 32 bits,
+/// [`Layout`](crate::Error::Layout) for strides and for per-channel scales of wider blocks, [`Value`](crate::Error::Value) for `block` or a size beyond 32 bits,
 /// [`DeviceMismatch`](crate::Error::DeviceMismatch),
 /// [`Overlap`](crate::Error::Overlap) of `out` with an input, [`Driver`](crate::Error::Driver). `out` is untouched then.
 ///
@@ -134,11 +136,22 @@ fn allowed_npc(op: &'static str, arg: &'static str, npc: u32, hidden: u64, fixed
     })
 }
 
+/// Layouts of scales; the last one for blocks of one channel only.
+const LAYOUTS: [SfLayout; 7] = [
+    SfLayout::RowMajor,
+    SfLayout::ColMajor,
+    SfLayout::ColMajorPacked,
+    SfLayout::RowMajorPacked,
+    SfLayout::RowMajorE4m3,
+    SfLayout::ColMajorE4m3,
+    SfLayout::PerChannelPacked,
+];
+
 /// What the checks found out.
 struct Plan {
     format: Format,
     out: DType,
-    packed: bool,
+    layout: SfLayout,
     tokens: u32,
     hidden: u32,
     x_stride: u32,
@@ -185,7 +198,8 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     allowed_npc(op, "npc", a.block.1, hidden, &[1, 16, 32, 64, 128])?;
     let (npt, npc) = a.block;
     let block_rows = num_tokens.div_ceil(npt.into());
-    let sf = a.sf.check(op, "sf", SfLayout::COMMON, (block_rows, hidden.div_ceil(npc.into())))?;
+    let layouts = if npc == 1 { &LAYOUTS[..] } else { &LAYOUTS[..LAYOUTS.len() - 1] };
+    let sf = a.sf.check(op, "sf", layouts, (block_rows, hidden.div_ceil(npc.into())))?;
     check::last_stride_1(op, "x", &a.x)?;
     check::contiguous(op, "out", &a.out)?;
     check::same_device(op, stream, &[("x", &a.x), ("sf", &a.sf.tensor), ("out", &a.out)])?;
@@ -201,7 +215,7 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     let mut plan = Plan {
         format,
         out: a.out.dtype(),
-        packed: a.sf.layout.is_packed(),
+        layout: a.sf.layout,
         tokens: num_tokens as u32,
         hidden: hidden as u32,
         x_stride,
@@ -217,9 +231,10 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
         && (x_stride as u64).is_multiple_of(item_bytes)
         && a.out.ptr().is_multiple_of(16)
         && plan.hidden.is_multiple_of(values);
-    let scales_in_vectors = a.sf.layout == SfLayout::RowMajor
+    // A single row has stride 0.
+    let scales_in_vectors = matches!(a.sf.layout, SfLayout::RowMajor | SfLayout::PerChannelPacked)
         && a.sf.tensor.ptr().is_multiple_of(16)
-        && (block_rows == 1 || sf.row.is_multiple_of(4));
+        && sf.row.is_multiple_of(4);
     plan.path = match (aligned, npc == 1) {
         (true, false) => Path::Wide,
         (true, true) if scales_in_vectors => Path::PerChannel,
@@ -247,11 +262,17 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) ->
         let tokens = k::launch_tokens(first_token, plan.tokens, plan.npt, limit);
         let num_items = tokens * row_items;
         let x = args.x.input::<u8>().at(first_token as u64 * plan.x_stride as u64);
-        let sf = args.sf.tensor.input::<u8>().at((first_token / plan.npt) as u64 * plan.sf.row as u64 * 4);
+        // A launch may start within a word of four block rows.
+        let first_block = first_token / plan.npt;
+        let (sf_row, first_block) = match plan.layout {
+            SfLayout::PerChannelPacked => (first_block / 4, first_block % 4),
+            _ => (first_block, 0),
+        };
+        let sf = args.sf.tensor.input::<u8>().at(sf_row as u64 * plan.sf.row as u64 * args.sf.tensor.dtype().size());
         let out = args.out.output::<u8>().at(first_token as u64 * plan.hidden as u64 * plan.out.size());
-        // Both kernels number items through the tensor and take the same arguments.
+        // Both kernels number items through the tensor and take the same arguments, but for the last.
         macro_rules! launch {
-            ($kernel:ident, $entry:expr, $block_items:expr) => {{
+            ($kernel:ident, $entry:expr, $block_items:expr $(, $more:ident)?) => {{
                 let config = LaunchConfig::new(num_items.div_ceil($block_items), k::THREADS);
                 let args = k::$kernel::Args {
                     x,
@@ -267,12 +288,13 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) ->
                     block_magic: block.magic,
                     block_shift: block.shift,
                     k_shift,
+                    $($more,)?
                 };
                 stream.launch(op, $entry, &config, &args)?
             }};
         }
         if plan.path == Path::Narrow {
-            launch!(narrow, narrow_entry(&plan), k::THREADS * k::NARROW_ITEMS);
+            launch!(narrow, narrow_entry(&plan), k::THREADS * k::NARROW_ITEMS, first_block);
         } else {
             launch!(wide, wide_entry(&plan), k::THREADS);
         }
@@ -305,39 +327,49 @@ fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: 
         tiles_magic: down.magic,
         tiles_shift: down.shift,
     };
-    let entry = match (plan.format, plan.out) {
-        (Format::E4m3, DType::Bf16) => &k::per_channel::e4m3_bf16,
-        (Format::E4m3, _) => &k::per_channel::e4m3_f32,
-        (Format::E2m1, DType::Bf16) => &k::per_channel::e2m1_bf16,
-        (Format::E2m1, _) => &k::per_channel::e2m1_f32,
+    use k::per_channel as e;
+    let entry = match (plan.format, plan.out, plan.layout) {
+        (Format::E4m3, DType::Bf16, SfLayout::RowMajor) => &e::e4m3_bf16,
+        (Format::E4m3, _, SfLayout::RowMajor) => &e::e4m3_f32,
+        (Format::E2m1, DType::Bf16, SfLayout::RowMajor) => &e::e2m1_bf16,
+        (Format::E2m1, _, SfLayout::RowMajor) => &e::e2m1_f32,
+        (Format::E4m3, DType::Bf16, _) => &e::e4m3_bf16_ue8m0,
+        (Format::E4m3, _, _) => &e::e4m3_f32_ue8m0,
+        (Format::E2m1, DType::Bf16, _) => &e::e2m1_bf16_ue8m0,
+        (Format::E2m1, _, _) => &e::e2m1_f32_ue8m0,
     };
     stream.launch(op, entry, &config, &args)
 }
 
+/// The entry of a kernel for a format of data, an output type and a kind of scales.
+macro_rules! entries {
+    ($kernel:ident, $plan:expr, $per_channel:expr) => {{
+        use SfLayout::{ColMajor, ColMajorE4m3, ColMajorPacked, PerChannelPacked, RowMajor, RowMajorE4m3, RowMajorPacked};
+        use k::$kernel as e;
+        let [e4m3_bf16, e4m3_f32, e2m1_bf16, e2m1_f32] = match $plan.layout {
+            RowMajor | ColMajor => [&e::e4m3_bf16_f32, &e::e4m3_f32_f32, &e::e2m1_bf16_f32, &e::e2m1_f32_f32],
+            ColMajorPacked | RowMajorPacked => [&e::e4m3_bf16_ue8m0, &e::e4m3_f32_ue8m0, &e::e2m1_bf16_ue8m0, &e::e2m1_f32_ue8m0],
+            RowMajorE4m3 | ColMajorE4m3 => [&e::e4m3_bf16_e4m3, &e::e4m3_f32_e4m3, &e::e2m1_bf16_e4m3, &e::e2m1_f32_e4m3],
+            PerChannelPacked => $per_channel,
+        };
+        match ($plan.format, $plan.out) {
+            (Format::E4m3, DType::Bf16) => e4m3_bf16,
+            (Format::E4m3, _) => e4m3_f32,
+            (Format::E2m1, DType::Bf16) => e2m1_bf16,
+            (Format::E2m1, _) => e2m1_f32,
+        }
+    }};
+}
+
 fn wide_entry(plan: &Plan) -> &'static Entry<k::wide::Args> {
-    use k::wide as e;
-    match (plan.format, plan.out, plan.packed) {
-        (Format::E4m3, DType::Bf16, false) => &e::e4m3_bf16_f32,
-        (Format::E4m3, _, false) => &e::e4m3_f32_f32,
-        (Format::E2m1, DType::Bf16, false) => &e::e2m1_bf16_f32,
-        (Format::E2m1, _, false) => &e::e2m1_f32_f32,
-        (Format::E4m3, DType::Bf16, true) => &e::e4m3_bf16_ue8m0,
-        (Format::E4m3, _, true) => &e::e4m3_f32_ue8m0,
-        (Format::E2m1, DType::Bf16, true) => &e::e2m1_bf16_ue8m0,
-        (Format::E2m1, _, true) => &e::e2m1_f32_ue8m0,
-    }
+    // Blocks of one channel never come here, and no others have such scales.
+    entries!(wide, plan, [&e::e4m3_bf16_f32, &e::e4m3_f32_f32, &e::e2m1_bf16_f32, &e::e2m1_f32_f32])
 }
 
 fn narrow_entry(plan: &Plan) -> &'static Entry<k::narrow::Args> {
-    use k::narrow as e;
-    match (plan.format, plan.out, plan.packed) {
-        (Format::E4m3, DType::Bf16, false) => &e::e4m3_bf16_f32,
-        (Format::E4m3, _, false) => &e::e4m3_f32_f32,
-        (Format::E2m1, DType::Bf16, false) => &e::e2m1_bf16_f32,
-        (Format::E2m1, _, false) => &e::e2m1_f32_f32,
-        (Format::E4m3, DType::Bf16, true) => &e::e4m3_bf16_ue8m0,
-        (Format::E4m3, _, true) => &e::e4m3_f32_ue8m0,
-        (Format::E2m1, DType::Bf16, true) => &e::e2m1_bf16_ue8m0,
-        (Format::E2m1, _, true) => &e::e2m1_f32_ue8m0,
-    }
+    entries!(
+        narrow,
+        plan,
+        [&e::e4m3_bf16_per_channel, &e::e4m3_f32_per_channel, &e::e2m1_bf16_per_channel, &e::e2m1_f32_per_channel]
+    )
 }

@@ -77,8 +77,8 @@ pub fn mega_moe_sf_rows(num_tokens: u64, block_m: u32) -> u64 {
 ///
 /// The norm is rounded to the type of `x` before it is quantised. Scales and rounding are those of `per_token_cast`: a last group of fewer
 /// than 32 channels uses what there is, unused bytes of a last packed word are written as 0. A row of NaN has the scale of a row of zeros and
-/// codes `0x7F`; a norm that overflows to infinity becomes 448 with the scale of the largest finite number. What makes a row NaN or zero is
-/// said at `norm_forward`. Source: the specification's section 6.10.
+/// codes `0x7F`; a norm that overflows to infinity is the caller's mistake and spoils its group, the same on every device. What makes a row
+/// NaN or zero is said at `norm_forward`. Source: the specification's section 6.10.
 ///
 /// Asynchronous; allocates nothing; an empty `x` launches nothing. Any `H` works and any alignment; what is fast is said there too.
 ///

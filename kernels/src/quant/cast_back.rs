@@ -1,6 +1,6 @@
 //! cast_back: quantised data times scale factors, back to bf16 or f32.
 //!
-//! In    x e4m3 [t, h] or e2m1 [t, h/2], any row stride; sf f32 or ue8m0 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
+//! In    x e4m3 [t, h] or e2m1 [t, h/2], any row stride; sf f32, ue8m0, e4m3 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
 //! Exact `out = fp32(q) * sf`, one f32 multiplication, then to bf16 by round to nearest even; bitwise the specification's.
 //! Map   `wide`: 16 bytes of output a thread, items numbered through the whole tensor, so that every warp store is 512 bytes in a
 //!       row; `per_channel` (npc = 1): a thread keeps the scales of its channels and goes down rows; `narrow`: one byte of x a
@@ -124,6 +124,53 @@ impl Source for E2m1 {
     }
 }
 
+/// How scales are stored; strides of the layout count elements (packed: words).
+pub trait Scales {
+    /// The scale of block row `m` and block column `k`.
+    fn load(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32;
+}
+
+/// One f32 a scale.
+pub struct SfF32;
+/// Exponent bytes of four block columns in a word.
+pub struct SfUe8m0;
+/// One e4m3 a scale.
+pub struct SfE4m3;
+/// Exponent bytes of four block rows in a word.
+pub struct SfPerChannel;
+
+impl Scales for SfF32 {
+    #[inline(always)]
+    #[track_caller]
+    fn load(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
+        load_sf::<false>(sf, layout, m, k)
+    }
+}
+
+impl Scales for SfUe8m0 {
+    #[inline(always)]
+    #[track_caller]
+    fn load(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
+        load_sf::<true>(sf, layout, m, k)
+    }
+}
+
+impl Scales for SfE4m3 {
+    #[inline(always)]
+    #[track_caller]
+    fn load(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
+        e4m3x2_to_f32(sf.get(layout.index(m, k)) as u32)[0]
+    }
+}
+
+impl Scales for SfPerChannel {
+    #[inline(always)]
+    #[track_caller]
+    fn load(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
+        f32::from_bits((sf.get(layout.index(m / 4, k) * 4 + m % 4) as u32) << 23)
+    }
+}
+
 /// The 16 bytes of output of one item.
 #[inline(always)]
 fn product<F: Source, O: Output>(raw: [u32; 2], scale: f32) -> [u32; 4] {
@@ -137,7 +184,7 @@ kernel! {
     /// output; `num_items` of them, `row_items` in a row. `x_stride` counts bytes, the strides of `sf` its elements (packed:
     /// words). The magic numbers divide by the items of a row and of a row of scaling blocks; an item's number within its row,
     /// shifted by `k_shift`, is its block column.
-    pub fn wide[F: Source, O: Output, const PACKED: bool](
+    pub fn wide[F: Source, O: Output, S: Scales](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
         num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
     ) {
@@ -150,24 +197,26 @@ kernel! {
         let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
         let column = item - row * row_items;
         let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
-        let scale = load_sf::<PACKED>(sf, layout, block, column >> k_shift);
+        let scale = S::load(sf, layout, block, column >> k_shift);
         out.at(item as u64 * 16).store16(0, product::<F, O>(raw, scale));
     }
     entries {
-        e4m3_bf16_f32[E4m3, Bf16, false], e4m3_f32_f32[E4m3, F32, false],
-        e2m1_bf16_f32[E2m1, Bf16, false], e2m1_f32_f32[E2m1, F32, false],
-        e4m3_bf16_ue8m0[E4m3, Bf16, true], e4m3_f32_ue8m0[E4m3, F32, true],
-        e2m1_bf16_ue8m0[E2m1, Bf16, true], e2m1_f32_ue8m0[E2m1, F32, true],
+        e4m3_bf16_f32[E4m3, Bf16, SfF32], e4m3_f32_f32[E4m3, F32, SfF32],
+        e2m1_bf16_f32[E2m1, Bf16, SfF32], e2m1_f32_f32[E2m1, F32, SfF32],
+        e4m3_bf16_ue8m0[E4m3, Bf16, SfUe8m0], e4m3_f32_ue8m0[E4m3, F32, SfUe8m0],
+        e2m1_bf16_ue8m0[E2m1, Bf16, SfUe8m0], e2m1_f32_ue8m0[E2m1, F32, SfUe8m0],
+        e4m3_bf16_e4m3[E4m3, Bf16, SfE4m3], e4m3_f32_e4m3[E4m3, F32, SfE4m3],
+        e2m1_bf16_e4m3[E2m1, Bf16, SfE4m3], e2m1_f32_e4m3[E2m1, F32, SfE4m3],
     }
 }
 
 kernel! {
     op = cast_back;
     threads = 128;
-    /// Blocks of one channel (npc = 1) with row-major f32 scales; aligned as for `wide`, and `sf` for 16-byte loads.
+    /// Blocks of one channel (npc = 1) with row-major f32 scales, or `PACKED` ones; aligned as for `wide`, and `sf` for 16-byte loads.
     /// A thread has one item of a row and goes down `CHANNEL_ROWS` rows of one scaling block. `tiles` is the number of such row
     /// groups in a scaling block, `columns` of grid blocks across a row.
-    pub fn per_channel[F: Source, O: Output](
+    pub fn per_channel[F: Source, O: Output, const PACKED: bool](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_stride: u32, num_tokens: u32, row_items: u32, npt: u32,
         columns: u32, columns_magic: u32, columns_shift: u32, tiles: u32, tiles_magic: u32, tiles_shift: u32,
     ) {
@@ -186,9 +235,11 @@ kernel! {
         let x = x.at(first as u64 * x_stride as u64 + (item * (O::VALUES * F::BITS / 8)) as u64);
         let mut held = [[0; 2]; CHANNEL_ROWS as usize];
         unroll!(i in (CHANNEL_ROWS as usize) { held[i] = F::load::<O>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
-        let sf = sf.cast::<f32>().at(block as u64 * sf_stride as u64 + (item * O::VALUES) as u64);
+        let sf_row = if PACKED { block / 4 } else { block };
+        let sf = sf.cast::<f32>().at(sf_row as u64 * sf_stride as u64 + (item * O::VALUES) as u64);
         let (a, b) = (sf.load16(0), if O::VALUES == 8 { sf.load16(4) } else { [0; 4] });
-        let scales = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
+        let bits = |word: u32| if PACKED { (word >> (block % 4 * 8) & 0xFF) << 23 } else { word };
+        let scales = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(|word| f32::from_bits(bits(word)));
 
         let out = out.at((first as u64 * row_items as u64 + item as u64) * 16);
         unroll!(i in (CHANNEL_ROWS as usize) {
@@ -200,7 +251,9 @@ kernel! {
         });
     }
     entries {
-        e4m3_bf16[E4m3, Bf16], e4m3_f32[E4m3, F32], e2m1_bf16[E2m1, Bf16], e2m1_f32[E2m1, F32],
+        e4m3_bf16[E4m3, Bf16, false], e4m3_f32[E4m3, F32, false], e2m1_bf16[E2m1, Bf16, false], e2m1_f32[E2m1, F32, false],
+        e4m3_bf16_ue8m0[E4m3, Bf16, true], e4m3_f32_ue8m0[E4m3, F32, true],
+        e2m1_bf16_ue8m0[E2m1, Bf16, true], e2m1_f32_ue8m0[E2m1, F32, true],
     }
 }
 
@@ -208,10 +261,11 @@ kernel! {
     op = cast_back;
     threads = 256;
     /// Any alignment, any hidden size, blocks of any width. An item is one byte of `x`; strides as in `wide`. An e4m3's number
-    /// within its row, an e2m1's too, shifted by `k_shift`, is its block column.
-    pub fn narrow[F: Source, O: Output, const PACKED: bool](
+    /// within its row, an e2m1's too, shifted by `k_shift`, is its block column. The first item is in block row `first_block`.
+    pub fn narrow[F: Source, O: Output, S: Scales](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
         num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
+        first_block: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
         let values_per_item = 8 / F::BITS;
@@ -223,12 +277,12 @@ kernel! {
             if item < num_items {
                 let row = row_of.divide(item);
                 let column = item - row * row_items;
-                let block = block_of.divide(item);
+                let block = first_block + block_of.divide(item);
                 let values = F::decode([x.at(row as u64 * x_stride as u64 + column as u64).get(0) as u32, 0]);
                 let out = out.at(item as u64 * (values_per_item * O::BYTES) as u64);
                 unroll!(j in 2 {
                     if (j as u32) < values_per_item {
-                        let scale = load_sf::<PACKED>(sf, layout, block, (column * values_per_item + j as u32) >> k_shift);
+                        let scale = S::load(sf, layout, block, (column * values_per_item + j as u32) >> k_shift);
                         O::set(out, j as u32, values[j] * scale);
                     }
                 });
@@ -236,9 +290,13 @@ kernel! {
         });
     }
     entries {
-        e4m3_bf16_f32[E4m3, Bf16, false], e4m3_f32_f32[E4m3, F32, false],
-        e2m1_bf16_f32[E2m1, Bf16, false], e2m1_f32_f32[E2m1, F32, false],
-        e4m3_bf16_ue8m0[E4m3, Bf16, true], e4m3_f32_ue8m0[E4m3, F32, true],
-        e2m1_bf16_ue8m0[E2m1, Bf16, true], e2m1_f32_ue8m0[E2m1, F32, true],
+        e4m3_bf16_f32[E4m3, Bf16, SfF32], e4m3_f32_f32[E4m3, F32, SfF32],
+        e2m1_bf16_f32[E2m1, Bf16, SfF32], e2m1_f32_f32[E2m1, F32, SfF32],
+        e4m3_bf16_ue8m0[E4m3, Bf16, SfUe8m0], e4m3_f32_ue8m0[E4m3, F32, SfUe8m0],
+        e2m1_bf16_ue8m0[E2m1, Bf16, SfUe8m0], e2m1_f32_ue8m0[E2m1, F32, SfUe8m0],
+        e4m3_bf16_e4m3[E4m3, Bf16, SfE4m3], e4m3_f32_e4m3[E4m3, F32, SfE4m3],
+        e2m1_bf16_e4m3[E2m1, Bf16, SfE4m3], e2m1_f32_e4m3[E2m1, F32, SfE4m3],
+        e4m3_bf16_per_channel[E4m3, Bf16, SfPerChannel], e4m3_f32_per_channel[E4m3, F32, SfPerChannel],
+        e2m1_bf16_per_channel[E2m1, Bf16, SfPerChannel], e2m1_f32_per_channel[E2m1, F32, SfPerChannel],
     }
 }

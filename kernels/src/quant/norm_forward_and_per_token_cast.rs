@@ -182,8 +182,6 @@ kernel! {
                     amax = max_total(amax, warp_shuffle_xor(amax, 1 << step));
                 }
             });
-            // A norm that overflowed counts as the largest number, NaN as none.
-            let amax = min_total(max_total(amax, 0.0), f32::MAX);
             let rounded = if LONG { parts & ROUND != 0 } else { ROUNDED };
             let Scale { sf, inv } = if rounded { scale::<E4m3, true>(amax) } else { scale::<E4m3, false>(amax) };
             if at < row.end {

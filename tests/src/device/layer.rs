@@ -1,6 +1,7 @@
 //! The device layer: kernels of `ferrotile_kernels::selftest` against plain Rust, on both backends.
 
 use crate::support::cases::Depth;
+use crate::support::device_math;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::{Buffer, Device, Element, Stream};
@@ -15,10 +16,9 @@ const OP: &str = "selftest";
 const THREADS: usize = k::THREADS as usize;
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
-    #[cfg(feature = "cuda")]
-    ferrotile::register_ptx(OP, include_str!("../../ptx/selftest.ptx"));
+    device_math::register();
     type Check = fn(&Run) -> Result<(), String>;
-    let checks: [(&str, Check); 16] = [
+    let checks: [(&str, Check); 17] = [
         ("scan", scan),
         ("warp_ops", warp_ops),
         ("block_ops", block_ops),
@@ -31,6 +31,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         ("packed", packed),
         ("decode", decode),
         ("math", math),
+        ("silu_sweep", silu_sweep),
         ("widths", widths),
         ("grid", grid),
         ("large_shared", large_shared),
@@ -443,6 +444,7 @@ fn packed(r: &Run) -> Result<(), String> {
                 halves(&larger(0x7C00)),
                 halves(&|a, b| a.max(b)),
                 (a & b) | (!a & !b),
+                halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) + num::bf16_to_f32(b))),
             ];
             for (j, expected) in expected.into_iter().enumerate() {
                 let got = if j == 0 { got[0] & mask } else { got[j] };
@@ -471,15 +473,17 @@ fn conversion_sweep(r: &Run) -> Result<(), String> {
 }
 
 fn decode(r: &Run) -> Result<(), String> {
-    let y = r.alloc::<f32>(65_536 * 16)?;
+    let per = k::DECODED as usize;
+    let y = r.alloc::<f32>(65_536 * per)?;
     r.launch(&k::decode::ENTRY, LaunchConfig::new(256, k::THREADS), k::decode::Args { y: output(&y) })?;
-    for (i, got) in read(&y)?.chunks_exact(16).enumerate() {
+    for (i, got) in read(&y)?.chunks_exact(per).enumerate() {
         let (lo, hi, word) = (i as u8, (i >> 8) as u8, i as u32 | (i as u32) << 16);
         let f16 = num::f16_to_f32(i as u16);
         let bf16 = num::bf16_to_f32(i as u16);
         let mut expected =
             vec![num::e4m3_to_f32(lo), num::e4m3_to_f32(hi), num::e5m2_to_f32(lo), num::e5m2_to_f32(hi), f16, f16, bf16, bf16];
         expected.extend((0..8).map(|j| num::e2m1_to_f32((word >> (4 * j)) as u8 & 15)));
+        expected.extend((0..8).map(|j| num::e5m6_to_f32(if j % 2 == 0 { i as u16 } else { !i as u16 } & 0xfff)));
         for (j, (got, expected)) in got.iter().zip(&expected).enumerate() {
             let same = got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan());
             ensure(same, || format!("word {i:#06x}, result {j}: got {got}, expected {expected}"))?;
@@ -543,12 +547,31 @@ fn math(r: &Run) -> Result<(), String> {
             ("division", 8, 1.0 / v),
             ("max_total", 9, v.max(0.5)),
             ("min_total", 10, v.min(0.5)),
+            ("max_abs", 15, v.abs().max(0.5)),
+            ("max_nan", 11, if v.is_nan() { *v } else { v.max(0.5) }),
+            ("min_nan", 12, if v.is_nan() { *v } else { v.min(0.5) }),
+            ("one_plus_exp", 13, got[14]),
         ];
         for (name, i, expected) in exact {
             ensure(got[i].to_bits() == expected.to_bits() || (got[i].is_nan() && expected.is_nan()), || {
                 format!("{name}({v:e}): got {:e}, expected {expected:e}", got[i])
             })?;
         }
+    }
+    Ok(())
+}
+
+/// The activation of SwiGLU has the bits of the IEEE quotient.
+fn silu_sweep(r: &Run) -> Result<(), String> {
+    // On a GPU all 2^32 gates; on the emulator all that bf16 has, and some of the others.
+    let sweeps: &[(u32, u64)] = if r.device.is_emulator() { &[(1 << 16, 1 << 16), (65_521, 1 << 16)] } else { &[(1, 1 << 32)] };
+    for &(stride, n) in sweeps {
+        let (differ, first) = (r.upload(&[0u32])?, r.upload(&[u32::MAX])?);
+        let args = k::silu_sweep::Args { start: 0, stride, n, differ: output(&differ), first: output(&first) };
+        let blocks = (n / THREADS as u64).min(132 * 8) as u32;
+        r.launch(&k::silu_sweep::ENTRY, LaunchConfig::new(blocks, k::THREADS), args)?;
+        let (differ, first) = (read(&differ)?[0], f32::from_bits(read(&first)?[0]));
+        ensure(differ == 0, || format!("{differ} of {n} gates differ, first {first:e} ({:#x})", first.to_bits()))?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use crate::support::bench::Row;
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare::{Bits, equal};
-use crate::support::golden::{Case as GoldenCase, Golden, SKIPPED};
+use crate::support::golden::{self, Case as GoldenCase, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::cast_back::{Args, PerTokenArgs, cast_back, cast_back_in_parts, per_token_cast_back};
@@ -16,7 +16,16 @@ use rayon::prelude::*;
 /// Checks of the op.
 pub const SUITE: Suite = Suite { op: "cast_back", run };
 
-const LAYOUTS: [SfLayout; 4] = [SfLayout::RowMajor, SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked];
+/// The last one is for blocks of one channel only.
+const LAYOUTS: [SfLayout; 7] = [
+    SfLayout::RowMajor,
+    SfLayout::ColMajor,
+    SfLayout::ColMajorPacked,
+    SfLayout::RowMajorPacked,
+    SfLayout::RowMajorE4m3,
+    SfLayout::ColMajorE4m3,
+    SfLayout::PerChannelPacked,
+];
 
 /// What is cast: data in logical order, with one f32 for each scale also where it is stored as a byte.
 struct Problem {
@@ -37,18 +46,21 @@ impl Problem {
         self.hidden.div_ceil(self.block.1.into())
     }
 
-    /// All codes, NaN too; scales of all sizes, such that products overflow and underflow here and there. Packed ones are powers
-    /// of two.
-    fn random(format: Format, (tokens, hidden): (u64, u64), block: (u32, u32), packed: bool) -> Self {
+    /// All codes, NaN too; scales of all sizes that the layout can hold, such that products overflow and underflow here and there.
+    fn random(format: Format, (tokens, hidden): (u64, u64), block: (u32, u32), layout: SfLayout) -> Self {
         let x = Rng::named("cast_back x").bytes((tokens * format.columns(hidden)) as usize);
-        Self { x, ..Self::with_scales(format, (tokens, hidden), block, packed) }
+        Self { x, ..Self::with_scales(format, (tokens, hidden), block, layout) }
     }
 
     /// Without data.
-    fn with_scales(format: Format, (tokens, hidden): (u64, u64), block: (u32, u32), packed: bool) -> Self {
+    fn with_scales(format: Format, (tokens, hidden): (u64, u64), block: (u32, u32), layout: SfLayout) -> Self {
         let mut problem = Self { format, tokens, hidden, block, x: Vec::new(), scales: Vec::new() };
+        let packed = layout.is_packed();
         let rng = Rng::named(&format!("cast_back sf {tokens} {hidden} {block:?} {packed}"));
         problem.scales = rng.fill((problem.rows() * problem.columns()) as usize, |rng, i| {
+            if layout.is_e4m3() {
+                return e4m3(rng.bits(i) as u8);
+            }
             // Mostly around 1; one in eight from the whole range of exponents. 255, infinity, is left out: 0 times it is a NaN
             // whose sign is the hardware's choice.
             let exponent = if rng.below(2 * i, 8) == 0 { rng.below(2 * i + 1, 255) } else { 120 + rng.below(2 * i + 1, 14) };
@@ -144,35 +156,58 @@ impl Data {
 
 /// Scales in device memory; rows (column-major: columns) are `gap` elements further apart than they need be.
 struct Scales {
-    buffer: Buffer<u32>,
+    buffer: ScaleBuffer,
     shape: [u64; 2],
     strides: [u64; 2],
     layout: SfLayout,
 }
 
+enum ScaleBuffer {
+    /// f32 bits, or four exponents.
+    Words(Buffer<u32>),
+    E4m3(Buffer<E4m3>),
+}
+
 impl Scales {
     fn upload(device: &Device, p: &Problem, layout: SfLayout, gap: u64) -> Result<Self, String> {
         let (rows, columns) = (p.rows(), p.columns());
-        let shape = [rows, if layout.is_packed() { columns.div_ceil(4) } else { columns }];
+        let shape = match layout {
+            SfLayout::PerChannelPacked => [rows.div_ceil(4), columns],
+            _ if layout.is_packed() => [rows, columns.div_ceil(4)],
+            _ => [rows, columns],
+        };
         let strides = if layout.is_col_major() { [1, rows + gap] } else { [shape[1] + gap, 1] };
-        let mut words = vec![if layout.is_packed() { 0 } else { 0xA5A5_A5A5 }; ((rows + gap) * (shape[1] + gap)) as usize];
+        let mut words = vec![if layout.is_packed() { 0u32 } else { 0xA5A5_A5A5 }; ((rows + gap) * (shape[1] + gap)) as usize];
         for m in 0..rows {
             for k in 0..columns {
-                let bits = p.scales[(m * columns + k) as usize].to_bits();
-                if layout.is_packed() {
+                let scale = p.scales[(m * columns + k) as usize];
+                let bits = if layout.is_e4m3() { E4m3::from_f32(scale).0 as u32 } else { scale.to_bits() };
+                let mut set = |m: u64, k: u64, byte: u64| {
                     assert_eq!(bits & 0x807F_FFFF, 0, "packed scales are powers of two");
-                    words[(m * strides[0] + k / 4 * strides[1]) as usize] |= bits >> 23 << (k % 4 * 8);
-                } else {
-                    words[(m * strides[0] + k * strides[1]) as usize] = bits;
+                    words[(m * strides[0] + k * strides[1]) as usize] |= bits >> 23 << (byte * 8);
+                };
+                match layout {
+                    SfLayout::PerChannelPacked => set(m / 4, k, m % 4),
+                    _ if layout.is_packed() => set(m, k / 4, k % 4),
+                    _ => words[(m * strides[0] + k * strides[1]) as usize] = bits,
                 }
             }
         }
-        Ok(Self { buffer: device.upload(&words).map_err(text)?, shape, strides, layout })
+        let buffer = if layout.is_e4m3() {
+            let codes: Vec<E4m3> = words.iter().map(|word| E4m3(*word as u8)).collect();
+            ScaleBuffer::E4m3(device.upload(&codes).map_err(text)?)
+        } else {
+            ScaleBuffer::Words(device.upload(&words).map_err(text)?)
+        };
+        Ok(Self { buffer, shape, strides, layout })
     }
 
     fn sf(&self) -> ferrotile::Result<Sf<'_>> {
-        let dtype = if self.layout.is_packed() { DType::Ue8m0x4 } else { DType::F32 };
-        Ok(Sf { tensor: self.buffer.strided(&self.shape, &self.strides, 0)?.reinterpret(dtype)?, layout: self.layout })
+        let tensor = match &self.buffer {
+            ScaleBuffer::Words(words) => words.strided(&self.shape, &self.strides, 0)?.reinterpret(self.layout.dtype())?,
+            ScaleBuffer::E4m3(codes) => codes.strided(&self.shape, &self.strides, 0)?,
+        };
+        Ok(Sf { tensor, layout: self.layout })
     }
 }
 
@@ -269,7 +304,7 @@ fn name(way: Way, p: &Problem, layout: SfLayout, out: &str) -> String {
 
 /// The blocks and layouts of one shape that are checked at both depths: every width of a block, every layout, ragged edges.
 fn combinations(hidden: u64) -> Vec<(Way, (u32, u32), SfLayout)> {
-    use SfLayout::{ColMajor, ColMajorPacked, RowMajor, RowMajorPacked};
+    use SfLayout::{ColMajor, ColMajorE4m3, ColMajorPacked, PerChannelPacked, RowMajor, RowMajorE4m3, RowMajorPacked};
     let h = hidden as u32;
     vec![
         (Way::PerToken, (1, 128), RowMajor),
@@ -285,6 +320,13 @@ fn combinations(hidden: u64) -> Vec<(Way, (u32, u32), SfLayout)> {
         (Way::Block, (128, 1), RowMajor),
         (Way::Block, (7, 1), ColMajor),
         (Way::Block, (7, 1), RowMajor),
+        (Way::PerToken, (1, 16), RowMajorE4m3),
+        (Way::PerToken, (1, 32), ColMajorE4m3),
+        (Way::Block, (32, 32), ColMajorE4m3),
+        (Way::Block, (5, h), RowMajorE4m3),
+        (Way::Block, (7, 1), RowMajorE4m3),
+        (Way::Block, (32, 1), PerChannelPacked),
+        (Way::Block, (3, 1), PerChannelPacked),
     ]
 }
 
@@ -301,8 +343,9 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         grid(ctx)?;
     }
     captured(ctx)?;
-    let golden = golden(ctx)?;
-    Ok(Report { notes: golden, ..ctx.report() })
+    let ops = ["cast_back", "per_token_cast_back"];
+    let notes = golden::check_cases(ctx, &ops, |golden, case| golden_case(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// The combinations of one shape, with data that are uploaded once.
@@ -315,14 +358,14 @@ fn both_outputs(
     for &format in formats {
         let mut all: Option<(Problem, Data)> = None;
         for &(way, block, layout) in combinations {
-            let p = Problem::with_scales(format, shape, block, layout.is_packed());
+            let p = Problem::with_scales(format, shape, block, layout);
             let outs = ["bf16", "fp32"].map(|out| (out, name(way, &p, layout, out)));
             let chosen: Vec<_> = outs.into_iter().filter(|(_, case)| ctx.case(case)).collect();
             if chosen.is_empty() {
                 continue;
             }
             if all.is_none() {
-                let p = Problem::random(format, shape, block, false);
+                let p = Problem::random(format, shape, block, layout);
                 let data = Data::upload(&ctx.device, &p, &p.x, 0, 0)?;
                 all = Some((p, data));
             }
@@ -379,7 +422,10 @@ fn placements(ctx: &Ctx) -> Result<(), String> {
     for (what, shape, block, at) in cases {
         for format in [Format::E4m3, Format::E2m1] {
             for layout in LAYOUTS {
-                let p = Problem::random(format, shape, block, layout.is_packed());
+                if layout == SfLayout::PerChannelPacked && block.1 != 1 {
+                    continue;
+                }
+                let p = Problem::random(format, shape, block, layout);
                 let case = format!("{what}: {}", name(Way::Block, &p, layout, "both"));
                 if ctx.case(&case) {
                     compare::<bf16>(ctx, Way::Block, &p, layout, at, &case)?;
@@ -393,14 +439,16 @@ fn placements(ctx: &Ctx) -> Result<(), String> {
 
 /// More launches than one.
 fn parts(ctx: &Ctx) -> Result<(), String> {
-    use SfLayout::{ColMajor, ColMajorPacked, RowMajor, RowMajorPacked};
-    let limits = [(1, RowMajor), (2, ColMajor), (4, ColMajorPacked), (7, RowMajorPacked)];
+    let limits = [1, 2, 4, 7, 5, 3, 2].into_iter().zip(LAYOUTS);
     for shape in [(17, 1024), (9, 2048), (33, 192)] {
         for format in [Format::E4m3, Format::E2m1] {
-            for (tokens, layout) in limits {
+            for (tokens, layout) in limits.clone() {
                 for block in [(3, 128), (11, 1)] {
+                    if layout == SfLayout::PerChannelPacked && block.1 != 1 {
+                        continue;
+                    }
                     let way = Way::Parts(tokens);
-                    let p = Problem::random(format, shape, block, layout.is_packed());
+                    let p = Problem::random(format, shape, block, layout);
                     let case = name(way, &p, layout, "both");
                     if ctx.case(&case) {
                         compare::<bf16>(ctx, way, &p, layout, Placement::default(), &case)?;
@@ -420,7 +468,7 @@ fn captured(ctx: &Ctx) -> Result<(), String> {
     }
     let stream = ctx.device.stream().map_err(text)?;
     for (way, block) in [(Way::PerToken, (1, 128)), (Way::Block, (128, 128)), (Way::Block, (32, 1))] {
-        let p = Problem::random(Format::E4m3, (300, 2048), block, false);
+        let p = Problem::random(Format::E4m3, (300, 2048), block, SfLayout::RowMajor);
         let x = Data::upload(&ctx.device, &p, &p.x, 0, 0)?;
         let sf = Scales::upload(&ctx.device, &p, SfLayout::RowMajor, 0)?;
         let mut out = Destination::<bf16>::new(&ctx.device, &p, 0)?;
@@ -441,52 +489,46 @@ fn captured(ctx: &Ctx) -> Result<(), String> {
 }
 
 /// What the peers computed.
-fn golden(ctx: &Ctx) -> Result<Vec<String>, String> {
-    let Some(golden) = Golden::open()? else { return Ok(vec![SKIPPED.to_owned()]) };
-    for op in ["cast_back", "per_token_cast_back"] {
-        for case in golden.cases_of(op)? {
-            if ctx.case(&case.name()) {
-                golden_case(ctx, &golden, case, op)?;
-            }
-        }
-    }
-    Ok(Vec::new())
-}
-
-fn golden_case(ctx: &Ctx, golden: &Golden, case: &GoldenCase, op: &str) -> Result<(), String> {
+fn golden_case(ctx: &Ctx, golden: &Golden, case: &GoldenCase) -> Result<(), String> {
     let format = match case.param::<String>("in_fmt")?.as_str() {
         "e4m3" => Format::E4m3,
         _ => Format::E2m1,
     };
-    let (way, block, layout) = if op == "cast_back" {
-        (Way::Block, case.param::<(u32, u32)>("x_block_size")?, SfLayout::RowMajor)
+    let (layout, _) = case.sf_options()?;
+    let (way, block) = if case.op == "cast_back" {
+        (Way::Block, case.param("x_block_size")?)
     } else {
-        let layout = match (case.param("use_tma_aligned_col_major_sf")?, case.param("use_packed_ue8m0")?) {
-            (false, false) => SfLayout::RowMajor,
-            (true, false) => SfLayout::ColMajor,
-            (true, true) => SfLayout::ColMajorPacked,
-            (false, true) => SfLayout::RowMajorPacked,
-        };
-        (Way::PerToken, (1, case.param("num_per_channels")?), layout)
+        (Way::PerToken, (1, case.param("num_per_channels")?))
     };
     let (x, sf, out) = (golden.tensor(case, "in/x.0")?, golden.tensor(case, "in/x.1")?, golden.tensor(case, "out/")?);
     let hidden = if format == Format::E2m1 { 2 * x.shape[1] } else { x.shape[1] };
     let p = Problem { format, tokens: x.shape[0], hidden, block, x: Vec::new(), scales: Vec::new() };
     let data = Data::upload(&ctx.device, &p, x.bytes, 0, 0)?;
-    // The recorded words go where their strides say, unused bytes of packed words included.
-    let mut words = vec![0u32; sf.shape.iter().zip(&sf.strides).map(|(n, s)| (n - 1) * s).sum::<u64>() as usize + 1];
-    for (i, word) in sf.to_vec::<u32>()?.into_iter().enumerate() {
-        let (m, k) = (i as u64 / sf.shape[1], i as u64 % sf.shape[1]);
-        words[(m * sf.strides[0] + k * sf.strides[1]) as usize] = word;
-    }
     let shape = [sf.shape[0], sf.shape[1]];
     let strides = [sf.strides[0], sf.strides[1]];
-    let scales = Scales { buffer: ctx.device.upload(&words).map_err(text)?, shape, strides, layout };
+    let buffer = if layout.is_e4m3() {
+        let codes: Vec<E4m3> = laid_out(&sf.to_vec::<u8>()?, shape, strides).into_iter().map(E4m3).collect();
+        ScaleBuffer::E4m3(ctx.device.upload(&codes).map_err(text)?)
+    } else {
+        // Unused bytes of packed words included.
+        ScaleBuffer::Words(ctx.device.upload(&laid_out(&sf.to_vec::<u32>()?, shape, strides)).map_err(text)?)
+    };
+    let scales = Scales { buffer, shape, strides, layout };
     if case.param::<String>("fmt")? == "bf16" {
         golden_output::<bf16>(ctx, way, &p, &data, &scales, &out.to_vec()?, &case.name())
     } else {
         golden_output::<f32>(ctx, way, &p, &data, &scales, &out.to_vec()?, &case.name())
     }
+}
+
+/// Elements in logical order at the places that the strides give them.
+fn laid_out<T: Copy + Default>(elements: &[T], shape: [u64; 2], strides: [u64; 2]) -> Vec<T> {
+    let mut memory = vec![T::default(); ((shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1]) as usize + 1];
+    for (i, element) in elements.iter().enumerate() {
+        let (m, k) = (i as u64 / shape[1], i as u64 % shape[1]);
+        memory[(m * strides[0] + k * strides[1]) as usize] = *element;
+    }
+    memory
 }
 
 fn golden_output<O: Output>(
@@ -521,24 +563,37 @@ pub fn bench() -> Vec<Row> {
     }
     add("fmt=e4m3,h=7168,out=bf16,sf=128x128,t=8064".to_owned(), e4m3, large, (128, 128), r, "bf16", Way::Block);
     for (format, hidden, tokens, block, layout, out) in [
+        (e2m1, 7168, 8001, (1, 128), r, "fp32"),
         (e2m1, 7168, 8001, (1, 7168), r, "fp32"),
         (e2m1, 7168, 8001, (1, 128), cp, "fp32"),
+        (e2m1, 7168, 8001, (1, 7168), cp, "fp32"),
+        (e4m3, 7168, 8001, (1, 128), r, "fp32"),
         (e4m3, 7168, 8001, (1, 7168), r, "fp32"),
         (e4m3, 7168, 8001, (1, 128), cp, "fp32"),
+        (e4m3, 7168, 8001, (1, 7168), cp, "fp32"),
         (e4m3, 7168, 8001, (1, 128), cp, "bf16"),
         (e2m1, 7168, 8001, (1, 128), cp, "bf16"),
         (e2m1, 2048, 4001, (1, 128), r, "fp32"),
         (e4m3, 7168, 8001, (128, 1), r, "bf16"),
         (e4m3, 7168, 8001, (128, 1), r, "fp32"),
+        (e4m3, 7168, 8001, (128, 128), r, "bf16"),
         (e4m3, 7168, 8001, (128, 128), r, "fp32"),
         (e4m3, 2048, 4001, (128, 1), r, "bf16"),
         (e4m3, 576, 8001, (1, 128), r, "bf16"),
+        (e4m3, 7168, 8064, (128, 1), SfLayout::PerChannelPacked, "bf16"),
+        (e2m1, 7168, 8064, (1, 16), SfLayout::RowMajorE4m3, "bf16"),
+        (e4m3, 7168, 8064, (1, 128), SfLayout::RowMajorE4m3, "bf16"),
         (e4m3, 7168, 1, (1, 128), r, "bf16"),
         (e4m3, 7168, 16, (1, 128), r, "bf16"),
         (e4m3, 7168, 128, (1, 128), r, "bf16"),
         (e2m1, 7168, 128, (1, 128), r, "fp32"),
     ] {
-        let layout_name = if layout.is_packed() { "CP" } else { "R" };
+        let layout_name = match layout {
+            SfLayout::PerChannelPacked => "TP",
+            SfLayout::RowMajorE4m3 => "R8",
+            _ if layout.is_packed() => "CP",
+            _ => "R",
+        };
         let case = format!("fmt={format},h={hidden},layout={layout_name},out={out},sf={}x{},t={tokens}", block.0, block.1);
         add(case, format, (tokens, hidden), block, layout, out, Way::Block);
     }
@@ -548,10 +603,10 @@ pub fn bench() -> Vec<Row> {
 fn row(case: String, format: Format, shape: (u64, u64), block: (u32, u32), layout: SfLayout, out: &'static str, way: Way) -> Row {
     let p = Problem { format, tokens: shape.0, hidden: shape.1, block, x: Vec::new(), scales: Vec::new() };
     let out_size = if out == "bf16" { 2 } else { 4 };
-    let sf_words = p.rows() * if layout.is_packed() { p.columns().div_ceil(4) } else { p.columns() };
-    let bytes = shape.0 * (format.columns(shape.1) + shape.1 * out_size) + 4 * sf_words;
+    let sf_bytes = layout.rows(p.rows()) * layout.columns(p.columns()) * layout.dtype().size();
+    let bytes = shape.0 * (format.columns(shape.1) + shape.1 * out_size) + sf_bytes;
     let build = move |device: &Device, _: &Stream| {
-        let mut p = Problem::with_scales(format, shape, block, layout.is_packed());
+        let mut p = Problem::with_scales(format, shape, block, layout);
         // Normal values, with the scale that a block of 128 of them has about.
         let rng = Rng::named("cast_back bench");
         let nibble = |v: f32| ferrotile::E2m1x2::from_f32s([v, 0.0]).0 & 15;
@@ -677,7 +732,7 @@ mod tests {
     #[test]
     fn two_runs_give_the_same_bytes() {
         let device = Device::emulator().shuffled(3);
-        let p = Problem::random(Format::E2m1, (50, 832), (1, 64), false);
+        let p = Problem::random(Format::E2m1, (50, 832), (1, 64), SfLayout::ColMajor);
         let (x, sf) =
             (Data::upload(&device, &p, &p.x, 0, 0).unwrap(), Scales::upload(&device, &p, SfLayout::ColMajor, 0).unwrap());
         let once = || {
@@ -746,6 +801,12 @@ mod tests {
         refused("row-major sf called column-major", data(), column_major, (1, 128), &fine, &rows, |e| {
             matches!(e, Error::Layout { arg: "sf", .. })
         });
+        let per_channel = Sf { layout: SfLayout::PerChannelPacked, ..scales() };
+        refused("per-channel sf of wider blocks", data(), per_channel, (1, 128), &fine, &rows, |e| {
+            matches!(e, Error::Layout { arg: "sf", .. })
+        });
+        let e4m3 = Sf { layout: SfLayout::RowMajorE4m3, ..scales() };
+        refused("f32 sf called e4m3", data(), e4m3, (1, 128), &fine, &rows, dtype_of_sf);
         refused("sf elsewhere", data(), row_major(elsewhere.tensor(&[4, 2]).unwrap()), (1, 128), &fine, &rows, |e| {
             matches!(e, Error::DeviceMismatch { arg: "sf", .. })
         });
@@ -807,20 +868,21 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn any_shape_and_stride(
-            e2m1: bool, f32_out: bool, layout in 0usize..4, tokens in 0u64..24, half_hidden in 1u64..150, wide: bool,
+            e2m1: bool, f32_out: bool, layout in 0usize..7, tokens in 0u64..24, half_hidden in 1u64..150, wide: bool,
             npc in 0usize..6, npt in 1u32..30, x_gap in 0u64..20, x_offset in 0u64..20, sf_gap in 0u64..6, out_offset in 0u64..9,
         ) {
             let hidden = if wide { half_hidden.div_ceil(32) * 64 } else if e2m1 { 2 * half_hidden } else { half_hidden };
             let npc = [1, 16, 32, 64, 128, hidden as u32][npc];
             let format = if e2m1 { Format::E2m1 } else { Format::E4m3 };
             let layout = LAYOUTS[layout];
+            let npc = if layout == SfLayout::PerChannelPacked { 1 } else { npc };
             // Half of the cases are laid out for vectors.
             let at = if wide {
                 Placement { x_gap: x_gap / 8 * 8, x_offset: x_offset / 8 * 8, sf_gap, out_offset: out_offset / 8 * 8 }
             } else {
                 Placement { x_gap, x_offset, sf_gap, out_offset }
             };
-            let p = Problem::random(format, (tokens, hidden), (npt, npc), layout.is_packed());
+            let p = Problem::random(format, (tokens, hidden), (npt, npc), layout);
             let ctx = Ctx::new(Device::emulator().checked(), Depth::Small);
             let case = name(Way::Block, &p, layout, "");
             let result = if f32_out {

@@ -1,9 +1,10 @@
 //! norm_backward: reference, cases, checks and benchmark.
 
-use super::norm_forward::{DTYPES, Gaps, PARTS, Placed, Problem, maybe, normal, same, small_shapes};
+use super::norm_forward::{DTYPES, Gaps, PARTS, Placed, Problem, golden_floats, maybe, normal, same, small_shapes};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, text};
 use ferrotile::quant::norm_backward::{self as op, Args, WeightGrad};
@@ -229,7 +230,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if !ctx.device.is_emulator() {
         check_graph(ctx)?;
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["norm_backward"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// A call, and the same again: the same bits. Then with two launches.
@@ -277,6 +279,35 @@ fn check_nan(ctx: &Ctx) -> Result<(), String> {
         crate::support::suite::ensure(fine, || format!("NaN in rows {rows:?}; {}", p.name))?;
     }
     Ok(())
+}
+
+/// What the peers computed on a GPU, within what the order of sums makes.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let x = golden.tensor(case, "in/x")?;
+    let dtype = if x.bytes.len() as u64 == 2 * x.shape[0] * x.shape[1] { DType::Bf16 } else { DType::F32 };
+    let floats = |key: &str| golden_floats(golden, case, key);
+    let p = Backward {
+        name: case.name(),
+        dtype,
+        t: x.shape[0],
+        h: x.shape[1],
+        out_grad: floats("in/out_grad")?,
+        x: floats("in/x")?,
+        weight: Some(floats("in/weight")?),
+        rstd: floats("in/rstd")?,
+        residual_out_grad: None,
+        out_scale: case.param("out_scale")?,
+        weight_grad: Some((DType::F32, Some(vec![0.0; x.shape[1] as usize]))),
+    };
+    let stream = ctx.device.stream().map_err(text)?;
+    let mut tensors = Tensors::new(&ctx.device, &p, Gaps::default(), 0)?;
+    tensors.launch(&stream, op::norm_backward).map_err(text)?;
+    let results = tensors.results(&p.name)?;
+    check_results(&p, &p.name, &results)?;
+    // Neighbouring bf16 are at most 2^-7 apart.
+    let rtol = if dtype == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 };
+    compare::allclose("x_grad", &p.name, &[p.t, p.h], &results.0, &floats("out/grad")?, (2e-5, rtol))?;
+    compare::allclose("weight_grad", &p.name, &[p.h], &results.1, &floats("out/weight_grad")?, (1e-5, 1e-5))
 }
 
 /// Recorded in a graph and replayed.
@@ -344,9 +375,7 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::super::norm_forward::FILL;
-    use super::super::norm_forward::tests::golden_floats;
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::{Error, TensorMut, TensorRef};
     use half::bf16;
     use proptest::prelude::{ProptestConfig, any, proptest};
@@ -385,39 +414,6 @@ mod tests {
         // `rstd` is an f32.
         compare::allclose("x", "", &[15], &x_grad, &x_slopes, (1e-6, 1e-6)).unwrap();
         compare::allclose("w", "", &[5], &weight_grad, &w_slopes, (1e-6, 1e-6)).unwrap();
-    }
-
-    /// What the peers computed on a GPU, within what the order of sums makes.
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases().iter().filter(|case| case.op == "norm_backward") {
-            let x = golden.tensor(case, "in/x").unwrap();
-            let dtype = if x.bytes.len() as u64 == 2 * x.shape[0] * x.shape[1] { DType::Bf16 } else { DType::F32 };
-            let floats = |key: &str| golden_floats(&golden, case, key);
-            let p = Backward {
-                name: case.name(),
-                dtype,
-                t: x.shape[0],
-                h: x.shape[1],
-                out_grad: floats("in/out_grad"),
-                x: floats("in/x"),
-                weight: Some(floats("in/weight")),
-                rstd: floats("in/rstd"),
-                residual_out_grad: None,
-                out_scale: case.param("out_scale").unwrap(),
-                weight_grad: Some((DType::F32, Some(vec![0.0; x.shape[1] as usize]))),
-            };
-            let mut tensors = Tensors::new(&device, &p, Gaps::default(), 0).unwrap();
-            tensors.launch(&stream, op::norm_backward).unwrap();
-            let (x_grad, weight_grad) = tensors.results(&p.name).unwrap();
-            // Neighbouring bf16 are at most 2^-7 apart.
-            let rtol = if dtype == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 };
-            compare::allclose("x_grad", &p.name, &[p.t, p.h], &x_grad, &floats("out/grad"), (2e-5, rtol)).unwrap();
-            compare::allclose("weight_grad", &p.name, &[p.h], &weight_grad, &floats("out/weight_grad"), (1e-5, 1e-5)).unwrap();
-        }
     }
 
     #[test]

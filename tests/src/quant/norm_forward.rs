@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::norm_forward::{self as op, Args};
@@ -448,7 +449,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["norm_forward"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// A call with all outputs, a second one over its results, and one with the norm alone: all the same bits.
@@ -477,6 +479,52 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, offset: u64) -> Result<(), 
         pair.check(p)?;
     }
     Ok(())
+}
+
+/// Floats of a golden tensor of either type.
+pub(super) fn golden_floats(golden: &Golden, case: &Case, key: &str) -> Result<Vec<f32>, String> {
+    let t = golden.tensor(case, key)?;
+    if t.bytes.len() as u64 == 2 * t.shape.iter().product::<u64>() {
+        Ok(t.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect())
+    } else {
+        t.to_vec()
+    }
+}
+
+/// The inputs of a golden case.
+pub(super) fn golden_problem(golden: &Golden, case: &Case) -> Result<Problem, String> {
+    let keys = golden.keys(case);
+    let optional = |key: &str| keys.iter().any(|k| k == key).then(|| golden_floats(golden, case, key)).transpose();
+    let x = golden.tensor(case, "in/x")?;
+    let bf16 = x.bytes.len() as u64 == 2 * x.shape.iter().product::<u64>();
+    Ok(Problem {
+        name: case.name(),
+        dtype: if bf16 { DType::Bf16 } else { DType::F32 },
+        shape: x.shape.clone(),
+        x: golden_floats(golden, case, "in/x")?,
+        residual: optional("in/residual")?,
+        weight: optional("in/weight")?,
+        eps: case.param("eps")?,
+        out_scale: case.param("out_scale")?,
+    })
+}
+
+/// What the peers computed on a GPU: the sum bit for bit, the rest within one code.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let p = golden_problem(golden, case)?;
+    let stream = ctx.device.stream().map_err(text)?;
+    let inputs = Inputs::new(&ctx.device, &p, Gaps::default())?;
+    let mut outputs = Outputs::new(&ctx.device, &p, 0, true)?;
+    outputs.launch(&stream, &p, &inputs, op::norm_forward).map_err(text)?;
+    let (rstd, out) = outputs.check(&p)?;
+    let close = |what: &str, key: &str, got: &[f32], rtol: f64| {
+        let expected = golden_floats(golden, case, key)?;
+        compare::allclose(what, &p.name, &[got.len() as u64], got, &expected, (1e-30, rtol))
+    };
+    // Neighbouring bf16 are at most 2^-7 apart.
+    close("out", "out/plain.0", &out, if p.dtype == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 })?;
+    close("rstd", "out/plain.1", &rstd, 1e-5)?;
+    same("residual_out", &p.name, &p.shape, &p.sum(), &golden_floats(golden, case, "out/plain.2")?)
 }
 
 /// Recorded in a graph and replayed.
@@ -564,9 +612,8 @@ pub fn bench() -> Vec<Row> {
 }
 
 #[cfg(test)]
-pub(in crate::quant) mod tests {
+mod tests {
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::Error;
     use proptest::prelude::{ProptestConfig, any, proptest};
 
@@ -590,65 +637,6 @@ pub(in crate::quant) mod tests {
         let sum = p.sum();
         assert_eq!((&sum[..], &p.rstd(&sum)[..]), (&[3.0, 4.0][..], &[0.25][..]));
         assert_eq!(p.norm(&sum, &[0.25]), [1.5, 1.0]);
-    }
-
-    /// What the peers computed on a GPU: the sum bit for bit, the rest within one code.
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases().iter().filter(|case| case.op == "norm_forward") {
-            let name = case.name();
-            let (p, inputs) = golden_problem(&device, &golden, case);
-            let mut outputs = Outputs::new(&device, &p, 0, true).unwrap();
-            outputs.launch(&stream, &p, &inputs, op::norm_forward).unwrap();
-            let (rstd, out) = outputs.check(&p).unwrap();
-            let close = |what: &str, key: &str, got: &[f32], rtol: f64| {
-                let expected = golden_floats(&golden, case, key);
-                let shape = [got.len() as u64];
-                compare::allclose(what, &name, &shape, got, &expected, (1e-30, rtol)).unwrap();
-            };
-            // Neighbouring bf16 are at most 2^-7 apart.
-            close("out", "out/plain.0", &out, if p.dtype == DType::Bf16 { 1.0 / 128.0 } else { 1e-5 });
-            close("rstd", "out/plain.1", &rstd, 1e-5);
-            let sum = golden_floats(&golden, case, "out/plain.2");
-            same("residual_out", &name, &p.shape, &p.sum(), &sum).unwrap();
-        }
-    }
-
-    /// Floats of a golden tensor of either type.
-    pub(in crate::quant) fn golden_floats(golden: &Golden, case: &crate::support::golden::Case, key: &str) -> Vec<f32> {
-        let t = golden.tensor(case, key).unwrap();
-        if t.bytes.len() as u64 == 2 * t.shape.iter().product::<u64>() {
-            t.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect()
-        } else {
-            t.to_vec().unwrap()
-        }
-    }
-
-    /// The inputs of a golden case.
-    pub(in crate::quant) fn golden_problem(
-        device: &Device,
-        golden: &Golden,
-        case: &crate::support::golden::Case,
-    ) -> (Problem, Inputs) {
-        let keys = golden.keys(case);
-        let optional = |key: &str| keys.iter().any(|k| k == key).then(|| golden_floats(golden, case, key));
-        let x = golden.tensor(case, "in/x").unwrap();
-        let bf16 = x.bytes.len() as u64 == 2 * x.shape.iter().product::<u64>();
-        let p = Problem {
-            name: case.name(),
-            dtype: if bf16 { DType::Bf16 } else { DType::F32 },
-            shape: x.shape.clone(),
-            x: golden_floats(golden, case, "in/x"),
-            residual: optional("in/residual"),
-            weight: optional("in/weight"),
-            eps: case.param("eps").unwrap(),
-            out_scale: case.param("out_scale").unwrap(),
-        };
-        let inputs = Inputs::new(device, &p, Gaps::default()).unwrap();
-        (p, inputs)
     }
 
     #[test]

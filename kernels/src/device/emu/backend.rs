@@ -168,6 +168,13 @@ pub fn store_shared<W: Word>(p: SharedPtr, v: W) {
     unsafe { p.checked::<W>(Access::Write).write(v) }
 }
 #[inline(always)]
+pub fn index_below(i: u32, len: u32, at: Here) -> bool {
+    if i >= len && current().block().checked() {
+        current().fault(FaultKind::Index { index: i, len }, at);
+    }
+    i < len
+}
+#[inline(always)]
 pub fn prefetch_l2(_: Ptr) {}
 
 #[inline(always)]
@@ -244,6 +251,7 @@ pub fn grid_sync(_: Ptr, at: Here) {
 pub fn spin(at: Here) {
     current().wait_for(Wait::Spin(at));
 }
+pub fn rolled() {}
 
 /// Words with atomic instructions.
 pub trait AtomicWord: Word {
@@ -476,6 +484,9 @@ pub fn cvt_f16x2(lo: f32, hi: f32) -> u32 {
 pub fn cvt_f16_rz(v: f32) -> u32 {
     num::f32_to_f16_rz(v) as u32
 }
+pub fn cvt_f16x2_rz(lo: f32, hi: f32) -> u32 {
+    num::f32_to_f16_rz(lo) as u32 | (num::f32_to_f16_rz(hi) as u32) << 16
+}
 pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
     [num::f16_to_f32(v as u16), num::f16_to_f32((v >> 16) as u16)]
 }
@@ -591,6 +602,15 @@ pub fn max(a: f32, b: f32) -> f32 {
 }
 pub fn min(a: f32, b: f32) -> f32 {
     if a.is_nan() || b < a || (a == b && b.is_sign_negative()) { b } else { a }
+}
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    max(a.abs(), b.abs()).copysign(if a.is_sign_negative() == b.is_sign_negative() { 1.0 } else { -1.0 })
+}
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { max(a, b) }
+}
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { min(a, b) }
 }
 pub fn saturate(v: f32) -> f32 {
     if v > 0.0 { v.min(1.0) } else { 0.0 }
