@@ -400,7 +400,7 @@ kernel! {
 }
 
 /// Results of `packed` for one pattern.
-pub const PACKED: u32 = 6;
+pub const PACKED: u32 = 7;
 
 kernel! {
     op = selftest;
@@ -417,6 +417,7 @@ kernel! {
         out.set(3, f16x2_max_abs(a, b) & 0x7fff_7fff);
         out.set(4, u16x2_max(a, b));
         out.set(5, select_bits(b, a, !a));
+        out.set(6, bf16x2_add(a, b));
     }
 }
 

@@ -218,6 +218,12 @@ pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
     backend::fma_bf16x2(a, b, 0x8000_8000)
 }
 
+/// Two sums of bf16, rounded to nearest even.
+#[inline(always)]
+pub fn bf16x2_add(a: u32, b: u32) -> u32 {
+    backend::fma_bf16x2(a, 0x3f80_3f80, b)
+}
+
 /// Eight bf16 times the power of two `scale` to e2m1, round to nearest even, first in the low nibble. No product may exceed 6 in
 /// magnitude; the sign is kept, for zeros too, and NaN gives 6 with its sign.
 ///

@@ -445,6 +445,7 @@ fn packed(r: &Run) -> Result<(), String> {
                 halves(&larger(0x7C00)),
                 halves(&|a, b| a.max(b)),
                 (a & b) | (!a & !b),
+                halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) + num::bf16_to_f32(b))),
             ];
             for (j, expected) in expected.into_iter().enumerate() {
                 let got = if j == 0 { got[0] & mask } else { got[j] };
