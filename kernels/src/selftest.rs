@@ -3,6 +3,7 @@
 
 use crate::device::*;
 use crate::kernel;
+use crate::quant::swiglu;
 
 /// Threads of a block in every kernel here.
 pub const THREADS: u32 = 256;
@@ -326,7 +327,7 @@ kernel! {
 }
 
 /// Results of `packed` for one pattern.
-pub const PACKED: u32 = 6;
+pub const PACKED: u32 = 7;
 
 kernel! {
     op = selftest;
@@ -343,6 +344,7 @@ kernel! {
         out.set(3, f16x2_max_abs(a, b) & 0x7fff_7fff);
         out.set(4, u16x2_max(a, b));
         out.set(5, select_bits(b, a, !a));
+        out.set(6, i16x2_max(a, b));
     }
 }
 
@@ -374,7 +376,7 @@ kernel! {
 }
 
 /// Results of [`math`] per input.
-pub const MATH: u32 = 11;
+pub const MATH: u32 = 15;
 
 kernel! {
     op = selftest;
@@ -396,7 +398,61 @@ kernel! {
             out.set(8, 1.0 / v);
             out.set(9, max_total(v, 0.5));
             out.set(10, min_total(v, 0.5));
+            out.set(11, max_nan(v, 0.5));
+            out.set(12, min_nan(v, 0.5));
+            out.set(13, one_plus_exp(v));
+            out.set(14, 1.0 + exp(v));
         }
+    }
+}
+
+/// Functions of [`apply`] that the two backends round differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Function {
+    /// [`exp`].
+    Exp,
+    /// [`fast_exp2`].
+    Exp2,
+    /// [`fast_rcp`].
+    Rcp,
+    /// [`fast_rsqrt`].
+    Rsqrt,
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// One [`Function`] of every element, for references that must have the bits of the device.
+    pub fn apply(x: In<f32>, y: Out<f32>, n: u32, function: u32) {
+        let mut i = block_idx_x() * THREADS + thread_idx();
+        while i < n {
+            let v = x.get(i);
+            let result = if function == Function::Exp as u32 {
+                exp(v)
+            } else if function == Function::Exp2 as u32 {
+                fast_exp2(v)
+            } else if function == Function::Rcp as u32 {
+                fast_rcp(v)
+            } else {
+                fast_rsqrt(v)
+            };
+            y.set(i, result);
+            i += grid_dim_x() * THREADS;
+        }
+    }
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// `silu` of the bf16 gate of each thread's number, by the short division and by the IEEE one.
+    pub fn silu_of_bf16(short: Out<f32>, exact: Out<f32>) {
+        let i = block_idx_x() * THREADS + thread_idx();
+        let gates = [i * 0x1_0001; 4];
+        let l = swiglu::unpack(gates);
+        short.set(i, swiglu::silu_of_bf16x8(gates, l, false)[(i % 8) as usize]);
+        exact.set(i, swiglu::silu(l[0]));
     }
 }
 

@@ -140,6 +140,12 @@ pub fn u16x2_max(a: u32, b: u32) -> u32 {
     backend::max_u16x2(a, b)
 }
 
+/// The larger of two pairs of signed 16-bit numbers.
+#[inline(always)]
+pub fn i16x2_max(a: u32, b: u32) -> u32 {
+    backend::max_i16x2(a, b)
+}
+
 /// Two products of bf16, rounded to nearest even.
 #[inline(always)]
 pub fn bf16x2_mul(a: u32, b: u32) -> u32 {

@@ -20,6 +20,18 @@ pub fn min_total(a: f32, b: f32) -> f32 {
     backend::min(a, b)
 }
 
+/// The larger value; NaN if there is one.
+#[inline(always)]
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    backend::max_nan(a, b)
+}
+
+/// The smaller value; NaN if there is one.
+#[inline(always)]
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    backend::min_nan(a, b)
+}
+
 /// Square root, correctly rounded.
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {
@@ -61,11 +73,26 @@ pub fn fast_rcp(v: f32) -> f32 {
 /// of two inside is correctly rounded, which moves the last bit of one result in eight.
 #[inline(always)]
 pub fn exp(v: f32) -> f32 {
+    let [mantissa, power] = exp_factors(v);
+    mantissa * power
+}
+
+/// `1 + e^v` with [`exp`], rounded twice as that sum is, in one instruction less: the product inside `exp` is by a power of two, so it
+/// is exact unless it is too small for the sum or infinite either way.
+#[inline(always)]
+pub fn one_plus_exp(v: f32) -> f32 {
+    let [mantissa, power] = exp_factors(v);
+    fma(mantissa, power, 1.0)
+}
+
+/// Two factors of [`exp`], the second of them a power of two.
+#[inline(always)]
+fn exp_factors(v: f32) -> [f32; 2] {
     // Constants of the published sequence (quant.md 1.9): log2(e) split in two, and a magic number that rounds to integer.
     let t = backend::saturate(fma(v, f32::from_bits(0x3BBB_989D), 0.5));
     let j = backend::fma_toward_minus_inf(t, 252.0, f32::from_bits(0x4B40_0001));
     let k = -(j + f32::from_bits(0xCB40_007F));
     let q = fma(v, f32::from_bits(0x3FB8_AA3B), k);
     let q = fma(v, f32::from_bits(0x32A5_7060), q);
-    fast_exp2(q) * f32::from_bits(j.to_bits() << 23)
+    [fast_exp2(q), f32::from_bits(j.to_bits() << 23)]
 }

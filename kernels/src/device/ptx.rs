@@ -616,6 +616,14 @@ pub fn min(a: f32, b: f32) -> f32 {
     pure!("min.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
 #[inline(always)]
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    pure!("max.NaN.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
+}
+#[inline(always)]
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    pure!("min.NaN.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
+}
+#[inline(always)]
 pub fn saturate(v: f32) -> f32 {
     pure!("cvt.sat.f32.f32 {0}, {1};", reg32 f32, reg32 v)
 }
@@ -658,6 +666,10 @@ pub fn min_bf16x2(a: u32, b: u32) -> u32 {
 #[inline(always)]
 pub fn max_u16x2(a: u32, b: u32) -> u32 {
     pure!("max.u16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
+}
+#[inline(always)]
+pub fn max_i16x2(a: u32, b: u32) -> u32 {
+    pure!("max.s16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
 }
 
 #[inline(always)]

@@ -7,3 +7,4 @@ pub mod cast_back;
 pub mod common;
 pub mod per_block_cast;
 pub mod per_token_cast;
+pub mod swiglu;

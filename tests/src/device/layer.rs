@@ -1,6 +1,7 @@
 //! The device layer: kernels of `ferrotile_kernels::selftest` against plain Rust, on both backends.
 
 use crate::support::cases::Depth;
+use crate::support::device_math;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::{Buffer, Device, Element, Stream};
@@ -15,10 +16,9 @@ const OP: &str = "selftest";
 const THREADS: usize = k::THREADS as usize;
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
-    #[cfg(feature = "cuda")]
-    ferrotile::register_ptx(OP, include_str!("../../ptx/selftest.ptx"));
+    device_math::register();
     type Check = fn(&Run) -> Result<(), String>;
-    let checks: [(&str, Check); 16] = [
+    let checks: [(&str, Check); 17] = [
         ("scan", scan),
         ("warp_ops", warp_ops),
         ("block_ops", block_ops),
@@ -31,6 +31,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         ("packed", packed),
         ("decode", decode),
         ("math", math),
+        ("silu_of_bf16", silu_of_bf16),
         ("widths", widths),
         ("grid", grid),
         ("large_shared", large_shared),
@@ -443,6 +444,7 @@ fn packed(r: &Run) -> Result<(), String> {
                 halves(&larger(0x7C00)),
                 halves(&|a, b| a.max(b)),
                 (a & b) | (!a & !b),
+                halves(&|a, b| (a as i16).max(b as i16) as u16),
             ];
             for (j, expected) in expected.into_iter().enumerate() {
                 let got = if j == 0 { got[0] & mask } else { got[j] };
@@ -543,10 +545,32 @@ fn math(r: &Run) -> Result<(), String> {
             ("division", 8, 1.0 / v),
             ("max_total", 9, v.max(0.5)),
             ("min_total", 10, v.min(0.5)),
+            ("max_nan", 11, if v.is_nan() { *v } else { v.max(0.5) }),
+            ("min_nan", 12, if v.is_nan() { *v } else { v.min(0.5) }),
+            ("one_plus_exp", 13, got[14]),
         ];
         for (name, i, expected) in exact {
             ensure(got[i].to_bits() == expected.to_bits() || (got[i].is_nan() && expected.is_nan()), || {
                 format!("{name}({v:e}): got {:e}, expected {expected:e}", got[i])
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The short division of SwiGLU is the IEEE one for every gate that bf16 can hold.
+fn silu_of_bf16(r: &Run) -> Result<(), String> {
+    let (short, exact) = (r.alloc::<f32>(1 << 16)?, r.alloc::<f32>(1 << 16)?);
+    let args = k::silu_of_bf16::Args { short: output(&short), exact: output(&exact) };
+    r.launch(&k::silu_of_bf16::ENTRY, LaunchConfig::new((1 << 16) / k::THREADS, k::THREADS), args)?;
+    let exp = device_math::bf16_table(&r.device, k::Function::Exp)?;
+    for (i, (short, exact)) in read(&short)?.iter().zip(read(&exact)?).enumerate() {
+        let l = num::bf16_to_f32(i as u16);
+        // The gate's negative is another entry of the table.
+        let expected = l / (1.0 + exp[i ^ 0x8000]);
+        for got in [*short, exact] {
+            ensure(got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()), || {
+                format!("silu({l:e}): got {got:e}, expected {expected:e}")
             })?;
         }
     }

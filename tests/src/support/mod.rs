@@ -4,6 +4,7 @@ pub mod bench;
 pub mod bytes;
 pub mod cases;
 pub mod compare;
+pub mod device_math;
 pub mod golden;
 pub mod rng;
 pub mod suite;

@@ -592,6 +592,12 @@ pub fn max(a: f32, b: f32) -> f32 {
 pub fn min(a: f32, b: f32) -> f32 {
     if a.is_nan() || b < a || (a == b && b.is_sign_negative()) { b } else { a }
 }
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { max(a, b) }
+}
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { min(a, b) }
+}
 pub fn saturate(v: f32) -> f32 {
     if v > 0.0 { v.min(1.0) } else { 0.0 }
 }
@@ -655,6 +661,10 @@ pub fn min_bf16x2(a: u32, b: u32) -> u32 {
 }
 pub fn max_u16x2(a: u32, b: u32) -> u32 {
     (a as u16).max(b as u16) as u32 | ((a >> 16).max(b >> 16)) << 16
+}
+pub fn max_i16x2(a: u32, b: u32) -> u32 {
+    // Flipping the sign bits turns the order of signed numbers into that of unsigned ones.
+    max_u16x2(a ^ 0x8000_8000, b ^ 0x8000_8000) ^ 0x8000_8000
 }
 
 /// All lanes' fragments: word `i` of lane `l` is `[i][l]`.
