@@ -28,6 +28,7 @@ pub fn suites() -> Vec<Suite> {
         quant::cast_back::SUITE,
         quant::per_block_cast::SUITE,
         quant::per_token_cast::SUITE,
+        quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -41,6 +42,7 @@ pub fn benches() -> Vec<Row> {
         quant::cast_back::bench(),
         quant::per_block_cast::bench(),
         quant::per_token_cast::bench(),
+        quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

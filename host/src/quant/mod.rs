@@ -20,6 +20,7 @@
 pub mod cast_back;
 pub mod per_block_cast;
 pub mod per_token_cast;
+pub mod swiglu_forward_and_per_channel_cast_and_transpose;
 
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};

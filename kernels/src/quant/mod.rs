@@ -8,3 +8,4 @@ pub mod common;
 pub mod per_block_cast;
 pub mod per_token_cast;
 pub mod swiglu;
+pub mod swiglu_forward_and_per_channel_cast_and_transpose;
