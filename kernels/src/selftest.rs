@@ -3,7 +3,7 @@
 
 use crate::device::*;
 use crate::kernel;
-use crate::quant::swiglu;
+use crate::quant::common_swiglu as swiglu;
 
 /// Threads of a block in every kernel here.
 pub const THREADS: u32 = 256;
@@ -446,12 +446,13 @@ kernel! {
 kernel! {
     op = selftest;
     threads = 256;
-    /// `silu` of the bf16 gate of each thread's number, by the short division and by the IEEE one.
-    pub fn silu_of_bf16(short: Out<f32>, exact: Out<f32>) {
+    /// `silu` of the bf16 gate of each thread's number, by the two short divisions and by the IEEE one.
+    pub fn silu_of_bf16(short: Out<f32>, careful: Out<f32>, exact: Out<f32>) {
         let i = block_idx_x() * THREADS + thread_idx();
         let gates = [i * 0x1_0001; 4];
         let l = swiglu::unpack(gates);
         short.set(i, swiglu::silu_of_bf16x8(gates, l, false)[(i % 8) as usize]);
+        careful.set(i, swiglu::careful_silu(l[0]));
         exact.set(i, swiglu::silu(l[0]));
     }
 }

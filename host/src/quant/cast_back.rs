@@ -344,13 +344,11 @@ fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: 
 /// The entry of a kernel for a format of data, an output type and a kind of scales.
 macro_rules! entries {
     ($kernel:ident, $plan:expr, $per_channel:expr) => {{
-        use k::$kernel as e;
         use SfLayout::{ColMajor, ColMajorE4m3, ColMajorPacked, PerChannelPacked, RowMajor, RowMajorE4m3, RowMajorPacked};
+        use k::$kernel as e;
         let [e4m3_bf16, e4m3_f32, e2m1_bf16, e2m1_f32] = match $plan.layout {
             RowMajor | ColMajor => [&e::e4m3_bf16_f32, &e::e4m3_f32_f32, &e::e2m1_bf16_f32, &e::e2m1_f32_f32],
-            ColMajorPacked | RowMajorPacked => {
-                [&e::e4m3_bf16_ue8m0, &e::e4m3_f32_ue8m0, &e::e2m1_bf16_ue8m0, &e::e2m1_f32_ue8m0]
-            }
+            ColMajorPacked | RowMajorPacked => [&e::e4m3_bf16_ue8m0, &e::e4m3_f32_ue8m0, &e::e2m1_bf16_ue8m0, &e::e2m1_f32_ue8m0],
             RowMajorE4m3 | ColMajorE4m3 => [&e::e4m3_bf16_e4m3, &e::e4m3_f32_e4m3, &e::e2m1_bf16_e4m3, &e::e2m1_f32_e4m3],
             PerChannelPacked => $per_channel,
         };

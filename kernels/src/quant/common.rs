@@ -40,11 +40,17 @@ pub struct Scale {
     pub inv: f32,
 }
 
-/// Scale for a block whose largest magnitude is `amax`. With `ROUND` it is the power of two at or above `amax / MAX`, so that
-/// data never saturate (quant.md 2b); without, it is the exact quotient (2a).
+/// Scale for a block whose largest magnitude is `amax`, see [`scale_at_least`].
 #[inline(always)]
 pub fn scale<T: Target, const ROUND: bool>(amax: f32) -> Scale {
-    let clamped = max_total(amax, T::AMAX_MIN);
+    scale_at_least::<T, ROUND>(amax, T::AMAX_MIN)
+}
+
+/// Scale for a block whose largest magnitude is `amax`, which counts as at least `amax_min`. With `ROUND` it is the power of two at or
+/// above `amax / MAX`, so that data never saturate (quant.md 2b); without, it is the exact quotient (2a).
+#[inline(always)]
+pub fn scale_at_least<T: Target, const ROUND: bool>(amax: f32, amax_min: f32) -> Scale {
+    let clamped = max_total(amax, amax_min);
     if ROUND {
         // The product with the rounded reciprocal lands in the same binade as the quotient for every legal `amax`.
         let exponent = exponent_ceil(clamped * (1.0 / T::MAX));

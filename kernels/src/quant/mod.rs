@@ -5,7 +5,9 @@
 
 pub mod cast_back;
 pub mod common;
+pub mod common_swiglu;
 pub mod per_block_cast;
 pub mod per_token_cast;
-pub mod swiglu;
+pub mod swiglu_forward;
 pub mod swiglu_forward_and_per_channel_cast_and_transpose;
+pub mod swiglu_forward_and_per_token_cast;

@@ -9,13 +9,12 @@
 //! Cost  4 bytes read and 1 written a value, 4/npt for its scale; about 22 instructions a value: memory bound, but not by far.
 
 use super::common::{E4m3, Scale, Target, scale};
-use super::swiglu::{clamp_gate, clamp_up, short_quotient, silu};
+use super::common_swiglu::{careful_silu, clamp_gate, clamp_up, short_quotient, silu};
 use crate::device::*;
 use crate::{kernel, unroll};
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
-const WARPS: u32 = THREADS / WARP_SIZE;
 /// Tokens of a thread, one after the other: as e4m3 a word of a transposed row.
 const TOKENS: u32 = 4;
 /// Channels of a thread: 16 bytes of bf16.
@@ -24,17 +23,18 @@ const CHANNELS: u32 = 8;
 const GRID_Y: u32 = 1 << 15;
 
 /// Tokens and channels of a tile with `lanes` threads across.
-pub const fn tile(lanes: u32) -> (u32, u32) {
-    (THREADS / lanes * TOKENS, lanes * CHANNELS)
+pub const fn tile(threads: u32, lanes: u32) -> (u32, u32) {
+    (threads / lanes * TOKENS, lanes * CHANNELS)
 }
 
-/// One block a tile, channels first: neighbours in x share DRAM pages of `x`.
-pub const fn config(num_tokens: u32, hidden: u32, lanes: u32) -> LaunchConfig {
-    let (tokens, channels) = tile(lanes);
-    let rows = ceil_div(num_tokens, tokens);
+/// One block a tile, channels first: neighbours in x share DRAM pages of `x`. `turned`: tokens first, at most 65535 tiles of channels.
+pub const fn config(num_tokens: u32, hidden: u32, threads: u32, lanes: u32, turned: bool) -> LaunchConfig {
+    let (tokens, channels) = tile(threads, lanes);
+    let (rows, columns) = (ceil_div(num_tokens, tokens), ceil_div(hidden, channels));
     let y = if rows < GRID_Y { rows } else { GRID_Y };
     let z = if y == 0 { 0 } else { ceil_div(rows, y) };
-    LaunchConfig::grid([ceil_div(hidden, channels), y, z], THREADS).shared(&Scratch::new(lanes).0)
+    let grid = if turned { [rows, columns, 1] } else { [columns, y, z] };
+    LaunchConfig::grid(grid, threads).shared(&Scratch::new(threads, lanes).0)
 }
 
 /// What a block keeps in shared memory.
@@ -49,11 +49,11 @@ struct Scratch {
 
 impl Scratch {
     #[inline(always)]
-    const fn new(lanes: u32) -> (SharedLayout, Self) {
-        let (tokens, channels) = tile(lanes);
+    const fn new(threads: u32, lanes: u32) -> (SharedLayout, Self) {
+        let (tokens, channels) = tile(threads, lanes);
         let mut layout = SharedLayout::new();
-        let maxima = layout.array(WARPS * channels);
-        let inverses = layout.array(THREADS);
+        let maxima = layout.array(threads / WARP_SIZE * channels);
+        let inverses = layout.array(tokens / 32 * channels);
         let tile = layout.array(tokens * channels);
         (layout, Self { maxima, inverses, tile })
     }
@@ -112,11 +112,7 @@ impl Silu for Short {
 impl Silu for Careful {
     #[inline(always)]
     fn silu(gate: f32) -> f32 {
-        let divisor = one_plus_exp(-gate);
-        let reciprocal = fast_rcp(divisor * 0.25) * 0.25;
-        let quotient = short_quotient(gate, divisor, reciprocal);
-        // Infinite divisors and gates have no remainder, and need none.
-        if quotient.is_nan() { gate * reciprocal } else { quotient }
+        careful_silu(gate)
     }
 }
 
@@ -179,10 +175,7 @@ pub fn plain_scale(amax: f32) -> Scale {
     let amax = max_total(amax, E4m3::AMAX_MIN);
     // Both scaled, so that the reciprocal of a huge number is not 0.
     let (largest, scaled) = (E4m3::MAX / 256.0, amax / 256.0);
-    Scale {
-        sf: short_quotient(amax, E4m3::MAX, 1.0 / E4m3::MAX),
-        inv: short_quotient(largest, scaled, fast_rcp(scaled)),
-    }
+    Scale { sf: short_quotient(amax, E4m3::MAX, 1.0 / E4m3::MAX), inv: short_quotient(largest, scaled, fast_rcp(scaled)) }
 }
 
 /// The first `exist` of eight bytes, one by one.
@@ -195,133 +188,180 @@ fn store_bytes(to: Out<u8>, bytes: [u32; 2], exist: u32) {
     });
 }
 
+/// Arguments of a launch.
+#[derive(Clone, Copy)]
+struct Call {
+    x: In<u16>,
+    out: Out<u8>,
+    sf: Out<f32>,
+    t: u32,
+    h: u32,
+    x_stride: u32,
+    sf_stride: u32,
+    clamp: f32,
+    round: u32,
+}
+
+/// What a block does.
+#[inline(always)]
+fn cast_tile<
+    const THREADS: u32,
+    const LANES: u32,
+    const NPT: u32,
+    const TRANSPOSE: bool,
+    const CLAMP: bool,
+    const ALIGNED: bool,
+    const TURNED: bool,
+>(
+    call: Call,
+) {
+    let Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round } = call;
+    let (_, Scratch { maxima, inverses, tile: shared }) = Scratch::new(THREADS, LANES);
+    let (tokens, channels) = tile(THREADS, LANES);
+    let (row, column) =
+        if TURNED { (block_idx_x(), block_idx_y()) } else { (block_idx_z() * grid_dim_y() + block_idx_y(), block_idx_x()) };
+    let (tile_token, tile_channel) = (row * tokens, column * channels);
+    // Blocks of the last z that have no tokens: all threads of a block leave together.
+    if tile_token >= t {
+        return;
+    }
+    let thread = thread_idx() % THREADS;
+    let (lane, group) = (thread % LANES, thread / LANES);
+    let (token, channel) = (tile_token + group * TOKENS, tile_channel + lane * CHANNELS);
+
+    let held = load::<ALIGNED>(x, x_stride, (token, channel), (t, h));
+    let acts = if !ALIGNED {
+        activate_seldom::<Exact, CLAMP>(&held, clamp)
+    } else if has_large_gate(&held) {
+        activate_seldom::<Careful, CLAMP>(&held, clamp)
+    } else {
+        activate_all::<Short, CLAMP>(&held, clamp)
+    };
+
+    // Maxima of the channels: of the thread, of the warp, of the tile. They start from a number, so no NaN is left.
+    let mut own: [u32; 4] = acts.iter().fold([0; 4], |own, v| core::array::from_fn(|w| bf16x2_max_abs(own[w], v[w])));
+    if LANES <= 16 {
+        own = own.map(|m| bf16x2_max_abs(m, warp_shuffle_xor(m, 16)));
+    }
+    if LANES <= 8 {
+        own = own.map(|m| bf16x2_max_abs(m, warp_shuffle_xor(m, 8)));
+    }
+    if lane_id() < LANES {
+        maxima.store16(warp_id() * channels + lane * CHANNELS, own);
+    }
+    block_sync();
+    // A thread for each scale of the tile.
+    let blocks = tokens / NPT;
+    let warps = THREADS / WARP_SIZE / blocks;
+    if thread < blocks * channels {
+        let (block, c) = (thread / channels, thread % channels);
+        let mut amax = 0;
+        unroll!(i in 16 {
+            if (i as u32) < warps {
+                // Without the sign, which means nothing, bf16 order like integers.
+                amax = max(amax, maxima.get((block * warps + i as u32) * channels + c) as u32 & 0x7FFF);
+            }
+        });
+        // An infinite activation counts as the largest finite one.
+        let amax = f32::from_bits(min(amax, 0x7F7F) << 16);
+        let scale = if round != 0 { scale::<E4m3, true>(amax) } else { plain_scale(amax) };
+        inverses.set(thread, scale.inv);
+        let (m, c) = (tile_token / NPT + block, tile_channel + c);
+        if c < h && (blocks == 1 || m * NPT < t) {
+            sf.at(m as u64 * sf_stride as u64 + c as u64).set(0, scale.sf);
+        }
+    }
+    block_sync();
+
+    let first = group * TOKENS / NPT * channels + lane * CHANNELS;
+    let (a, b) = (inverses.load16(first), inverses.load16(first + 4));
+    let inv = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
+    let value = |i: usize, c: usize| bf16x2_to_f32(acts[i][c / 2])[c % 2] * inv[c];
+    if !TRANSPOSE {
+        let word = |i: usize, w: usize| f32x4_to_e4m3x4([value(i, w), value(i, w + 1), value(i, w + 2), value(i, w + 3)]);
+        unroll!(i in (TOKENS as usize) {
+            let codes = [word(i, 0), word(i, 4)];
+            let to = out.at((token + i as u32) as u64 * h as u64 + channel as u64);
+            if ALIGNED {
+                if token + (i as u32) < t && channel < h {
+                    to.store8(0, codes);
+                }
+            } else {
+                let exist = if token + (i as u32) < t { h.saturating_sub(channel) } else { 0 };
+                store_bytes(to, codes, exist);
+            }
+        });
+        return;
+    }
+
+    // Row `c` of the shared tile is a channel, with its chunks of 16 tokens swizzled by the lane that writes it: the words of a warp
+    // then lie in 32 banks, and a quarter warp reads all chunks of a row.
+    let chunks = tokens / 16;
+    let chunk = (group / 4) ^ (lane % chunks);
+    unroll!(c in (CHANNELS as usize) {
+        let word = f32x4_to_e4m3x4([value(0, c), value(1, c), value(2, c), value(3, c)]);
+        shared.store4((lane * CHANNELS + c as u32) * tokens + chunk * 16 + group % 4 * 4, word);
+    });
+    block_sync();
+    if ALIGNED {
+        unroll!(i in 2 {
+            let item = thread + i as u32 * THREADS;
+            let (c, chunk) = (item / chunks, item % chunks);
+            let swizzled = chunk ^ (c / CHANNELS % chunks);
+            let codes = shared.load16(c * tokens + swizzled * 16);
+            let (channel, token) = (tile_channel + c, tile_token + chunk * 16);
+            if channel < h && token < t {
+                out.at(channel as u64 * t as u64 + token as u64).store16(0, codes);
+            }
+        });
+    } else {
+        // One byte a step: neighbouring threads write neighbouring tokens.
+        let mut item = thread;
+        while item < tokens * channels {
+            let (c, token) = (item / tokens, item % tokens);
+            let swizzled = (token / 16) ^ (c / CHANNELS % chunks);
+            let code = shared.get(c * tokens + swizzled * 16 + token % 16);
+            if tile_channel + c < h && tile_token + token < t {
+                out.at((tile_channel + c) as u64 * t as u64 + (tile_token + token) as u64).set(0, code);
+            }
+            item += THREADS;
+        }
+    }
+}
+
 kernel! {
     op = swiglu_forward_and_per_channel_cast_and_transpose;
     threads = 256;
     /// `x_stride` and `sf_stride` count elements. `ALIGNED`: rows of `x` start at multiples of 16 bytes, and so do stores: `h`, and
     /// transposed `t`, are multiples of what a thread stores.
-    pub fn cast[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool](
+    pub fn cast[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool, const TURNED: bool](
         x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
     ) {
-        let (_, Scratch { maxima, inverses, tile: shared }) = Scratch::new(LANES);
-        let (tokens, channels) = tile(LANES);
-        let tile_token = (block_idx_z() * grid_dim_y() + block_idx_y()) * tokens;
-        let tile_channel = block_idx_x() * channels;
-        // Blocks of the last z that have no tokens: all threads of a block leave together.
-        if tile_token >= t {
-            return;
-        }
-        let thread = thread_idx() % THREADS;
-        let (lane, group) = (thread % LANES, thread / LANES);
-        let (token, channel) = (tile_token + group * TOKENS, tile_channel + lane * CHANNELS);
-
-        let held = load::<ALIGNED>(x, x_stride, (token, channel), (t, h));
-        let acts = if !ALIGNED {
-            activate_seldom::<Exact, CLAMP>(&held, clamp)
-        } else if has_large_gate(&held) {
-            activate_seldom::<Careful, CLAMP>(&held, clamp)
-        } else {
-            activate_all::<Short, CLAMP>(&held, clamp)
-        };
-
-        // Maxima of the channels: of the thread, of the warp, of the tile. They start from a number, so no NaN is left.
-        let mut own: [u32; 4] = acts.iter().fold([0; 4], |own, v| core::array::from_fn(|w| bf16x2_max_abs(own[w], v[w])));
-        if LANES <= 16 {
-            own = own.map(|m| bf16x2_max_abs(m, warp_shuffle_xor(m, 16)));
-        }
-        if LANES <= 8 {
-            own = own.map(|m| bf16x2_max_abs(m, warp_shuffle_xor(m, 8)));
-        }
-        if lane_id() < LANES {
-            maxima.store16(warp_id() * channels + lane * CHANNELS, own);
-        }
-        block_sync();
-        // A thread for each scale of the tile.
-        let blocks = tokens / NPT;
-        let warps = WARPS / blocks;
-        if thread < blocks * channels {
-            let (block, c) = (thread / channels, thread % channels);
-            let mut amax = 0;
-            unroll!(i in (WARPS as usize) {
-                if (i as u32) < warps {
-                    // Without the sign, which means nothing, bf16 order like integers.
-                    amax = max(amax, maxima.get((block * warps + i as u32) * channels + c) as u32 & 0x7FFF);
-                }
-            });
-            // An infinite activation counts as the largest finite one.
-            let amax = f32::from_bits(min(amax, 0x7F7F) << 16);
-            let scale = if round != 0 { scale::<E4m3, true>(amax) } else { plain_scale(amax) };
-            inverses.set(thread, scale.inv);
-            let (m, c) = (tile_token / NPT + block, tile_channel + c);
-            if c < h && (blocks == 1 || m * NPT < t) {
-                sf.at(m as u64 * sf_stride as u64 + c as u64).set(0, scale.sf);
-            }
-        }
-        block_sync();
-
-        let first = group * TOKENS / NPT * channels + lane * CHANNELS;
-        let (a, b) = (inverses.load16(first), inverses.load16(first + 4));
-        let inv = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
-        let value = |i: usize, c: usize| bf16x2_to_f32(acts[i][c / 2])[c % 2] * inv[c];
-        if !TRANSPOSE {
-            let word = |i: usize, w: usize| f32x4_to_e4m3x4([value(i, w), value(i, w + 1), value(i, w + 2), value(i, w + 3)]);
-            unroll!(i in (TOKENS as usize) {
-                let codes = [word(i, 0), word(i, 4)];
-                let to = out.at((token + i as u32) as u64 * h as u64 + channel as u64);
-                if ALIGNED {
-                    if token + (i as u32) < t && channel < h {
-                        to.store8(0, codes);
-                    }
-                } else {
-                    let exist = if token + (i as u32) < t { h.saturating_sub(channel) } else { 0 };
-                    store_bytes(to, codes, exist);
-                }
-            });
-            return;
-        }
-
-        // Row `c` of the shared tile is a channel, with its chunks of 16 tokens swizzled by the lane that writes it: the words of a warp
-        // then lie in 32 banks, and a quarter warp reads all chunks of a row.
-        let chunks = tokens / 16;
-        let chunk = (group / 4) ^ (lane % chunks);
-        unroll!(c in (CHANNELS as usize) {
-            let word = f32x4_to_e4m3x4([value(0, c), value(1, c), value(2, c), value(3, c)]);
-            shared.store4((lane * CHANNELS + c as u32) * tokens + chunk * 16 + group % 4 * 4, word);
-        });
-        block_sync();
-        if ALIGNED {
-            unroll!(i in 2 {
-                let item = thread + i as u32 * THREADS;
-                let (c, chunk) = (item / chunks, item % chunks);
-                let swizzled = chunk ^ (c / CHANNELS % chunks);
-                let codes = shared.load16(c * tokens + swizzled * 16);
-                let (channel, token) = (tile_channel + c, tile_token + chunk * 16);
-                if channel < h && token < t {
-                    out.at(channel as u64 * t as u64 + token as u64).store16(0, codes);
-                }
-            });
-        } else {
-            // One byte a step: neighbouring threads write neighbouring tokens.
-            let mut item = thread;
-            while item < tokens * channels {
-                let (c, token) = (item / tokens, item % tokens);
-                let swizzled = (token / 16) ^ (c / CHANNELS % chunks);
-                let code = shared.get(c * tokens + swizzled * 16 + token % 16);
-                if tile_channel + c < h && tile_token + token < t {
-                    out.at((tile_channel + c) as u64 * t as u64 + (tile_token + token) as u64).set(0, code);
-                }
-                item += THREADS;
-            }
-        }
+        let call = Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round };
+        cast_tile::<256, LANES, NPT, TRANSPOSE, CLAMP, ALIGNED, TURNED>(call);
     }
     entries {
-        t32[8, 32, true, false, true], t128[8, 128, true, false, true],
-        t32_clamp[8, 32, true, true, true], t128_clamp[8, 128, true, true, true],
-        n32[16, 32, false, false, true], n128[8, 128, false, false, true],
-        n32_clamp[16, 32, false, true, true], n128_clamp[8, 128, false, true, true],
-        t32_any[8, 32, true, true, false], t128_any[8, 128, true, true, false],
-        n32_any[16, 32, false, true, false], n128_any[8, 128, false, true, false],
+        t32[8, 32, true, false, true, false], t128[8, 128, true, false, true, false],
+        t32_clamp[8, 32, true, true, true, false], t128_clamp[8, 128, true, true, true, false],
+        n32[16, 32, false, false, true, false], n128[8, 128, false, false, true, false],
+        n32_clamp[16, 32, false, true, true, false], n128_clamp[8, 128, false, true, true, false],
+        t32_any[8, 32, true, true, false, false], t128_any[8, 128, true, true, false, false],
+        n32_any[16, 32, false, true, false, false], n128_any[8, 128, false, true, false, false],
+        t32_turned[8, 32, true, false, true, true], t128_turned[8, 128, true, false, true, true],
     }
+}
+
+kernel! {
+    op = swiglu_forward_and_per_channel_cast_and_transpose;
+    threads = 512;
+    /// [`cast`] in tiles of 128 channels, to be measured.
+    pub fn cast_wide[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool](
+        x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
+    ) {
+        let call = Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round };
+        cast_tile::<512, LANES, NPT, TRANSPOSE, CLAMP, ALIGNED, false>(call);
+    }
+    entries { t128[16, 128, true, false, true], n128[16, 128, false, false, true] }
 }
 
 /// `u32::min` and `max` as plain functions, which leave a single instruction.

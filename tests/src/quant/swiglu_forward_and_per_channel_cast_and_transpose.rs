@@ -10,7 +10,7 @@ use crate::support::device_math;
 use crate::support::golden::{Case as GoldenCase, Golden, SKIPPED};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::swiglu_forward_and_per_channel_cast_and_transpose::{self as op, Args};
+use ferrotile::quant::swiglu_forward_and_per_channel_cast_and_transpose::{self as op, Args, Variant};
 use ferrotile::quant::{SfLayout, SfMut};
 use ferrotile::{Buffer, DType, Device, E4m3, Stream, TensorRef};
 use half::bf16;
@@ -198,7 +198,13 @@ fn awkward((t, h): (u64, u64), name: &str) -> Vec<bf16> {
             (10, _) => f32::NAN,
             // silu(100) = 100: activations are multiples of a quarter, many of them ties.
             (11, false) => 100.0,
-            (11, true) => if row % 32 == 0 { 4.48 } else { sign * ((draw >> 8) % 300) as f32 / 64.0 },
+            (11, true) => {
+                if row % 32 == 0 {
+                    4.48
+                } else {
+                    sign * ((draw >> 8) % 300) as f32 / 64.0
+                }
+            }
             (12, true) if some => f32::INFINITY * sign,
             (13, _) => 1e20 * sign,
             _ => continue,
@@ -236,6 +242,10 @@ impl Outputs {
     }
 
     fn cast(&mut self, stream: &Stream, x: TensorRef<'_>, o: Options) -> ferrotile::Result<()> {
+        self.cast_by(stream, x, o, Variant::Chosen)
+    }
+
+    fn cast_by(&mut self, stream: &Stream, x: TensorRef<'_>, o: Options, variant: Variant) -> ferrotile::Result<()> {
         let [rows, columns] = self.shape;
         let out = self.data.strided_mut(&[rows, columns], &[columns.max(1), 1], self.offset)?;
         let tensor = self.sf.strided_mut(&self.sf_shape, &[self.sf_pitch.max(1), 1], 0)?;
@@ -248,7 +258,7 @@ impl Outputs {
             out,
             sf: SfMut { tensor, layout: SfLayout::RowMajor },
         };
-        op::swiglu_forward_and_per_channel_cast_and_transpose(stream, args)
+        op::launch(stream, args, variant)
     }
 
     fn check(&self, name: &str, data: &[u8], sf: &[f32]) -> Result<(), String> {
@@ -294,10 +304,11 @@ fn check_input(ctx: &Ctx, input: &Input, clamps: &[Option<f32>], kind: &str, off
                 let mut out = Outputs::new(&ctx.device, shape, o, offset, sf_gap)?;
                 out.cast(&stream, input.tensor().map_err(text)?, o).map_err(|e| format!("{e}; {name}"))?;
                 out.check(&name, data, sf)?;
-                if npt == 32 && ctx.depth == Depth::Small {
-                    // Once more, over its own results.
-                    out.cast(&stream, input.tensor().map_err(text)?, o).map_err(text)?;
-                    out.check(&name, data, sf)?;
+                // Once more, over its own results, and by the other ways.
+                let again = if ctx.depth == Depth::Small { &[Variant::Chosen, Variant::Turned, Variant::Wide][..] } else { &[] };
+                for variant in again {
+                    out.cast_by(&stream, input.tensor().map_err(text)?, o, *variant).map_err(text)?;
+                    out.check(&format!("{name},variant={variant:?}"), data, sf)?;
                 }
             }
         }
@@ -459,12 +470,16 @@ fn check_golden_case(ctx: &Ctx, golden: &Golden, case: &GoldenCase) -> Result<()
 
 // The benchmark.
 
-fn row(case: String, (t, h): (u64, u64), o: Options) -> Row {
+fn row(case: String, shape: (u64, u64), o: Options) -> Row {
+    row_by(case, shape, o, Variant::Chosen)
+}
+
+fn row_by(case: String, (t, h): (u64, u64), o: Options, variant: Variant) -> Row {
     let bytes = t * 2 * h * 2 + t * h + 4 * t.div_ceil(o.npt.into()) * h;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let input = Input::new(device, (t, h), (2 * h, 0), normal((t, h), "swiglu benchmark"))?;
         let mut out = Outputs::new(device, (t, h), o, 0, 0)?;
-        Ok(Box::new(move |stream| out.cast(stream, input.tensor()?, o)))
+        Ok(Box::new(move |stream| out.cast_by(stream, input.tensor()?, o, variant)))
     };
     Row { op: SUITE.op, case, bytes, build: Box::new(build) }
 }
@@ -490,6 +505,12 @@ pub fn bench() -> Vec<Row> {
     add((4096, 2048), Options { npt: 32, without_transpose: true, ..plain });
     for t in [1, 16, 128] {
         add((t, 7168), plain);
+    }
+    for (npt, without_transpose, variant) in
+        [(128, false, Variant::Turned), (32, false, Variant::Turned), (128, false, Variant::Wide), (128, true, Variant::Wide)]
+    {
+        let case = format!("h=7168,npt={npt},t=8064,variant={variant:?},without_transpose={without_transpose}");
+        rows.push(row_by(case, (8064, 7168), Options { npt, without_transpose, ..plain }, variant));
     }
     rows
 }
@@ -527,6 +548,23 @@ mod tests {
             assert!(close || l < -88.7 && got == 0.0 || got.is_nan() && exact.is_nan(), "{l} {got}");
         }
         assert_eq!(transposed(&[1, 2, 3, 4, 5, 6], 3), [1, 4, 2, 5, 3, 6]);
+    }
+
+    /// Every scale that a bf16 `amax` can have is the IEEE quotient, whichever way the reciprocal is off by its last bit.
+    #[test]
+    fn plain_scales_are_quotients() {
+        use ferrotile_kernels::quant::common_swiglu::short_quotient;
+        use ferrotile_kernels::quant::swiglu_forward_and_per_channel_cast_and_transpose::plain_scale;
+        for bits in 0..=0x7F7F {
+            let amax = bf16::from_bits(bits).to_f32();
+            let (c, got) = (amax.max(1e-4), plain_scale(amax));
+            assert_eq!((got.sf.to_bits(), got.inv.to_bits()), ((c / 448.0).to_bits(), (448.0 / c).to_bits()), "{amax:e}");
+            let scaled = c / 256.0;
+            for off in [-2, -1, 1, 2] {
+                let reciprocal = f32::from_bits((1.0 / scaled).to_bits().wrapping_add_signed(off));
+                assert_eq!(short_quotient(1.75, scaled, reciprocal).to_bits(), (448.0 / c).to_bits(), "{amax:e} {off}");
+            }
+        }
     }
 
     /// Every wrong argument is refused with the error that the documentation names, and the outputs stay as they were.
@@ -599,7 +637,8 @@ mod tests {
         let mut out_elsewhere = device.zeros::<E4m3>(64 * 40).unwrap();
         let mut args = |out: Option<TensorMut<'static>>, sf: Option<TensorMut<'static>>| {
             let out = out.unwrap_or_else(|| out_elsewhere.tensor_mut(&[64, 40]).unwrap());
-            let sf = SfMut { tensor: sf.unwrap_or_else(|| sf_elsewhere.tensor_mut(&[2, 64]).unwrap()), layout: SfLayout::RowMajor };
+            let sf =
+                SfMut { tensor: sf.unwrap_or_else(|| sf_elsewhere.tensor_mut(&[2, 64]).unwrap()), layout: SfLayout::RowMajor };
             let x = x.tensor(&[40, 128]).unwrap();
             overlaps(Args { x, npt: 32, round_sf: true, swiglu_clamp_value: None, without_transpose: false, out, sf })
         };
@@ -623,6 +662,8 @@ mod tests {
             let device = Device::emulator().checked();
             let (t, h, gap, offset, out_offset) =
                 if vectors { (t.next_multiple_of(16), h.next_multiple_of(8), gap / 8 * 8, offset / 8 * 8, 0) } else { (t, h, gap, offset, out_offset) };
+            // The vector kernels take clamps that bf16 can hold.
+            let clamp = clamp.map(|c| if vectors { bf16::from_f32(c).to_f32() } else { c });
             let o = Options { npt: if npt_32 { 32 } else { 128 }, round_sf, clamp, without_transpose };
             let scale = 2f32.powi(exponent);
             let values = Rng::new(seed).fill((t * 2 * h) as usize, |rng, i| {

@@ -3,6 +3,7 @@
 
 use super::common::Divisor;
 use crate::device::*;
+use crate::unroll;
 
 /// Gates below this make [`one_plus_exp`] so large that its approximate reciprocal is 0.
 const LOW_GATE: f32 = -87.0;
@@ -36,8 +37,8 @@ pub fn unpack(words: [u32; 4]) -> [f32; 8] {
 /// perhaps; `exact` must be set when a clamp value that bf16 cannot hold may be among them.
 ///
 /// The quotient is an approximate reciprocal, a product and one step of correction, without the tests that IEEE division makes for
-/// operands of extreme size. The divisor is at least 1, and rows with a gate below [`LOW_GATE`], an infinity or a NaN take the
-/// division itself. The step leaves an error of 2^-22 units in the last place before its rounding, and no quotient of a number of
+/// operands of extreme size. The divisor is at least 1, and groups with a gate below [`LOW_GATE`], an infinity or a NaN take
+/// the division itself. The step leaves an error of 2^-22 units in the last place before its rounding, and no quotient of a number of
 /// 8 bits and the divisor that belongs to it lies so close to a halfway point: `tests/src/device/layer.rs` compares all 65536 gates
 /// on the device, `tests/src/quant/swiglu_forward.rs` all errors that the approximations may have.
 #[inline(always)]
@@ -58,6 +59,170 @@ pub fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
     // The remainder's negative, which is exact: a zero of it leaves the sign of a zero quotient alone.
     let excess = fma(d, q, -a);
     fma(-excess, reciprocal, q)
+}
+
+/// [`silu`] of a gate that bf16 can hold, bit for bit: by the short division whatever the size of the gate.
+#[inline(always)]
+pub fn careful_silu(gate: f32) -> f32 {
+    let divisor = one_plus_exp(-gate);
+    // A divisor beyond 2^126 has a subnormal reciprocal, which the approximation would make 0.
+    let reciprocal = fast_rcp(divisor * 0.25) * 0.25;
+    let quotient = short_quotient(gate, divisor, reciprocal);
+    // There is no remainder where a divisor or a gate is infinite, and no need of one.
+    if quotient.is_nan() { gate * reciprocal } else { quotient }
+}
+
+/// An element type of the input. A lane takes eight channels at a time.
+pub trait Source: Copy {
+    /// Bytes of an element.
+    const BYTES: u32;
+    /// Eight elements as read.
+    type Raw: Copy;
+    /// Eight zeros.
+    const ZERO: Self::Raw;
+
+    /// The eight elements at `x`, which is aligned to 16 bytes.
+    fn load(x: In<u8>) -> Self::Raw;
+
+    /// Their values.
+    fn values(raw: Self::Raw) -> [f32; 8];
+
+    /// [`silu`] of gates that were `raw` before they were clamped; `exact` as for [`silu_of_bf16x8`].
+    fn silu(raw: Self::Raw, gates: [f32; 8], exact: bool) -> [f32; 8];
+}
+
+/// bf16 input.
+#[derive(Clone, Copy)]
+pub struct Bf16;
+/// f32 input.
+#[derive(Clone, Copy)]
+pub struct F32;
+
+impl Source for Bf16 {
+    const BYTES: u32 = 2;
+    type Raw = [u32; 4];
+    const ZERO: [u32; 4] = [0; 4];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 4] {
+        x.load16(0)
+    }
+
+    #[inline(always)]
+    fn values(raw: [u32; 4]) -> [f32; 8] {
+        unpack(raw)
+    }
+
+    #[inline(always)]
+    fn silu(raw: [u32; 4], gates: [f32; 8], exact: bool) -> [f32; 8] {
+        silu_of_bf16x8(raw, gates, exact)
+    }
+}
+
+impl Source for F32 {
+    const BYTES: u32 = 4;
+    type Raw = [[u32; 4]; 2];
+    const ZERO: [[u32; 4]; 2] = [[0; 4]; 2];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [[u32; 4]; 2] {
+        [x.load16(0), x.load16(16)]
+    }
+
+    #[inline(always)]
+    fn values(raw: [[u32; 4]; 2]) -> [f32; 8] {
+        core::array::from_fn(|i| f32::from_bits(raw[i / 4][i % 4]))
+    }
+
+    #[inline(always)]
+    fn silu(_: [[u32; 4]; 2], gates: [f32; 8], _: bool) -> [f32; 8] {
+        gates.map(silu)
+    }
+}
+
+/// The clamp of gate and up.
+#[derive(Clone, Copy)]
+pub struct Clamp {
+    /// Gates are at most this, the other half at most this in magnitude.
+    pub value: f32,
+    /// Whether bf16 cannot hold `value`.
+    pub inexact: bool,
+}
+
+impl Clamp {
+    /// No clamp.
+    pub const NONE: u32 = 0;
+    /// Clamp.
+    pub const CLAMP: u32 = 1;
+    /// Clamp, and count what was clamped.
+    pub const COUNT: u32 = 2;
+}
+
+/// Gates above the clamp, other values above it, other values below its negative, and all values.
+pub type Counts = [u32; 4];
+
+/// `silu(gate) * up * weight` of eight channels. `MODE` is one of those of [`Clamp`].
+#[inline(always)]
+pub fn activate<S: Source, const MODE: u32>(
+    gate: S::Raw,
+    up: S::Raw,
+    clamp: Clamp,
+    weight: f32,
+    counts: &mut Counts,
+) -> [f32; 8] {
+    let (mut gates, mut ups) = (S::values(gate), S::values(up));
+    let c = clamp.value;
+    if MODE == Clamp::COUNT {
+        counts[0] += gates.iter().map(|l| (*l > c) as u32).sum::<u32>();
+        counts[1] += ups.iter().map(|r| (*r > c) as u32).sum::<u32>();
+        counts[2] += ups.iter().map(|r| (*r < -c) as u32).sum::<u32>();
+        counts[3] += 8;
+    }
+    if MODE != Clamp::NONE {
+        gates = gates.map(|l| clamp_gate(l, c));
+        ups = ups.map(|r| clamp_up(r, c));
+    }
+    let silu = S::silu(gate, gates, MODE != Clamp::NONE && clamp.inexact);
+    core::array::from_fn(|i| silu[i] * ups[i] * weight)
+}
+
+/// Where the counts of a block meet; see [`Counters::add`].
+#[derive(Clone, Copy)]
+pub struct Counters {
+    sums: Shared<u32>,
+}
+
+impl Counters {
+    /// In shared memory.
+    #[inline(always)]
+    pub const fn new(layout: &mut SharedLayout) -> Self {
+        Self { sums: layout.array(4) }
+    }
+
+    /// Add the counts of all threads of the block to the first `used` of `counters`, with one atomic addition each.
+    #[inline(always)]
+    #[track_caller]
+    pub fn add(self, counts: Counts, counters: Out<u64>, used: u32) {
+        if thread_idx() < 4 {
+            self.sums.set(thread_idx(), 0);
+        }
+        block_sync();
+        unroll!(i in 4 {
+            let of_warp = warp_sum_u32(counts[i]);
+            if lane_id() == 0 {
+                self.sums.atomic_add(i as u32, of_warp);
+            }
+        });
+        block_sync();
+        if thread_idx() < used {
+            let sum = self.sums.get(thread_idx());
+            if sum > 0 {
+                counters.atomic_add(thread_idx(), sum as u64, Scope::Gpu);
+            }
+        }
+    }
 }
 
 /// Whether one of eight bf16 is below [`LOW_GATE`], infinite or NaN.

@@ -1,0 +1,107 @@
+//! swiglu_forward: `silu(gate) * up`, times a routing weight.
+//!
+//! In    x bf16, f32 [p, 2 h], gate left and up right    Out  bf16, f32 [p, h]
+//! Exact bitwise the specification's (quant.md 6.8): each step one f32 operation, `exp` is CUDA's, one rounding to the output.
+//! Map   a warp takes 256 channels of a row, a lane 8 neighbouring ones.  Padding rows cost what it takes to see that they are.
+//! Cost  4 h bytes read and 2 h written a row (bf16); about 19 instructions a value: memory bound.
+
+use super::common::Divisor;
+pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
+use super::common_swiglu::{Counters, Rows, Weights, activate};
+use crate::device::*;
+use crate::kernel;
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Channels of a warp.
+pub const PIECE: u32 = 8 * WARP_SIZE;
+/// Blocks of a launch that counts: each ends with an atomic addition to the same few words.
+const COUNTING_BLOCKS: u32 = 132 * 8;
+
+/// Grid and block for so many pieces of rows.
+pub fn config(num_pieces: u32, counting: bool) -> LaunchConfig {
+    let blocks = ceil_div(num_pieces, THREADS / WARP_SIZE);
+    LaunchConfig::new(if counting { blocks.min(COUNTING_BLOCKS) } else { blocks }, THREADS).shared(&shared().0)
+}
+
+#[inline(always)]
+fn shared() -> (SharedLayout, Counters) {
+    let mut layout = SharedLayout::new();
+    let counters = Counters::new(&mut layout);
+    (layout, counters)
+}
+
+/// An element type of the output.
+pub trait Target: Copy {
+    /// Bytes of an element.
+    const BYTES: u32;
+
+    /// Write eight values.
+    fn store(out: Out<u8>, v: [f32; 8]);
+}
+
+impl Target for Bf16 {
+    const BYTES: u32 = 2;
+
+    #[inline(always)]
+    #[track_caller]
+    fn store(out: Out<u8>, [a, b, c, d, e, f, g, h]: [f32; 8]) {
+        out.store16(0, [f32x2_to_bf16x2(a, b), f32x2_to_bf16x2(c, d), f32x2_to_bf16x2(e, f), f32x2_to_bf16x2(g, h)]);
+    }
+}
+
+impl Target for F32 {
+    const BYTES: u32 = 4;
+
+    #[inline(always)]
+    #[track_caller]
+    fn store(out: Out<u8>, v: [f32; 8]) {
+        let [a, b, c, d, e, f, g, h] = v.map(f32::to_bits);
+        out.store16(0, [a, b, c, d]);
+        out.store16(16, [e, f, g, h]);
+    }
+}
+
+kernel! {
+    op = swiglu_forward;
+    threads = 256, blocks = 6;
+    /// `x_stride` counts bytes. Pieces of rows are numbered row by row, and a row has as many as the divisor of `row_magic` and
+    /// `row_shift` says. See [`Rows`], [`Weights`] and [`Clamp`] for the rest.
+    pub fn activation[S: Source, T: Target, const MODE: u32](
+        x: In<u8>, out: Out<u8>, x_stride: u64, num_pieces: u32, hidden: u32, pieces_of_row: u32, row_magic: u32, row_shift: u32,
+        clamp: f32, clamp_inexact: u32,
+        rows_kind: u32, rows_map: In<i32>, num_experts: u32, alignment: u32, alignment_magic: u32, alignment_shift: u32,
+        weights_kind: u32, weights: In<f32>, weights_map: In<i32>, weights_factor: f32, counters: Out<u64>, num_counters: u32,
+    ) {
+        let divisor = Divisor { magic: alignment_magic, shift: alignment_shift };
+        let rows = Rows { kind: rows_kind, map: rows_map, num_experts, alignment, divisor };
+        let weights = Weights { kind: weights_kind, weights, map: weights_map, factor: weights_factor };
+        let clamp = Clamp { value: clamp, inexact: clamp_inexact != 0 };
+        let mut counts = [0; 4];
+        let mut piece = block_idx_x() * (THREADS / WARP_SIZE) + warp_id();
+        while piece < num_pieces {
+            let row = Divisor { magic: row_magic, shift: row_shift }.divide(piece);
+            let channel = (piece - row * pieces_of_row) * PIECE + lane_id() * 8;
+            if rows.holds_token(row) && channel < hidden {
+                let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
+                let (gate, up) = (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64)));
+                let v = activate::<S, MODE>(gate, up, clamp, weights.of(row), &mut counts);
+                T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);
+            }
+            piece += grid_dim_x() * (THREADS / WARP_SIZE);
+        }
+        if MODE == Clamp::COUNT {
+            shared().1.add(counts, counters, num_counters);
+        }
+    }
+    entries {
+        bf16_bf16[Bf16, Bf16, { Clamp::NONE }], bf16_bf16_clamp[Bf16, Bf16, { Clamp::CLAMP }],
+        bf16_bf16_count[Bf16, Bf16, { Clamp::COUNT }],
+        bf16_f32[Bf16, F32, { Clamp::NONE }], bf16_f32_clamp[Bf16, F32, { Clamp::CLAMP }],
+        bf16_f32_count[Bf16, F32, { Clamp::COUNT }],
+        f32_bf16[F32, Bf16, { Clamp::NONE }], f32_bf16_clamp[F32, Bf16, { Clamp::CLAMP }],
+        f32_bf16_count[F32, Bf16, { Clamp::COUNT }],
+        f32_f32[F32, F32, { Clamp::NONE }], f32_f32_clamp[F32, F32, { Clamp::CLAMP }],
+        f32_f32_count[F32, F32, { Clamp::COUNT }],
+    }
+}
