@@ -25,6 +25,7 @@ pub mod swiglu_forward_and_per_channel_cast_and_transpose;
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use swiglu_forward_and_per_channel_cast_and_transpose::swiglu_forward_and_per_channel_cast_and_transpose;
 
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
 use std::fmt;

@@ -110,7 +110,7 @@ pub fn launch(stream: &Stream, args: Args<'_>, variant: Variant) -> Result<()> {
     let hidden = columns / 2;
     let x_stride = if num_tokens <= 1 { 0 } else { check::fits_u32(op, "row stride of x", args.x.stride(0))? };
     if let Some(clamp) = args.swiglu_clamp_value
-        && !(clamp >= 0.0)
+        && (clamp.is_nan() || clamp < 0.0)
     {
         let allowed = "0 and more".to_owned();
         return Err(Error::Value { op, arg: "swiglu_clamp_value", allowed, got: clamp.to_string() });

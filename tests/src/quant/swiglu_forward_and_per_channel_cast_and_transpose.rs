@@ -12,7 +12,7 @@ use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::swiglu_forward_and_per_channel_cast_and_transpose::{self as op, Args, Variant};
 use ferrotile::quant::{SfLayout, SfMut};
-use ferrotile::{Buffer, DType, Device, E4m3, Stream, TensorRef};
+use ferrotile::{Buffer, Device, E4m3, Stream, TensorRef};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -518,7 +518,7 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotile::{Error, TensorMut};
+    use ferrotile::{DType, Error, TensorMut};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 
     #[test]
