@@ -594,7 +594,7 @@ impl Scales {
         layout: SfLayout,
     ) -> Result<Self> {
         let shape = sf_shape(num_tokens, hidden, block, layout);
-        let bytes = shape.elements.checked_mul(shape.dtype.size()).unwrap_or(u64::MAX);
+        let bytes = shape.elements.saturating_mul(shape.dtype.size());
         Self::new(op, Buffer::alloc(op, device, usize::try_from(bytes).unwrap_or(usize::MAX))?, shape, layout)
     }
 
