@@ -123,6 +123,18 @@ impl Device {
         }
     }
 
+    /// What the driver takes to compile each kernel, in microseconds; nothing on the emulator. For the benchmark.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    #[doc(hidden)]
+    pub fn compile_times(&self) -> Result<Vec<(&'static str, f64)>> {
+        match self.backend {
+            Backend::Emulator(_) => Ok(Vec::new()),
+            Backend::Cuda(context) => context.compile_times(),
+        }
+    }
+
     /// A new stream, which does not wait for the default stream.
     ///
     /// # Errors

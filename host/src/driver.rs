@@ -6,6 +6,7 @@
 //!
 //! Every call binds the primary context of its device first, so any thread may use any device.
 
+use crate::stream::LaunchWay;
 use crate::{Error, Result, ptx};
 use cust::device::{Device, DeviceAttribute};
 use cust::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec, CUmodule, CUstream};
@@ -25,6 +26,7 @@ unsafe extern "C" {
     fn cuGetErrorName(error: c_int, name: *mut *const c_char) -> c_int;
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: CUdevice) -> c_int;
     fn cuDevicePrimaryCtxRetain(context: *mut CUcontext, device: CUdevice) -> c_int;
+    fn cuDevicePrimaryCtxSetFlags_v2(device: CUdevice, flags: c_uint) -> c_int;
     fn cuCtxSetCurrent(context: CUcontext) -> c_int;
     fn cuCtxSynchronize() -> c_int;
     fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) -> c_int;
@@ -523,6 +525,17 @@ impl Context {
         Ok(function)
     }
 
+    /// What the driver takes to compile each kernel, in microseconds. They stay loaded.
+    pub fn compile_times(&self) -> Result<Vec<(&'static str, f64)>> {
+        self.bind("compile")?;
+        let timed = |(op, name)| {
+            let start = std::time::Instant::now();
+            self.load("compile", op, name)?;
+            Ok((name, start.elapsed().as_secs_f64() * 1e6))
+        };
+        ptx::kernels().map(timed).collect()
+    }
+
     fn compile(&self, op: &'static str, module: &CStr, name: &CStr, isa: Option<(u32, u32)>) -> Result<CUfunction> {
         let mut log = vec![0u8; 8192];
         let mut options = [JIT_ERROR_LOG, JIT_ERROR_LOG_BYTES];
@@ -568,17 +581,30 @@ pub struct Capture {
 
 impl Capture {
     /// End the capture and make it executable.
-    pub fn finish(mut self) -> Result<*mut c_void> {
-        let (op, mut graph, mut exec) = ("capture", ptr::null_mut(), ptr::null_mut());
-        self.open = false;
-        // SAFETY: the graph that the first call makes is destroyed once the executable one exists.
+    pub fn finish(self) -> Result<*mut c_void> {
+        let (op, context, mut exec) = ("capture", self.context, ptr::null_mut());
+        let graph = self.end(op)?;
+        // SAFETY: the graph is destroyed once the executable one exists.
         unsafe {
-            self.context.call(op, || cuStreamEndCapture(self.stream, &mut graph))?;
-            let made = self.context.call(op, || cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+            let made = context.call(op, || cuGraphInstantiateWithFlags(&mut exec, graph, 0));
             cuGraphDestroy(graph);
             made?;
         }
         Ok(exec.cast())
+    }
+
+    /// End the capture and take the kernel out of what was recorded.
+    pub fn finish_bare(self) -> Result<BareLaunch> {
+        let (context, stream) = (self.context, self.stream);
+        BareLaunch::new(context, stream, self.end("bare launch")?)
+    }
+
+    fn end(mut self, op: &'static str) -> Result<CUgraph> {
+        let mut graph = ptr::null_mut();
+        self.open = false;
+        // SAFETY: the stream that is being captured.
+        self.context.call(op, || unsafe { cuStreamEndCapture(self.stream, &mut graph) })?;
+        Ok(graph)
     }
 }
 
@@ -613,6 +639,254 @@ impl Drop for Relaxed {
         // SAFETY: puts back the mode that `new` took.
         unsafe { cuThreadExchangeStreamCaptureMode(&mut self.0) };
     }
+}
+
+/// One recorded launch without anything of ours around it: what the benchmark compares launches with, and the ways of calling the
+/// driver that it compares with each other.
+pub struct BareLaunch {
+    context: &'static Context,
+    stream: CUstream,
+    api: BareApi,
+    /// Owns the parameters of `node`.
+    graph: CUgraph,
+    exec: CUgraphExec,
+    node: KernelNode,
+    cooperative: bool,
+    /// The parameters as one block of memory, as the kernel sees them.
+    block: Vec<u8>,
+    num_params: usize,
+    /// Kernels that do nothing, without parameters and with `num_params` of 8 bytes.
+    empty: CUfunction,
+    empty_params: CUfunction,
+    /// A stream that waits for the default stream.
+    blocking: CUstream,
+}
+
+/// `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[repr(C)]
+struct KernelNode {
+    function: CUfunction,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    params: *mut *mut c_void,
+    extra: *mut *mut c_void,
+    kernel: *mut c_void,
+    context: CUcontext,
+}
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+struct ExConfig {
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    stream: CUstream,
+    attributes: *mut c_void,
+    num_attributes: c_uint,
+}
+
+/// Driver functions that only a measurement needs. They are looked up when it starts: programs that link them would not start with a
+/// driver from before CUDA 12.4.
+#[derive(Clone, Copy)]
+struct BareApi {
+    graph_nodes: unsafe extern "C" fn(CUgraph, *mut *mut c_void, *mut usize) -> c_int,
+    node_params: unsafe extern "C" fn(*mut c_void, *mut KernelNode) -> c_int,
+    node_attribute: unsafe extern "C" fn(*mut c_void, c_int, *mut [u64; 8]) -> c_int,
+    param_info: unsafe extern "C" fn(CUfunction, usize, *mut usize, *mut usize) -> c_int,
+    launch_ex: unsafe extern "C" fn(*const ExConfig, CUfunction, *mut *mut c_void, *mut *mut c_void) -> c_int,
+    current: unsafe extern "C" fn(*mut CUcontext) -> c_int,
+    query: unsafe extern "C" fn(CUstream) -> c_int,
+}
+
+const NOT_READY: c_int = 600;
+const ATTRIBUTE_COOPERATIVE: c_int = 2;
+const LAUNCH_PARAM_END: usize = 0;
+const LAUNCH_PARAM_BUFFER_POINTER: usize = 1;
+const LAUNCH_PARAM_BUFFER_SIZE: usize = 2;
+
+impl BareApi {
+    fn load() -> Result<Self> {
+        // SAFETY: the driver is loaded already.
+        let library = unsafe { libloading::Library::new(LIBRARY) }
+            .map_err(|e| Error::Unsupported { op: "bare launch", what: e.to_string() })?;
+        macro_rules! find {
+            ($name:literal) => {
+                // SAFETY: the type of the field is that of the driver's header.
+                *unsafe { library.get(concat!($name, "\0").as_bytes()) }.map_err(|_| Error::Unsupported {
+                    op: "bare launch",
+                    what: concat!("this driver has no ", $name).to_owned(),
+                })?
+            };
+        }
+        let api = Self {
+            graph_nodes: find!("cuGraphGetNodes"),
+            node_params: find!("cuGraphKernelNodeGetParams_v2"),
+            node_attribute: find!("cuGraphKernelNodeGetAttribute"),
+            param_info: find!("cuFuncGetParamInfo"),
+            launch_ex: find!("cuLaunchKernelEx"),
+            current: find!("cuCtxGetCurrent"),
+            query: find!("cuStreamQuery"),
+        };
+        std::mem::forget(library);
+        Ok(api)
+    }
+}
+
+impl BareLaunch {
+    fn new(context: &'static Context, stream: CUstream, graph: CUgraph) -> Result<Self> {
+        let op = "bare launch";
+        let api = BareApi::load()?;
+        let (mut nodes, mut count) = ([ptr::null_mut(); 2], 2);
+        let mut attribute = [0u64; 8];
+        let mut node = KernelNode {
+            function: ptr::null_mut(),
+            grid: [0; 3],
+            block: [0; 3],
+            shared: 0,
+            params: ptr::null_mut(),
+            extra: ptr::null_mut(),
+            kernel: ptr::null_mut(),
+            context: ptr::null_mut(),
+        };
+        // SAFETY: places for the answers.
+        unsafe {
+            context.call(op, || (api.graph_nodes)(graph, nodes.as_mut_ptr(), &mut count))?;
+            if count != 1 {
+                return Err(Error::Unsupported { op, what: format!("{count} pieces of work instead of one launch") });
+            }
+            context.call(op, || (api.node_params)(nodes[0], &mut node))?;
+            context.call(op, || (api.node_attribute)(nodes[0], ATTRIBUTE_COOPERATIVE, &mut attribute))?;
+        }
+        let (mut block, mut num_params) = (Vec::new(), 0);
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: as many parameters as the function has, each as large as it says.
+        unsafe {
+            while (api.param_info)(node.function, num_params, &mut offset, &mut size) == 0 {
+                block.resize(offset, 0u8);
+                block.extend(std::slice::from_raw_parts((*node.params.add(num_params)).cast::<u8>(), size));
+                num_params += 1;
+            }
+        }
+        let params: Vec<String> = (0..num_params).map(|i| format!(".param .u64 p{i}")).collect();
+        let text =
+            |params: &str| format!(".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry empty({params}) {{ ret; }}\n");
+        let compile = |params: &str| context.compile(op, &CString::new(text(params)).unwrap_or_default(), c"empty", None);
+        let (mut exec, mut blocking) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: places for the answers.
+        unsafe {
+            context.call(op, || cuGraphInstantiateWithFlags(&mut exec, graph, 0))?;
+            context.call(op, || cuStreamCreate(&mut blocking, 0))?;
+        }
+        let (empty, empty_params) = (compile("")?, compile(&params.join(", "))?);
+        let cooperative = attribute[0] as u32 != 0;
+        Ok(Self { context, stream, api, graph, exec, node, cooperative, block, num_params, empty, empty_params, blocking })
+    }
+
+    /// How many parameters the kernel has.
+    pub fn num_params(&self) -> usize {
+        self.num_params
+    }
+
+    /// Launch `n` times.
+    pub fn burst(&mut self, way: LaunchWay, n: u32) -> Result<()> {
+        let op = "bare launch";
+        let (api, raw, params) = (self.api, self.context.raw, self.node.params);
+        let KernelNode { function, grid, block, shared, .. } = self.node;
+        let cooperative = self.cooperative;
+        self.context.bind(op)?;
+        // SAFETY: function, sizes and parameters are those of the recorded launch; its memory is the caller's business, as it was there.
+        let launch = |function: CUfunction, stream: CUstream, params: *mut *mut c_void, extra: *mut *mut c_void| unsafe {
+            let ([x, y, z], [a, b, c]) = (grid, block);
+            if cooperative && extra.is_null() {
+                cuLaunchCooperativeKernel(function, x, y, z, a, b, c, shared, stream, params)
+            } else {
+                cuLaunchKernel(function, x, y, z, a, b, c, shared, stream, params, extra)
+            }
+        };
+        let none = ptr::null_mut();
+        let mut size = self.block.len();
+        let mut buffer = [
+            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_POINTER),
+            self.block.as_mut_ptr().cast::<c_void>(),
+            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_SIZE),
+            ptr::from_mut(&mut size).cast(),
+            ptr::without_provenance_mut(LAUNCH_PARAM_END),
+        ];
+        // Eight bytes for each parameter of the empty kernel.
+        let mut zeros = [0u64; Params::MAX];
+        let mut zero_params = [ptr::null_mut::<c_void>(); Params::MAX];
+        zero_params.iter_mut().zip(&mut zeros).for_each(|(param, zero)| *param = ptr::from_mut(zero).cast());
+        let config = ExConfig { grid, block, shared, stream: self.stream, attributes: none, num_attributes: 0 };
+        for _ in 0..n {
+            // SAFETY: as above; `current` is a place for the answer.
+            let code = unsafe {
+                match way {
+                    LaunchWay::Call => launch(function, self.stream, params, ptr::null_mut()),
+                    LaunchWay::Bind => {
+                        cuCtxSetCurrent(raw);
+                        launch(function, self.stream, params, ptr::null_mut())
+                    }
+                    LaunchWay::Compare => {
+                        let mut current = ptr::null_mut();
+                        (api.current)(&mut current);
+                        if current != raw {
+                            cuCtxSetCurrent(raw);
+                        }
+                        launch(function, self.stream, params, ptr::null_mut())
+                    }
+                    LaunchWay::Ex => (api.launch_ex)(&config, function, params, ptr::null_mut()),
+                    LaunchWay::Buffer => launch(function, self.stream, ptr::null_mut(), buffer.as_mut_ptr()),
+                    LaunchWay::Graph => cuGraphLaunch(self.exec, self.stream),
+                    LaunchWay::DefaultStream => launch(function, ptr::null_mut(), params, ptr::null_mut()),
+                    LaunchWay::BlockingStream => launch(function, self.blocking, params, ptr::null_mut()),
+                    LaunchWay::Empty => {
+                        cuLaunchKernel(self.empty, 1, 1, 1, 32, 1, 1, 0, self.stream, ptr::null_mut(), ptr::null_mut())
+                    }
+                    LaunchWay::EmptyParams => {
+                        let params = zero_params.as_mut_ptr();
+                        cuLaunchKernel(self.empty_params, 1, 1, 1, 32, 1, 1, 0, self.stream, params, ptr::null_mut())
+                    }
+                }
+            };
+            check(op, code)?;
+        }
+        Ok(())
+    }
+
+    /// Wait for all of it without letting the thread sleep, so that the next burst starts on a processor that is awake.
+    pub fn wait(&self) -> Result<()> {
+        for stream in [self.stream, self.blocking, ptr::null_mut()] {
+            loop {
+                // SAFETY: streams of this context.
+                match unsafe { (self.api.query)(stream) } {
+                    NOT_READY => std::hint::spin_loop(),
+                    code => break check("bare launch", code)?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for BareLaunch {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`; work that is still queued goes on.
+        self.context.quietly(|| unsafe {
+            cuGraphExecDestroy(self.exec);
+            cuGraphDestroy(self.graph);
+            cuStreamDestroy_v2(self.blocking)
+        });
+    }
+}
+
+/// How threads wait for the GPU, `CU_CTX_SCHED_*`; before the first use of the GPU.
+pub fn set_schedule(ordinal: usize, flags: u32) -> Result<()> {
+    let op = "device";
+    init()?;
+    let device = Device::get_device(ordinal as u32).map_err(enumeration)?;
+    // SAFETY: a device of the driver.
+    check(op, unsafe { cuDevicePrimaryCtxSetFlags_v2(device.as_raw(), flags) })
 }
 
 /// As `580.159.04 (CUDA 13.0)`; only the second part where the kernel module does not say its version.

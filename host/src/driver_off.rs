@@ -1,5 +1,6 @@
 //! Stands in for `driver.rs` when feature `cuda` is off: a context that cannot exist, so that nothing else needs to ask.
 
+use crate::stream::LaunchWay;
 use crate::{Error, Result};
 use ferrotile_kernels::entry::{Entry, KernelArgs};
 use ferrotile_kernels::launch::LaunchConfig;
@@ -15,6 +16,31 @@ impl Capture {
     pub fn finish(self) -> Result<*mut c_void> {
         match self {}
     }
+
+    pub fn finish_bare(self) -> Result<BareLaunch> {
+        match self {}
+    }
+}
+
+/// Never made.
+pub enum BareLaunch {}
+
+impl BareLaunch {
+    pub fn num_params(&self) -> usize {
+        match *self {}
+    }
+
+    pub fn burst(&mut self, _way: LaunchWay, _n: u32) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn wait(&self) -> Result<()> {
+        match *self {}
+    }
+}
+
+pub fn set_schedule(_ordinal: usize, _flags: u32) -> Result<()> {
+    off()
 }
 
 fn off<T>() -> Result<T> {
@@ -47,6 +73,7 @@ unreachable_methods! {
     fn name() -> &str;
     fn num_sms() -> u32;
     fn driver_version() -> String;
+    fn compile_times() -> Result<Vec<(&'static str, f64)>>;
     fn alloc(op: &'static str, bytes: usize) -> Result<u64>;
     fn free(address: u64);
     fn create_stream() -> Result<*mut c_void>;

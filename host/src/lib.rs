@@ -55,9 +55,11 @@ pub use error::{Error, Result};
 pub use stream::{Event, Graph, Stream};
 pub use tensor::{MAX_RANK, TensorMut, TensorRef, View};
 
-// For ferrotile-tests: PTX of the device layer's own tests, and the record of what was built.
+// For ferrotile-tests: launches without us, PTX of the device layer's own tests, and the record of what was built.
 #[doc(hidden)]
 pub use ptx::{MANIFEST as PTX_MANIFEST, register as register_ptx};
+#[doc(hidden)]
+pub use stream::{BareLaunch, LaunchWay, set_schedule};
 
 /// The 16-bit float types, so that users need not depend on `half` themselves.
 pub use half;

@@ -45,6 +45,12 @@ pub fn cut(text: &str, name: &str) -> Option<String> {
     found.then_some(module)
 }
 
+/// Every kernel of the embedded texts: op, kernel.
+pub fn kernels() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let names = |text: &'static str| text.lines().filter_map(|line| line.strip_prefix(MARK)).map(str::trim_end);
+    EMBEDDED.iter().flat_map(move |(op, text)| names(text).map(move |name| (*op, name)))
+}
+
 /// PTX ISA version of a text.
 pub fn isa(text: &str) -> Option<(u32, u32)> {
     let version = text.lines().find_map(|line| line.trim().strip_prefix(".version "))?;

@@ -1,7 +1,7 @@
 //! Streams, graphs and events.
 
 use crate::device::Backend;
-use crate::{Device, Error, Result, TensorMut, TensorRef, check, emu};
+use crate::{Device, Error, Result, TensorMut, TensorRef, check, driver, emu};
 use ferrotile_kernels::entry::{Entry, KernelArgs};
 use ferrotile_kernels::launch::LaunchConfig;
 use std::ffi::c_void;
@@ -181,6 +181,97 @@ impl Stream {
         work(self)?;
         Ok(Graph { device: self.device, raw: capture.finish()? })
     }
+}
+
+/// Ways to call the driver for the kernel of a [`BareLaunch`], for the benchmark's launch lab.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaunchWay {
+    /// `cuLaunchKernel` (`cuLaunchCooperativeKernel` if the kernel needs it), nothing else.
+    Call,
+    /// `cuCtxSetCurrent` before each call, as launchers do.
+    Bind,
+    /// `cuCtxGetCurrent` before each call, and `cuCtxSetCurrent` where the answer is another context.
+    Compare,
+    /// `cuLaunchKernelEx` without attributes.
+    Ex,
+    /// The parameters as one block of memory.
+    Buffer,
+    /// A graph of the one kernel.
+    Graph,
+    /// On the default stream.
+    DefaultStream,
+    /// On a stream that waits for the default stream.
+    BlockingStream,
+    /// An empty kernel without parameters, one block of one warp.
+    Empty,
+    /// An empty kernel with as many parameters.
+    EmptyParams,
+}
+
+impl LaunchWay {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Call,
+        Self::Bind,
+        Self::Compare,
+        Self::Ex,
+        Self::Buffer,
+        Self::Graph,
+        Self::DefaultStream,
+        Self::BlockingStream,
+        Self::Empty,
+        Self::EmptyParams,
+    ];
+}
+
+/// A launch taken out of a launcher, to be repeated without anything of ours around it. For the benchmark.
+#[doc(hidden)]
+pub struct BareLaunch(driver::BareLaunch);
+
+impl BareLaunch {
+    /// The one launch that `work` gives to the stream, with its arguments; it is not run.
+    ///
+    /// # Safety
+    /// What it touches is there whenever it is launched, and is used by nothing else then.
+    ///
+    /// # Errors
+    /// Those of [`Stream::capture`]; [`Error::Unsupported`] if there is more than one launch, and with drivers older than CUDA 12.4.
+    pub unsafe fn record(stream: &Stream, work: impl FnOnce(&Stream) -> Result<()>) -> Result<Self> {
+        let Backend::Cuda(context) = stream.device.backend else {
+            return Err(Error::Unsupported { op: "bare launch", what: "the emulator has no driver".to_owned() });
+        };
+        let capture = context.begin_capture(stream.raw)?;
+        work(stream)?;
+        Ok(Self(capture.finish_bare()?))
+    }
+
+    /// How many parameters the kernel has.
+    pub fn num_params(&self) -> usize {
+        self.0.num_params()
+    }
+
+    /// Launch it `n` times.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn burst(&mut self, way: LaunchWay, n: u32) -> Result<()> {
+        self.0.burst(way, n)
+    }
+
+    /// Wait for all of it without letting the thread sleep.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn wait(&self) -> Result<()> {
+        self.0.wait()
+    }
+}
+
+/// How threads wait for a GPU, `CU_CTX_SCHED_*`; before the first use of the GPU.
+#[doc(hidden)]
+pub fn set_schedule(ordinal: usize, flags: u32) -> Result<()> {
+    driver::set_schedule(ordinal, flags)
 }
 
 impl Drop for Stream {

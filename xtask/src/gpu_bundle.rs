@@ -34,6 +34,7 @@ pub fn run(options: &Options) -> Result {
     let script = bundle.join("run.sh");
     shell::write(&script, RUN)?;
     shell::output(Command::new("chmod").arg("+x").arg(&script))?;
+    golden(&bundle)?;
     if options.peer {
         peers(&bundle)?;
     }
@@ -78,7 +79,27 @@ fn peers(bundle: &Path) -> Result {
         std::fs::rename(&made, &packed).map_err(|e| Failure(format!("cannot move {}: {e}", made.display())))?;
         shell::remove_dir(&partial)?;
     }
-    shell::write(&bundle.join("time_peer.py"), &shell::read(&shared.join("time_peer.py"))?)?;
+    shell::write(&bundle.join("time_peer.py"), &shell::read(&shell::root().join("tests/peer/time_peer.py"))?)?;
+    Ok(())
+}
+
+/// Copy what the peers computed, which the checks compare with; that of 1.0.0 where it is there.
+fn golden(bundle: &Path) -> Result {
+    let to = bundle.join("golden");
+    shell::create_dir(&to)?;
+    for from in ["tests/golden", "../shared/golden"] {
+        for path in
+            shell::list(&shell::root().join(from)).iter().filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        {
+            let copy = to.join(path.file_name().unwrap_or_default());
+            // Not `fs::copy` alone: a file that may not be written would make the next copy of it fail.
+            if copy.metadata().is_ok_and(|old| path.metadata().is_ok_and(|new| old.len() == new.len())) {
+                continue;
+            }
+            std::fs::copy(path, &copy)
+                .map_err(|e| Failure(format!("cannot copy {} to {}: {e}", path.display(), copy.display())))?;
+        }
+    }
     Ok(())
 }
 

@@ -16,6 +16,7 @@ if [ $# -eq 0 ]; then
 fi
 mkdir -p "$OUT"
 failed=()
+if [ -d "$here/golden" ]; then export FERROTILE_GOLDEN="$here/golden"; fi
 
 check() {
   "$here/check" ${FILTER:+"$FILTER"} --device "cuda:$GPU" --depth full --json "$OUT/check.jsonl"
@@ -43,8 +44,8 @@ sanitizer() {
 
 peer() {
   local version release status=0 found=0
-  # Compiling is what takes long, so several processes compile groups of cases before the timed run.
-  local groups=('cast' 'mhc' 'transpose' 'swiglu' 'topk|gate|expand|reduce|fused|group' 'engram')
+  # Compiling is what takes long, so several processes compile a share of the cases each before the timed run.
+  local shards=15
   for version in v1:1.0.0 v2:2.1.0; do
     release=${version#*:} version=${version%%:*}
     # A bundle may carry one release only, where both are too much to carry.
@@ -55,12 +56,13 @@ peer() {
       mkdir -p "$site" && tar -xJf "$here/peer-$release.tar.xz" -C "$site" || return 1
     fi
     echo "-- $release: compiling" >&2
-    local group pids=() pid
-    for group in "${groups[@]}"; do
-      CUDA_VISIBLE_DEVICES=$GPU PYTHONPATH=$site/site python3 "$here/time_peer.py" "$version" --only "$group" --repeats 1 >/dev/null 2>&1 &
+    local shard pids=() pid
+    for ((shard = 0; shard < shards; shard++)); do
+      CUDA_VISIBLE_DEVICES=$GPU PYTHONPATH=$site/site python3 "$here/time_peer.py" "$version" --only "$PEER_FILTER" \
+        --compile-only --shard "$shard/$shards" >/dev/null 2>&1 &
       pids+=($!)
     done
-    # A group that fails here shows its error in the timed run.
+    # A case that fails here shows its error in the timed run.
     for pid in "${pids[@]}"; do wait "$pid"; done
     echo "-- $release: timing" >&2
     CUDA_VISIBLE_DEVICES=$GPU PYTHONPATH=$site/site python3 "$here/time_peer.py" "$version" --only "$PEER_FILTER" 2>"$OUT/peer-$release.log" |

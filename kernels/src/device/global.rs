@@ -233,3 +233,10 @@ pub fn lane_id() -> u32 {
 pub fn warp_id() -> u32 {
     thread_idx() >> 5
 }
+
+/// First in the body of a loop: ptxas leaves it a loop. It would otherwise unroll a small loop four times, which gains little where the
+/// loop rarely turns more than once and makes the driver compile longer before the first launch.
+#[inline(always)]
+pub fn rolled() {
+    backend::rolled()
+}

@@ -302,6 +302,11 @@ pub fn block_sync(_: Here) {
 }
 #[inline(always)]
 pub fn spin(_: Here) {}
+/// ptxas takes the line as one about the loop whose first block it stands in.
+#[inline(always)]
+pub fn rolled() {
+    unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack, preserves_flags)) }
+}
 
 /// Thread 0 of each block adds 1, that of block 0 adds what is missing to 2^31: the top bit flips exactly when all have
 /// arrived, and the low bits are 0 again, so the word needs no reset.

@@ -6,6 +6,9 @@
 //!       row would be `p` or more is dropped from all arrays of positions.
 //! Map   a warp owns `groups` runs of 32 slots. Each block counts its slots by expert and publishes the counts; it adds up those of
 //!       all blocks and of those before it, lays out the experts, and places its slots. A single block has nothing to publish.
+//!       Places of more than two runs wait in `token_topk_to_pos` until their rows are known.
+//! Code  every step stands once, in loops that stay loops: what the driver compiles before the first launch takes it three times as long as
+//!       ptxas, 65 ms here.
 //! Cost  8·n bytes read, 4·n + 12·p written, and 8·blocks²·e of counts from L2; bound by two trips to memory, one for the slots and
 //!       one for the counts.
 
@@ -21,10 +24,6 @@ pub const MAX_EXPERTS: u32 = THREADS;
 
 /// Runs of slots that a warp loads at once and keeps in registers.
 const HELD: usize = 2;
-
-/// Runs that a warp loads at once after those. Every one is code that the driver compiles before the first launch, which takes it three
-/// times as long as ptxas: `cargo xtask bench` shows it.
-const MORE: usize = 1;
 
 /// Up to this many slots one block is faster than several that have to exchange counts.
 const MAX_ALONE: u32 = THREADS;
@@ -120,7 +119,7 @@ kernel! {
         let outputs = Outputs { pos_to_expert, pos_to_token, pos_to_token_topk, token_topk_to_pos, k, p };
 
         // Load.
-        let held = slots.load::<HELD>(0);
+        let held: [u32; HELD] = core::array::from_fn(|i| slots.load(i as u32));
         if !alone && thread_idx() == 0 {
             block.call.set(0, exchange.call());
         }
@@ -128,11 +127,17 @@ kernel! {
         // Count this block's slots, and tell the others.
         clear(&block, counters, e);
         warp_sync();
-        let mut places = slots.count(&held, 0, counters);
-        let mut group = HELD as u32;
-        while group < groups {
-            slots.count(&slots.load::<MORE>(group), group, counters);
-            group += MORE as u32;
+        let (mut next, mut places) = (held, [0; HELD]);
+        let mut group = 0;
+        // At least HELD turns, so that the places of the runs held end up where they belong.
+        while group < groups || group < HELD as u32 {
+            let expert = push(&mut next, slots.load(group + HELD as u32));
+            let place = slots.count(expert, counters);
+            push(&mut places, place);
+            if groups > HELD as u32 && slots.has(group) {
+                token_topk_to_pos.set(slots.slot(group), place as i32);
+            }
+            group += 1;
         }
         block_sync();
         let expert = thread_idx();
@@ -145,11 +150,6 @@ kernel! {
             }
         }
         block_sync();
-        unroll!(i in HELD {
-            if held[i] != NONE {
-                places[i] += counters.get(held[i]);
-            }
-        });
 
         // Add up the counts of all blocks.
         if !alone {
@@ -177,16 +177,22 @@ kernel! {
         block_sync();
 
         // Store.
-        if groups <= HELD as u32 {
-            slots.place(&held, &places, 0, block.base, &outputs);
-        } else {
-            let mut group = 0;
-            while group < groups {
-                let held = slots.load::<MORE>(group);
-                let places = slots.count(&held, group, counters);
-                slots.place(&held, &places, group, block.base, &outputs);
-                group += MORE as u32;
+        let (mut held, mut group) = (held, 0);
+        while group < groups {
+            let slot = slots.slot(group);
+            if slots.has(group) {
+                let (expert, place) = if groups > HELD as u32 {
+                    (slots.load(group), token_topk_to_pos.get(slot) as u32)
+                } else {
+                    (held[0], places[0])
+                };
+                let pos = if expert == NONE { NONE } else { block.base.get(expert) + counters.get(expert) + place };
+                outputs.write(slot, expert, pos);
             }
+            // Turned, not drained: a queue that is constant after a few turns would have the compiler peel them off the loop.
+            held.rotate_left(1);
+            places.rotate_left(1);
+            group += 1;
         }
         outputs.pad(&block, e);
     }
@@ -218,59 +224,48 @@ impl Slots {
         self.first + group * WARP_SIZE + lane_id()
     }
 
-    /// Experts of this lane's slots in the runs from `group` on, [`NONE`] beyond the last run.
+    /// Whether this lane has a slot in a run.
     #[inline(always)]
-    #[track_caller]
-    fn load<const N: usize>(self, group: u32) -> [u32; N] {
-        let mut experts = [u64::MAX; N];
-        unroll!(i in N {
-            let group = group + i as u32;
-            let slot = self.slot(group);
-            if group < self.groups && slot < self.n {
-                experts[i] = self.topk_idx.get(slot) as u64;
-            }
-        });
-        experts.map(|expert| if expert < self.e as u64 { expert as u32 } else { NONE })
+    fn has(self, group: u32) -> bool {
+        group < self.groups && self.slot(group) < self.n
     }
 
-    /// Count the runs from `group` on in the warp's counters. Returns what stood there for each slot, plus the slots of the same
-    /// expert before it in its run.
+    /// Expert of this lane's slot of a run, [`NONE`] beyond the last run.
     #[inline(always)]
     #[track_caller]
-    fn count<const N: usize>(self, held: &[u32; N], group: u32, counters: Shared<u32>) -> [u32; N] {
+    fn load(self, group: u32) -> u32 {
+        let expert = if self.has(group) { self.topk_idx.get(self.slot(group)) as u64 } else { u64::MAX };
+        if expert < self.e as u64 { expert as u32 } else { NONE }
+    }
+
+    /// Count a run in the warp's counters. Returns what stood there for each slot, plus the slots of the same expert before it in
+    /// the run.
+    #[inline(always)]
+    #[track_caller]
+    fn count(self, expert: u32, counters: Shared<u32>) -> u32 {
         let lane = lane_id();
-        let mut places = [0; N];
-        unroll!(i in N {
-            if group + (i as u32) < self.groups {
-                let expert = held[i];
-                let same = warp_match_any(expert);
-                if expert != NONE {
-                    places[i] = counters.get(expert) + (same & ((1 << lane) - 1)).count_ones();
-                }
-                // The last lane of an expert moves its counter on, once all lanes have read it.
-                warp_sync();
-                if expert != NONE && same >> lane == 1 {
-                    counters.set(expert, places[i] + 1);
-                }
-                warp_sync();
-            }
-        });
-        places
+        let same = warp_match_any(expert);
+        let mut place = 0;
+        if expert != NONE {
+            place = counters.get(expert) + (same & ((1 << lane) - 1)).count_ones();
+        }
+        // The last lane of an expert moves its counter on, once all lanes have read it.
+        warp_sync();
+        if expert != NONE && same >> lane == 1 {
+            counters.set(expert, place + 1);
+        }
+        warp_sync();
+        place
     }
+}
 
-    /// Write the positions of the runs from `group` on.
-    #[inline(always)]
-    #[track_caller]
-    fn place<const N: usize>(self, held: &[u32; N], places: &[u32; N], group: u32, base: Shared<u32>, outputs: &Outputs) {
-        unroll!(i in N {
-            let group = group + i as u32;
-            let slot = self.slot(group);
-            if group < self.groups && slot < self.n {
-                let pos = if held[i] == NONE { NONE } else { base.get(held[i]) + places[i] };
-                outputs.write(slot, held[i], pos);
-            }
-        });
-    }
+/// Append to a queue of fixed length; returns its first element.
+#[inline(always)]
+fn push(queue: &mut [u32; HELD], last: u32) -> u32 {
+    let first = queue[0];
+    queue.rotate_left(1);
+    queue[HELD - 1] = last;
+    first
 }
 
 /// Where the positions go, and what it takes to compute them.
@@ -303,25 +298,25 @@ impl Outputs {
     fn pad(&self, block: &Block, e: u32) {
         // Neighbouring experts belong to different blocks.
         let mut expert = warp_id() * grid_dim_x() + block_idx_x();
-        while expert < e {
-            self.clear(block.total.get(expert) + lane_id(), block.end.get(expert), WARP_SIZE);
+        loop {
+            let of_expert = expert < e;
+            let (mut pos, end, step) = if of_expert {
+                (block.total.get(expert) + lane_id(), block.end.get(expert), WARP_SIZE)
+            } else {
+                (block.end.get(e - 1) + block_idx_x() * THREADS + thread_idx(), self.p, grid_dim_x() * THREADS)
+            };
+            let end = if end < self.p { end } else { self.p };
+            while pos < end {
+                rolled();
+                self.pos_to_expert.set(pos, -1);
+                self.pos_to_token.set(pos, -1);
+                self.pos_to_token_topk.set(pos, -1);
+                pos += step;
+            }
+            if !of_expert {
+                break;
+            }
             expert += WARPS * grid_dim_x();
-        }
-        let first = block.end.get(e - 1) + block_idx_x() * THREADS + thread_idx();
-        self.clear(first, self.p, grid_dim_x() * THREADS);
-    }
-
-    /// Write -1 to every `step`th row from `first` on and before `end`.
-    #[inline(always)]
-    #[track_caller]
-    fn clear(&self, first: u32, end: u32, step: u32) {
-        let end = if end < self.p { end } else { self.p };
-        let mut pos = first;
-        while pos < end {
-            self.pos_to_expert.set(pos, -1);
-            self.pos_to_token.set(pos, -1);
-            self.pos_to_token_topk.set(pos, -1);
-            pos += step;
         }
     }
 }
@@ -415,6 +410,7 @@ impl Exchange {
 fn clear(block: &Block, counters: Shared<u32>, e: u32) {
     let mut i = lane_id();
     while i < e {
+        rolled();
         counters.set(i, 0);
         i += WARP_SIZE;
     }
@@ -433,7 +429,9 @@ const AT_ONCE: usize = 8;
 fn scan_warps(counters: Shared<u32>, e: u32, expert: u32) -> u32 {
     let mut next = 0;
     let mut warp = 0;
-    while warp < WARPS {
+    // The number of threads says the same as WARPS, but not to the compiler, which would unroll the loop.
+    while warp < block_dim() / WARP_SIZE {
+        rolled();
         let counts: [u32; AT_ONCE] = core::array::from_fn(|i| counters.get((warp + i as u32) * e + expert));
         for (i, count) in counts.iter().enumerate() {
             counters.set((warp + i as u32) * e + expert, next);

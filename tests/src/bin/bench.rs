@@ -1,8 +1,9 @@
 //! Times ops on a device: `bench [FILTER] --device cuda:0|emulator --json FILE`.
 //!
-//! Prints a table and appends a JSON line per row to the file.
+//! Prints a table and appends a JSON line per row to the file. `--launch-lab` instead compares ways to call the driver for the first row
+//! of each op; best on one processor, as in `taskset -c 2 bench --launch-lab --schedule spin`.
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use ferrotile_tests::support::bench::{Bench, Line, Row};
 use ferrotile_tests::support::suite;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -24,9 +25,26 @@ struct Cli {
     /// Append one JSON line per row to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Compare ways to call the driver, by host time, instead of timing rows.
+    #[arg(long)]
+    launch_lab: bool,
+    /// Time how long the driver compiles each kernel, instead of timing rows. Without the driver's cache: CUDA_CACHE_DISABLE=1.
+    #[arg(long)]
+    compile_times: bool,
+    /// How the driver waits for the GPU; its own choice if left out.
+    #[arg(long)]
+    schedule: Option<Schedule>,
     /// Print the rows and end.
     #[arg(long)]
     list: bool,
+}
+
+/// `CU_CTX_SCHED_*`.
+#[derive(Clone, Copy, ValueEnum)]
+enum Schedule {
+    Spin = 1,
+    Yield = 2,
+    Blocking = 4,
 }
 
 fn main() -> ExitCode {
@@ -51,8 +69,11 @@ fn run(cli: &Cli) -> Result<usize, String> {
         rows.iter().for_each(|row| println!("{} {}", row.op, row.case));
         return Ok(0);
     }
-    if rows.is_empty() {
+    if rows.is_empty() && !cli.compile_times {
         return Err(format!("no row contains `{}`; --list shows all", cli.filter));
+    }
+    if let (Some(schedule), Some(ordinal)) = (cli.schedule, cli.device.strip_prefix("cuda:").and_then(|n| n.parse().ok())) {
+        ferrotile::set_schedule(ordinal, schedule as u32).map_err(suite::text)?;
     }
     let device = suite::device_unchecked(&cli.device)?;
     let mut file = match &cli.json {
@@ -75,12 +96,15 @@ fn run(cli: &Cli) -> Result<usize, String> {
     };
 
     let mut bench = Bench::new(&device)?;
+    if cli.compile_times {
+        return bench.compile_times(&cli.filter)?.iter().try_for_each(&mut emit).map(|()| 0);
+    }
     let mut failed = 0;
     // First, because "first launch" is first only once per op and process.
     let mut launched = HashSet::new();
     for row in &rows {
         if launched.insert(row.op) {
-            match bench.first_launch(row) {
+            match if cli.launch_lab { bench.launch_lab(row) } else { bench.first_launch(row) } {
                 Ok(lines) => lines.iter().try_for_each(&mut emit)?,
                 Err(error) => {
                     failed += 1;
@@ -88,6 +112,9 @@ fn run(cli: &Cli) -> Result<usize, String> {
                 }
             }
         }
+    }
+    if cli.launch_lab {
+        return Ok(failed);
     }
     bench.limits()?.iter().try_for_each(&mut emit)?;
     let bar = ProgressBar::with_draw_target(Some(rows.len() as u64), ProgressDrawTarget::stderr());

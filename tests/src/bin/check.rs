@@ -5,6 +5,7 @@
 use clap::{Parser, ValueEnum};
 use ferrotile::Device;
 use ferrotile_tests::support::cases::Depth;
+use ferrotile_tests::support::golden;
 use ferrotile_tests::support::suite::{self, Ctx, Suite};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -28,6 +29,9 @@ struct Cli {
     /// Append one JSON line per op to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Where the golden data are, on a machine without the repository; also FERROTILE_GOLDEN.
+    #[arg(long)]
+    golden: Option<PathBuf>,
     /// Print the names of the ops and end.
     #[arg(long)]
     list: bool,
@@ -82,6 +86,12 @@ fn run(cli: &Cli) -> Result<bool, String> {
     if cli.json.is_some() && case_filter.is_some() {
         // A line says that an op passed, so it must not stand for some of the cases.
         return Err("--json records whole ops, so the filter can't choose cases".to_owned());
+    }
+    if let Some(folder) = &cli.golden {
+        if !folder.is_dir() {
+            return Err(format!("{} is no folder", folder.display()));
+        }
+        golden::set_folder(folder)?;
     }
     let device = suite::device(&cli.device)?;
     let depth = match cli.depth {

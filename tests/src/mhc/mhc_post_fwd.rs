@@ -3,7 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
-use crate::support::golden::{Golden, SKIPPED};
+use crate::support::golden::{self, Case, Golden, Peer};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::half::bf16;
@@ -267,11 +267,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if !ctx.device.is_emulator() && ctx.case("graph") {
         graph(&ctx.device)?;
     }
-    let mut notes = Vec::new();
-    match Golden::open()? {
-        Some(golden) => golden_cases(ctx, &stream, &golden)?,
-        None => notes.push(SKIPPED.to_owned()),
-    }
+    let notes = golden::check_cases(ctx, &["mhc_post"], |golden, case| golden_case(&stream, golden, case))?;
     Ok(Report { notes, ..ctx.report() })
 }
 
@@ -299,29 +295,24 @@ fn graph(device: &Device) -> Result<(), String> {
     compare::equal("replayed", &data.shape.name(), &dims(&data.shape), &call.read("replayed")?, &reference(&data))
 }
 
-fn golden_cases(ctx: &Ctx, stream: &Stream, golden: &Golden) -> Result<(), String> {
-    for case in golden.cases_of("mhc_post")? {
-        let name = case.name();
-        if !ctx.case(&name) {
-            continue;
-        }
-        let tensor = |key| golden.tensor(case, key);
-        let residual = tensor("in/residual")?;
-        let [n0, n1, m, h] = residual.shape[..] else { return Err(format!("{name}: residual is {:?}", residual.shape)) };
-        let data = Data {
-            shape: Shape { lead: [n0, n1], ..Shape::new(0, m, h) },
-            x: tensor("in/x")?.to_vec()?,
-            residual: residual.to_vec()?,
-            post: tensor("in/post_layer_mix")?.to_vec()?,
-            comb: tensor("in/comb_res_mix")?.to_vec()?,
-        };
-        let expected: Vec<bf16> = tensor("out/y.0")?.to_vec()?;
-        compare::equal("the reference's out", &name, &residual.shape, &reference(&data), &expected)?;
-        let mut call = Call::new(&ctx.device, &data)?;
-        call.launch(stream).map_err(text)?;
-        compare::equal("out", &name, &residual.shape, &call.read(&name)?, &expected)?;
-    }
-    Ok(())
+fn golden_case(stream: &Stream, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let tensor = |key| golden.tensor(case, key);
+    let residual = tensor("in/residual")?;
+    let [n0, n1, m, h] = residual.shape[..] else { return Err(format!("{name}: residual is {:?}", residual.shape)) };
+    let data = Data {
+        shape: Shape { lead: [n0, n1], ..Shape::new(0, m, h) },
+        x: tensor("in/x")?.to_vec()?,
+        residual: residual.to_vec()?,
+        post: tensor("in/post_layer_mix")?.to_vec()?,
+        comb: tensor("in/comb_res_mix")?.to_vec()?,
+    };
+    let out = if case.peer == Peer::V1 { "out/y.0" } else { "out/fwd" };
+    let expected: Vec<bf16> = tensor(out)?.to_vec()?;
+    compare::equal("the reference's out", &name, &residual.shape, &reference(&data), &expected)?;
+    let mut call = Call::new(stream.device(), &data)?;
+    call.launch(stream).map_err(text)?;
+    compare::equal("out", &name, &residual.shape, &call.read(&name)?, &expected)
 }
 
 /// Benchmark rows: the peer's case, the specification's grid and small ones.

@@ -3,7 +3,7 @@
 use crate::support::bench::Row;
 use crate::support::cases::{Depth, MoeCase, moe_bench_cases, moe_cases};
 use crate::support::compare::equal;
-use crate::support::golden::{Case, Golden, SKIPPED};
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::moe::get_fused_mapping::{Args, get_fused_mapping, get_fused_mapping_alloc, max_expanded_tokens, workspace_bytes};
@@ -318,17 +318,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if ctx.case("workspace") {
         check_workspace(device)?;
     }
-    let mut notes = Vec::new();
-    if ctx.case("golden") {
-        match Golden::open()? {
-            None => notes.push(SKIPPED.to_owned()),
-            Some(golden) => {
-                for case in golden.cases_of("get_fused_mapping")? {
-                    check_golden(device, &golden, case)?;
-                }
-            }
-        }
-    }
+    let notes = golden::check_cases(ctx, &["get_fused_mapping"], |golden, case| check_golden(device, golden, case))?;
     if !device.is_emulator() && ctx.case("graph") {
         check_graph(device)?;
     }

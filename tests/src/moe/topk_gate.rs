@@ -3,7 +3,7 @@
 use crate::support::bench::Row;
 use crate::support::cases::{Depth, TOKENS};
 use crate::support::compare::{equal, untouched};
-use crate::support::golden::{Golden, SKIPPED};
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, text};
 use ferrotile::moe::topk_gate::{Args, topk_gate};
@@ -190,13 +190,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check(device, &data, shape, layout, &format!("{name},{layout:?}"))?;
         }
     }
-    let mut report = ctx.report();
-    if ctx.case("golden") {
-        match Golden::open()? {
-            None => report.notes.push(SKIPPED.to_owned()),
-            Some(golden) => check_golden(device, &golden)?,
-        }
-    }
+    let notes = golden::check_cases(ctx, &["topk_gate"], |golden, case| check_golden(device, golden, case))?;
     if ctx.case("deterministic") {
         let (shape, data) = ((33, 256, 8), scores(Rng::new(7), 33, 256));
         let (first, second) = (launch(device, &data, shape, ALIGNED)?, launch(device, &data, shape, ALIGNED)?);
@@ -205,22 +199,18 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if !device.is_emulator() && ctx.case("graph") {
         check_graph(device)?;
     }
-    report.cases = ctx.report().cases;
-    Ok(report)
+    Ok(Report { notes, ..ctx.report() })
 }
 
-fn check_golden(device: &Device, golden: &Golden) -> Result<(), String> {
-    for case in golden.cases_of("topk_gate")? {
-        let k: u64 = case.param("num_topk")?;
-        let input = golden.tensor(case, "in/scores")?;
-        let expected: Vec<i64> = golden.tensor(case, "out/")?.to_vec()?;
-        let data: Vec<f32> = input.to_vec()?;
-        let (t, e) = (input.shape[0], input.shape[1]);
-        equal("reference", &case.name(), &[t, k], &reference(&data, e as usize, k as usize), &expected)?;
-        let got = launch(device, &data, (t, e, k), ALIGNED)?;
-        equal("topk_idx", &case.name(), &[t, k], &got[..(t * k) as usize], &expected)?;
-    }
-    Ok(())
+fn check_golden(device: &Device, golden: &Golden, case: &Case) -> Result<(), String> {
+    let k: u64 = case.param("num_topk")?;
+    let input = golden.tensor(case, "in/scores")?;
+    let expected: Vec<i64> = golden.tensor(case, "out/")?.to_vec()?;
+    let data: Vec<f32> = input.to_vec()?;
+    let (t, e) = (input.shape[0], input.shape[1]);
+    equal("reference", &case.name(), &[t, k], &reference(&data, e as usize, k as usize), &expected)?;
+    let got = launch(device, &data, (t, e, k), ALIGNED)?;
+    equal("topk_idx", &case.name(), &[t, k], &got[..(t * k) as usize], &expected)
 }
 
 /// A captured launch does its work at every replay, on the data that are there then.

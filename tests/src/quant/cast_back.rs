@@ -4,7 +4,7 @@
 use crate::support::bench::Row;
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare::{Bits, equal};
-use crate::support::golden::{Case as GoldenCase, Golden, SKIPPED};
+use crate::support::golden::{self, Case as GoldenCase, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::cast_back::{Args, PerTokenArgs, cast_back, cast_back_in_parts, per_token_cast_back};
@@ -343,8 +343,9 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         grid(ctx)?;
     }
     captured(ctx)?;
-    let golden = golden(ctx)?;
-    Ok(Report { notes: golden, ..ctx.report() })
+    let ops = ["cast_back", "per_token_cast_back"];
+    let notes = golden::check_cases(ctx, &ops, |golden, case| golden_case(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// The combinations of one shape, with data that are uploaded once.
@@ -488,53 +489,46 @@ fn captured(ctx: &Ctx) -> Result<(), String> {
 }
 
 /// What the peers computed.
-fn golden(ctx: &Ctx) -> Result<Vec<String>, String> {
-    let Some(golden) = Golden::open()? else { return Ok(vec![SKIPPED.to_owned()]) };
-    for op in ["cast_back", "per_token_cast_back"] {
-        for case in golden.cases_of(op)? {
-            if ctx.case(&case.name()) {
-                golden_case(ctx, &golden, case, op)?;
-            }
-        }
-    }
-    Ok(Vec::new())
-}
-
-fn golden_case(ctx: &Ctx, golden: &Golden, case: &GoldenCase, op: &str) -> Result<(), String> {
+fn golden_case(ctx: &Ctx, golden: &Golden, case: &GoldenCase) -> Result<(), String> {
     let format = match case.param::<String>("in_fmt")?.as_str() {
         "e4m3" => Format::E4m3,
         _ => Format::E2m1,
     };
-    let (way, block, layout) = if op == "cast_back" {
-        (Way::Block, case.param::<(u32, u32)>("x_block_size")?, SfLayout::RowMajor)
+    let (layout, _) = case.sf_options()?;
+    let (way, block) = if case.op == "cast_back" {
+        (Way::Block, case.param("x_block_size")?)
     } else {
-        let layout = match (case.param("use_tma_aligned_col_major_sf")?, case.param("use_packed_ue8m0")?) {
-            (false, false) => SfLayout::RowMajor,
-            (true, false) => SfLayout::ColMajor,
-            (true, true) => SfLayout::ColMajorPacked,
-            (false, true) => SfLayout::RowMajorPacked,
-        };
-        (Way::PerToken, (1, case.param("num_per_channels")?), layout)
+        (Way::PerToken, (1, case.param("num_per_channels")?))
     };
     let (x, sf, out) = (golden.tensor(case, "in/x.0")?, golden.tensor(case, "in/x.1")?, golden.tensor(case, "out/")?);
     let hidden = if format == Format::E2m1 { 2 * x.shape[1] } else { x.shape[1] };
     let p = Problem { format, tokens: x.shape[0], hidden, block, x: Vec::new(), scales: Vec::new() };
     let data = Data::upload(&ctx.device, &p, x.bytes, 0, 0)?;
-    // The recorded words go where their strides say, unused bytes of packed words included.
-    let mut words = vec![0u32; sf.shape.iter().zip(&sf.strides).map(|(n, s)| (n - 1) * s).sum::<u64>() as usize + 1];
-    for (i, word) in sf.to_vec::<u32>()?.into_iter().enumerate() {
-        let (m, k) = (i as u64 / sf.shape[1], i as u64 % sf.shape[1]);
-        words[(m * sf.strides[0] + k * sf.strides[1]) as usize] = word;
-    }
     let shape = [sf.shape[0], sf.shape[1]];
     let strides = [sf.strides[0], sf.strides[1]];
-    let buffer = ScaleBuffer::Words(ctx.device.upload(&words).map_err(text)?);
+    let buffer = if layout.is_e4m3() {
+        let codes: Vec<E4m3> = laid_out(&sf.to_vec::<u8>()?, shape, strides).into_iter().map(E4m3).collect();
+        ScaleBuffer::E4m3(ctx.device.upload(&codes).map_err(text)?)
+    } else {
+        // Unused bytes of packed words included.
+        ScaleBuffer::Words(ctx.device.upload(&laid_out(&sf.to_vec::<u32>()?, shape, strides)).map_err(text)?)
+    };
     let scales = Scales { buffer, shape, strides, layout };
     if case.param::<String>("fmt")? == "bf16" {
         golden_output::<bf16>(ctx, way, &p, &data, &scales, &out.to_vec()?, &case.name())
     } else {
         golden_output::<f32>(ctx, way, &p, &data, &scales, &out.to_vec()?, &case.name())
     }
+}
+
+/// Elements in logical order at the places that the strides give them.
+fn laid_out<T: Copy + Default>(elements: &[T], shape: [u64; 2], strides: [u64; 2]) -> Vec<T> {
+    let mut memory = vec![T::default(); ((shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1]) as usize + 1];
+    for (i, element) in elements.iter().enumerate() {
+        let (m, k) = (i as u64 / shape[1], i as u64 % shape[1]);
+        memory[(m * strides[0] + k * strides[1]) as usize] = *element;
+    }
+    memory
 }
 
 fn golden_output<O: Output>(
@@ -569,15 +563,20 @@ pub fn bench() -> Vec<Row> {
     }
     add("fmt=e4m3,h=7168,out=bf16,sf=128x128,t=8064".to_owned(), e4m3, large, (128, 128), r, "bf16", Way::Block);
     for (format, hidden, tokens, block, layout, out) in [
+        (e2m1, 7168, 8001, (1, 128), r, "fp32"),
         (e2m1, 7168, 8001, (1, 7168), r, "fp32"),
         (e2m1, 7168, 8001, (1, 128), cp, "fp32"),
+        (e2m1, 7168, 8001, (1, 7168), cp, "fp32"),
+        (e4m3, 7168, 8001, (1, 128), r, "fp32"),
         (e4m3, 7168, 8001, (1, 7168), r, "fp32"),
         (e4m3, 7168, 8001, (1, 128), cp, "fp32"),
+        (e4m3, 7168, 8001, (1, 7168), cp, "fp32"),
         (e4m3, 7168, 8001, (1, 128), cp, "bf16"),
         (e2m1, 7168, 8001, (1, 128), cp, "bf16"),
         (e2m1, 2048, 4001, (1, 128), r, "fp32"),
         (e4m3, 7168, 8001, (128, 1), r, "bf16"),
         (e4m3, 7168, 8001, (128, 1), r, "fp32"),
+        (e4m3, 7168, 8001, (128, 128), r, "bf16"),
         (e4m3, 7168, 8001, (128, 128), r, "fp32"),
         (e4m3, 2048, 4001, (128, 1), r, "bf16"),
         (e4m3, 576, 8001, (1, 128), r, "bf16"),

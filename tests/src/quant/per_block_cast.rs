@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_block_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
@@ -470,7 +471,29 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large_input(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["per_block_cast"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
+}
+
+/// What the peers computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let format = if case.param::<String>("fmt")? == "e4m3" { Format::E4m3 } else { Format::E2m1 };
+    let block: Block = case.param("block_size")?;
+    let (layout, round) = case.sf_options()?;
+    let x = golden.tensor(case, "in/x")?;
+    let values = x.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect();
+    let shape = (x.shape[0], x.shape[1]);
+    let input = Input::new(&ctx.device, DType::Bf16, shape, (x.shape[1], 0), values)?;
+    let mut out = Outputs::new(&ctx.device, &input, format, block, layout)?;
+    let stream = ctx.device.stream().map_err(text)?;
+    out.cast(&stream, input.tensor().map_err(text)?, block, round).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    out.check_data(&name, golden.tensor(case, "out/0")?.bytes)?;
+    let sf = golden.tensor(case, "out/1")?;
+    sf.check_place(&name, &out.sf_shape)?;
+    let words = if layout.is_packed() { sf.packed_words(shape.1.div_ceil(block.1.into()))? } else { sf.to_vec()? };
+    out.check_sf(&name, &words)
 }
 
 /// Every launcher recorded in a graph and replayed.
@@ -624,7 +647,6 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::{Error, Result};
     use proptest::prelude::{ProptestConfig, proptest};
 
@@ -658,49 +680,6 @@ mod tests {
         check(&zeros, Format::E4m3, true, 105 << 23, &[0; 32]);
         check(&zeros, Format::E2m1, true, 1 << 23, &[0; 16]);
         check(&[-0.0; 64], Format::E2m1, true, 1 << 23, &[0x88; 16]);
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        let cases = golden.cases_of("per_block_cast").unwrap();
-        assert_eq!(cases.len(), 8);
-        for case in cases {
-            let name = case.name();
-            let flag = |key| case.param::<bool>(key).unwrap();
-            let format = if case.param::<String>("fmt").unwrap() == "e4m3" { Format::E4m3 } else { Format::E2m1 };
-            let block: Block = case.param("block_size").unwrap();
-            let layout = match (flag("use_tma_aligned_col_major_sf"), flag("use_packed_ue8m0")) {
-                (false, false) => SfLayout::RowMajor,
-                (true, false) => SfLayout::ColMajor,
-                (true, true) => SfLayout::ColMajorPacked,
-                (false, true) => SfLayout::RowMajorPacked,
-            };
-            let x = golden.tensor(case, "in/x").unwrap();
-            let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
-            let shape = (x.shape[0], x.shape[1]);
-            let input = Input::new(&device, DType::Bf16, shape, (x.shape[1], 0), values).unwrap();
-            let mut out = Outputs::new(&device, &input, format, block, layout).unwrap();
-            out.cast(&stream, input.tensor().unwrap(), block, flag("round_sf")).unwrap();
-            out.check_data(&name, golden.tensor(case, "out/0").unwrap().bytes).unwrap();
-            let sf = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(sf.shape, out.sf_shape.shape, "{name}");
-            let mut words = sf.to_vec::<u32>().unwrap();
-            if layout.is_packed() {
-                // Bytes of blocks that do not exist hold anything there and zeros here.
-                let (columns, blocks) = (sf.shape[1] as usize, shape.1.div_ceil(block.1.into()) as usize);
-                for (i, word) in words.iter_mut().enumerate() {
-                    let used = (blocks - i % columns * 4).min(4);
-                    *word &= u32::MAX >> (32 - 8 * used);
-                }
-            }
-            out.check_sf(&name, &words).unwrap();
-            for (dim, stride) in sf.strides.iter().enumerate().filter(|(dim, _)| sf.shape[*dim] > 1) {
-                assert_eq!(*stride, out.sf_shape.strides[dim], "{name}");
-            }
-        }
     }
 
     /// Buffers for calls that must be refused.

@@ -6,7 +6,7 @@
 
 use super::bytes::gbs;
 use super::suite::{ptx_sha, text};
-use ferrotile::{Buffer, Device, Event, Stream};
+use ferrotile::{BareLaunch, Buffer, Device, Event, LaunchWay, Stream};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -132,7 +132,8 @@ impl Bench {
         Ok(self.line(row.op, &row.case, row.bytes, times))
     }
 
-    /// The first launch of an op in this process, driver JIT included, and the host time of a later one.
+    /// The first launch of an op in this process, driver JIT included. Then the host time of a launch through the launcher, of the bare
+    /// driver call with the same arguments, and the difference: the launcher's own share.
     pub fn first_launch(&mut self, row: &Row) -> Result<Vec<Line>, String> {
         let mut launch = (row.build)(&self.device, &self.stream)?;
         self.stream.synchronize().map_err(text)?;
@@ -140,20 +141,84 @@ impl Bench {
         launch(&self.stream).map_err(text)?;
         let submitted = start.elapsed().as_secs_f64() * 1e6;
         self.stream.synchronize().map_err(text)?;
-        // Bursts that the queue takes without filling: what is timed is the host's work, and one look at the clock a burst.
-        const BURST: u32 = 32;
-        let mut times = Vec::new();
-        for _ in 0..REPEATS {
-            let start = Instant::now();
-            for _ in 0..BURST {
-                launch(&self.stream).map_err(text)?;
-            }
-            times.push(start.elapsed().as_secs_f64() * 1e6 / BURST as f64);
-            self.stream.synchronize().map_err(text)?;
+        let case = format!("op={}", row.op);
+        let mut lines = vec![self.line("first_launch", &case, 0, vec![submitted])];
+        if self.device.is_emulator() {
+            let times = (0..self.repeats).map(|_| self.burst(1, &mut launch)).collect::<Result<_, _>>()?;
+            lines.push(self.line("host_time_of_a_launch", &case, 0, times));
+            return Ok(lines);
         }
-        Ok(vec![
-            self.line("first_launch", &format!("op={}", row.op), 0, vec![submitted]),
-            self.line("host_time_of_a_launch", &format!("op={}", row.op), 0, times),
-        ])
+        // SAFETY: what the row built lives as long as its launch, and nothing else runs.
+        let bare = unsafe { BareLaunch::record(&self.stream, &mut launch) };
+        let mut bare = bare.map_err(text)?;
+        let (mut ours, mut drivers, mut added) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..BURSTS {
+            // One after the other, so that whatever slows the machine down slows both down.
+            ours.push(self.burst(BURST, &mut launch)?);
+            bare.wait().map_err(text)?;
+            drivers.push(driver_burst(&mut bare, LaunchWay::Call)?);
+            added.push(ours[ours.len() - 1] - drivers[drivers.len() - 1]);
+        }
+        for (op, times) in
+            [("host_time_of_a_launch", ours), ("host_time_of_the_driver_call", drivers), ("host_time_of_the_launcher", added)]
+        {
+            lines.push(self.line(op, &case, 0, times));
+        }
+        Ok(lines)
     }
+
+    /// How long the driver compiles each kernel whose name contains `filter`, the longest first: the first launch takes that and little
+    /// more.
+    pub fn compile_times(&self, filter: &str) -> Result<Vec<Line>, String> {
+        let mut times = self.device.compile_times().map_err(text)?;
+        times.retain(|(name, _)| name.contains(filter));
+        times.sort_by(|a, b| b.1.total_cmp(&a.1));
+        Ok(times.into_iter().map(|(name, us)| self.line("compile", &format!("entry={name}"), 0, vec![us])).collect())
+    }
+
+    /// Host time of one of `n` launches in microseconds.
+    fn burst(&self, n: u32, launch: &mut Launch) -> Result<f64, String> {
+        let start = Instant::now();
+        for _ in 0..n {
+            launch(&self.stream).map_err(text)?;
+        }
+        Ok(start.elapsed().as_secs_f64() * 1e6 / f64::from(n))
+    }
+
+    /// The ways to call the driver beside each other, in host time per launch of the row's kernel.
+    pub fn launch_lab(&mut self, row: &Row) -> Result<Vec<Line>, String> {
+        let mut launch = (row.build)(&self.device, &self.stream)?;
+        launch(&self.stream).map_err(text)?;
+        // SAFETY: as in `first_launch`.
+        let mut bare = unsafe { BareLaunch::record(&self.stream, &mut launch) }.map_err(text)?;
+        let mut times = vec![Vec::new(); LaunchWay::ALL.len() + 1];
+        for _ in 0..BURSTS {
+            bare.wait().map_err(text)?;
+            times[0].push(self.burst(BURST, &mut launch)?);
+            for (way, times) in LaunchWay::ALL.into_iter().zip(&mut times[1..]) {
+                bare.wait().map_err(text)?;
+                times.push(driver_burst(&mut bare, way)?);
+            }
+        }
+        bare.wait().map_err(text)?;
+        let ways = std::iter::once("Launcher".to_owned()).chain(LaunchWay::ALL.iter().map(|way| format!("{way:?}")));
+        let params = bare.num_params();
+        Ok(ways
+            .zip(times)
+            .map(|(way, times)| self.line("launch_lab", &format!("op={},params={params},way={way}", row.op), 0, times))
+            .collect())
+    }
+}
+
+/// Launches that the queue takes without filling: what is timed is the host's work, and one look at the clock a burst.
+const BURST: u32 = 32;
+const BURSTS: usize = 301;
+
+/// Host time of one launch in microseconds.
+fn driver_burst(bare: &mut BareLaunch, way: LaunchWay) -> Result<f64, String> {
+    let start = Instant::now();
+    bare.burst(way, BURST).map_err(text)?;
+    let us = start.elapsed().as_secs_f64() * 1e6 / f64::from(BURST);
+    bare.wait().map_err(text)?;
+    Ok(us)
 }

@@ -3,7 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS};
 use crate::support::compare;
-use crate::support::golden::{Golden, SKIPPED};
+use crate::support::golden::{self, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use bytemuck::cast_slice;
@@ -304,11 +304,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if !ctx.device.is_emulator() && ctx.case("graph") {
         graph(&ctx.device, &pool)?;
     }
-    let mut notes = Vec::new();
-    match Golden::open()? {
-        Some(golden) => golden_cases(ctx, &stream, &golden)?,
-        None => notes.push(SKIPPED.to_owned()),
-    }
+    let notes = golden::check_cases(ctx, &["batched_transpose"], |golden, case| golden_case(&stream, golden, case))?;
     Ok(Report { notes, ..ctx.report() })
 }
 
@@ -339,26 +335,20 @@ fn graph(device: &Device, pool: &Pool) -> Result<(), String> {
     Ok(())
 }
 
-fn golden_cases(ctx: &Ctx, stream: &Stream, golden: &Golden) -> Result<(), String> {
-    for case in golden.cases_of("batched_transpose")? {
-        let name = case.name();
-        if !ctx.case(&name) {
-            continue;
-        }
-        let (x, expected) = (golden.tensor(case, "in/x")?, golden.tensor(case, "out/")?);
-        let dtype = if x.bytes.len() as u64 == x.shape.iter().product::<u64>() { DType::E4m3 } else { DType::Bf16 };
-        let (from, to) = (ctx.device.upload(x.bytes).map_err(text)?, ctx.device.zeros::<u8>(x.bytes.len()).map_err(text)?);
-        let contiguous = |shape: &[u64]| [shape[1] * shape[2], shape[2], 1];
-        // SAFETY: both buffers have the bytes of their shape and outlive the launch.
-        let (x_tensor, out) = unsafe {
-            let x = TensorRef::from_raw(&ctx.device, from.as_ptr(), dtype, &x.shape, &contiguous(&x.shape));
-            (x, TensorMut::from_raw(&ctx.device, to.as_ptr(), dtype, &expected.shape, &contiguous(&expected.shape)))
-        };
-        batched_transpose(stream, Args { x: x_tensor.map_err(text)?, out: out.map_err(text)? }).map_err(text)?;
-        let got = to.to_vec().map_err(text)?;
-        compare::equal("out", &name, &[expected.bytes.len() as u64], &got, expected.bytes)?;
-    }
-    Ok(())
+fn golden_case(stream: &Stream, golden: &Golden, case: &golden::Case) -> Result<(), String> {
+    let device = stream.device();
+    let (x, expected) = (golden.tensor(case, "in/x")?, golden.tensor(case, "out/")?);
+    let dtype = if x.bytes.len() as u64 == x.shape.iter().product::<u64>() { DType::E4m3 } else { DType::Bf16 };
+    let (from, to) = (device.upload(x.bytes).map_err(text)?, device.zeros::<u8>(x.bytes.len()).map_err(text)?);
+    let contiguous = |shape: &[u64]| [shape[1] * shape[2], shape[2], 1];
+    // SAFETY: both buffers have the bytes of their shape and outlive the launch.
+    let (x_tensor, out) = unsafe {
+        let x = TensorRef::from_raw(device, from.as_ptr(), dtype, &x.shape, &contiguous(&x.shape));
+        (x, TensorMut::from_raw(device, to.as_ptr(), dtype, &expected.shape, &contiguous(&expected.shape)))
+    };
+    batched_transpose(stream, Args { x: x_tensor.map_err(text)?, out: out.map_err(text)? }).map_err(text)?;
+    let got = to.to_vec().map_err(text)?;
+    compare::equal("out", &case.name(), &[expected.bytes.len() as u64], &got, expected.bytes)
 }
 
 /// Benchmark rows: the peer's cases, those of its own benchmarks, small ones, and those off the fastest path.

@@ -244,6 +244,7 @@ pub fn grid_sync(_: Ptr, at: Here) {
 pub fn spin(at: Here) {
     current().wait_for(Wait::Spin(at));
 }
+pub fn rolled() {}
 
 /// Words with atomic instructions.
 pub trait AtomicWord: Word {
