@@ -46,7 +46,7 @@ pub struct Args<'a> {
 /// that is infinite counts as the largest finite bf16 for its scale and becomes 448 with its sign.
 ///
 /// Asynchronous; allocates nothing; an empty `x` launches nothing. Any size and alignment works; it is fast when rows of `x` start at
-/// multiples of 16 bytes, `H` is a multiple of 8 and, unless `without_transpose`, `T` one of 16, and bf16 can hold the clamp.
+/// multiples of 16 bytes, `H` is a multiple of 8, `T` one of 16 (of 4 with `without_transpose`), and bf16 can hold the clamp.
 ///
 /// # Errors
 /// [`Shape`](Error::Shape) when shapes do not belong together, [`DType`](Error::DType), [`Layout`](Error::Layout) for strides and the layout of
@@ -132,7 +132,7 @@ pub fn launch(stream: &Stream, args: Args<'_>, variant: Variant) -> Result<()> {
         && x_stride.is_multiple_of(8)
         && args.out.ptr().is_multiple_of(16)
         && hidden.is_multiple_of(8)
-        && (args.without_transpose || num_tokens.is_multiple_of(16));
+        && num_tokens.is_multiple_of(if args.without_transpose { 4 } else { 16 });
     let kernel_args = k::cast::Args {
         x: args.x.input(),
         out: args.out.output(),

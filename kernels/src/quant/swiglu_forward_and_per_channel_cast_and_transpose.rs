@@ -67,15 +67,19 @@ type Held = [[[u32; 4]; 2]; TOKENS as usize];
 #[inline(always)]
 fn load<const ALIGNED: bool>(x: In<u16>, stride: u32, (token, channel): (u32, u32), (t, h): (u32, u32)) -> Held {
     let mut held = [[[0; 4]; 2]; TOKENS as usize];
-    unroll!(i in (TOKENS as usize) {
-        let row = x.at(min(token + i as u32, t - 1) as u64 * stride as u64);
-        if ALIGNED {
-            let gate = row.at(min(channel, h - CHANNELS) as u64);
+    if ALIGNED {
+        let (token, channel) = (min(token, t - TOKENS), min(channel, h - CHANNELS));
+        let mut gate = x.at(token as u64 * stride as u64 + channel as u64);
+        unroll!(i in (TOKENS as usize) {
+            gate = if i == 0 { gate } else { gate.at(stride as u64) };
             held[i] = [gate.load16(0), gate.at(h as u64).load16(0)];
-        } else {
+        });
+    } else {
+        unroll!(i in (TOKENS as usize) {
+            let row = x.at(min(token + i as u32, t - 1) as u64 * stride as u64);
             held[i] = [gather(row, channel, h), gather(row.at(h as u64), channel, h)];
-        }
-    });
+        });
+    }
     held
 }
 
@@ -142,29 +146,29 @@ fn activate<S: Silu, const CLAMP: bool>(gate: u32, up: u32, clamp: f32) -> u32 {
     f32x2_to_bf16x2(value(l[0], r[0]), value(l[1], r[1]))
 }
 
-/// [`activate`] of all that a thread holds.
-#[inline(always)]
-fn activate_all<S: Silu, const CLAMP: bool>(held: &Held, clamp: f32) -> [[u32; 4]; TOKENS as usize] {
-    let mut acts = [[0; 4]; TOKENS as usize];
-    unroll!(i in (TOKENS as usize) {
-        let [gate, up] = held[i];
-        let pair = |w: usize| activate::<S, CLAMP>(gate[w], up[w], clamp);
-        acts[i] = [pair(0), pair(1), pair(2), pair(3)];
-    });
-    acts
-}
+/// Pairs of channels of a thread.
+const PAIRS: usize = (TOKENS * CHANNELS / 2) as usize;
 
-/// As [`activate_all`], in less code: a loop that turns everything round, because registers have no index.
+/// [`activate`] of all that a thread holds, `N` pairs at a time: a loop that turns everything round, because registers have no index.
+/// Written out, the code would be longer than the driver compiles in good time before the first launch.
 #[inline(always)]
-fn activate_seldom<S: Silu, const CLAMP: bool>(held: &Held, clamp: f32) -> [[u32; 4]; TOKENS as usize] {
-    // Results take the place of the gates.
-    let mut words: [[u32; 2]; 4 * TOKENS as usize] = core::array::from_fn(|i| [held[i / 4][0][i % 4], held[i / 4][1][i % 4]]);
-    for _ in 0..4 * TOKENS {
-        let [gate, up] = words[0];
-        let done = [activate::<S, CLAMP>(gate, up, clamp), up];
-        words = core::array::from_fn(|i| if i + 1 < words.len() { words[i + 1] } else { done });
+fn activate_all<S: Silu, const CLAMP: bool, const N: usize>(held: &Held, clamp: f32) -> [[u32; 4]; TOKENS as usize] {
+    let mut pairs: [[u32; 2]; PAIRS] = core::array::from_fn(|i| [held[i / 4][0][i % 4], held[i / 4][1][i % 4]]);
+    for _ in 0..PAIRS / N {
+        rolled();
+        let mut done = [0; N];
+        unroll!(i in N {
+            let [gate, up] = pairs[i];
+            done[i] = activate::<S, CLAMP>(gate, up, clamp);
+        });
+        // Results take the place of the gates.
+        let before = pairs;
+        unroll!(i in PAIRS {
+            let from = (i + N) % PAIRS;
+            pairs[i] = if i + N < PAIRS { before[from] } else { [done[from % N], before[from][1]] };
+        });
     }
-    core::array::from_fn(|i| core::array::from_fn(|w| words[4 * i + w][0]))
+    core::array::from_fn(|i| core::array::from_fn(|w| pairs[4 * i + w][0]))
 }
 
 /// [`scale`] without rounding, for a bf16: the exact quotients without the tests of IEEE division. A quotient of two numbers of at most 8
@@ -231,11 +235,13 @@ fn cast_tile<
 
     let held = load::<ALIGNED>(x, x_stride, (token, channel), (t, h));
     let acts = if !ALIGNED {
-        activate_seldom::<Exact, CLAMP>(&held, clamp)
+        activate_all::<Exact, CLAMP, 1>(&held, clamp)
     } else if has_large_gate(&held) {
-        activate_seldom::<Careful, CLAMP>(&held, clamp)
+        activate_all::<Careful, CLAMP, 1>(&held, clamp)
+    } else if CLAMP {
+        activate_all::<Short, CLAMP, 8>(&held, clamp)
     } else {
-        activate_all::<Short, CLAMP>(&held, clamp)
+        activate_all::<Short, CLAMP, 16>(&held, clamp)
     };
 
     // Maxima of the channels: of the thread, of the warp, of the tile. They start from a number, so no NaN is left.
@@ -279,11 +285,13 @@ fn cast_tile<
     let value = |i: usize, c: usize| bf16x2_to_f32(acts[i][c / 2])[c % 2] * inv[c];
     if !TRANSPOSE {
         let word = |i: usize, w: usize| f32x4_to_e4m3x4([value(i, w), value(i, w + 1), value(i, w + 2), value(i, w + 3)]);
+        let mut to = out.at(token as u64 * h as u64 + channel as u64);
         unroll!(i in (TOKENS as usize) {
             let codes = [word(i, 0), word(i, 4)];
-            let to = out.at((token + i as u32) as u64 * h as u64 + channel as u64);
+            to = if i == 0 { to } else { to.at(h as u64) };
             if ALIGNED {
-                if token + (i as u32) < t && channel < h {
+                // All of a thread's tokens exist, or none.
+                if token < t && channel < h {
                     to.store8(0, codes);
                 }
             } else {
@@ -332,8 +340,8 @@ fn cast_tile<
 kernel! {
     op = swiglu_forward_and_per_channel_cast_and_transpose;
     threads = 256;
-    /// `x_stride` and `sf_stride` count elements. `ALIGNED`: rows of `x` start at multiples of 16 bytes, and so do stores: `h`, and
-    /// transposed `t`, are multiples of what a thread stores.
+    /// `x_stride` and `sf_stride` count elements. `ALIGNED`: rows of `x` and `out` start at multiples of 16 bytes, `h` is a multiple of 8
+    /// and `t` one of 4; transposed `t` is a multiple of 16.
     pub fn cast[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool, const TURNED: bool](
         x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
     ) {
