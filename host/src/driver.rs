@@ -15,6 +15,7 @@ use ferrotile_kernels::launch::LaunchConfig;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::{Mutex, PoisonError, RwLock, RwLockWriteGuard};
 
@@ -468,11 +469,11 @@ impl Context {
         let Function(function) = self.function(op, entry)?;
         let mut params = Params::default();
         args.pack(&mut params);
-        let mut pointers = [ptr::null_mut::<c_void>(); Params::MAX];
+        let mut pointers = [const { MaybeUninit::<*mut c_void>::uninit() }; Params::MAX];
         for (pointer, slot) in pointers.iter_mut().zip(params.slots()) {
-            *pointer = ptr::from_mut(slot).cast();
+            pointer.write(ptr::from_mut(slot).cast());
         }
-        let params = pointers.as_mut_ptr();
+        let params = pointers.as_mut_ptr().cast();
         let [x, y, z] = config.grid;
         let (threads, shared) = (config.threads, config.shared_bytes);
         // SAFETY: `pointers` has one valid slot for each parameter of the kernel, because args and entry come from one declaration.

@@ -1,6 +1,7 @@
 //! What the host needs to know about a compiled kernel entry.
 
 use crate::device::{In, Out, emu};
+use std::mem::MaybeUninit;
 
 /// One PTX entry together with its emulator twin. `A` is the argument struct that [`kernel!`](crate::kernel) made.
 pub struct Entry<A: 'static> {
@@ -35,29 +36,32 @@ impl<A> Entry<A> {
 
 /// Kernel arguments in the form the driver wants them: one 8-byte slot each.
 pub struct Params {
-    slots: [u64; Self::MAX],
+    // Most kernels have few, so the others are not even zeroed.
+    slots: [MaybeUninit<u64>; Self::MAX],
     len: usize,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { slots: [0; Self::MAX], len: 0 }
+        Self { slots: [const { MaybeUninit::uninit() }; Self::MAX], len: 0 }
     }
 }
 
 impl Params {
     /// More than any kernel here takes.
-    pub const MAX: usize = 40;
+    pub const MAX: usize = 168;
 
     /// Append one argument.
     pub fn push<P: KernelParam>(&mut self, p: P) {
-        self.slots[self.len] = p.to_slot();
+        self.slots[self.len].write(p.to_slot());
         self.len += 1;
     }
 
     /// The slots in declaration order.
     pub fn slots(&mut self) -> &mut [u64] {
-        &mut self.slots[..self.len]
+        let pushed = &mut self.slots[..self.len];
+        // SAFETY: `push` has written all of these, and a slot has the layout of what it holds.
+        unsafe { std::slice::from_raw_parts_mut(pushed.as_mut_ptr().cast(), pushed.len()) }
     }
 }
 

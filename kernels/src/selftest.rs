@@ -3,7 +3,8 @@
 
 use crate::device::*;
 use crate::kernel;
-use crate::quant::common_swiglu as swiglu;
+use crate::quant::common_swiglu::silu8;
+use crate::quant::swiglu_forward_and_per_channel_cast_and_transpose::silu_of_bf16;
 
 /// Threads of a block in every kernel here.
 pub const THREADS: u32 = 256;
@@ -255,8 +256,7 @@ fn convert(v: f32) -> [u32; CONVERSIONS as usize] {
         f32x2_to_e4m3x2(3.0, v) >> 8,
         f32x2_to_e5m2x2(v, 3.0) & 0xff,
         same_nibbles(f32x8_to_e2m1x8([v; 8])),
-        // e5m6 has no instruction; its first step does.
-        num::e5m6_from_f16_rz(f32_to_f16_rz(v) as u16, v) as u32,
+        same_e5m6(f32x8_to_e5m6x8([v; 8])),
         f16x2_to_f32(f32x2_to_f16x2(v, 0.0))[0].to_bits(),
     ]
 }
@@ -266,6 +266,13 @@ fn convert(v: f32) -> [u32; CONVERSIONS as usize] {
 fn same_nibbles(word: u32) -> u32 {
     let code = word & 15;
     if word == code * 0x1111_1111 { code } else { u32::MAX }
+}
+
+/// The code that all eight places of three words hold; all ones if they differ.
+#[inline(always)]
+fn same_e5m6(words: [u32; 3]) -> u32 {
+    let code = words[2] & 0xfff;
+    if words == num::pack_e5m6([code as u16; 8]) { code } else { u32::MAX }
 }
 
 /// The same by the integer code.
@@ -327,7 +334,7 @@ kernel! {
 }
 
 /// Results of `packed` for one pattern.
-pub const PACKED: u32 = 7;
+pub const PACKED: u32 = 6;
 
 kernel! {
     op = selftest;
@@ -344,7 +351,6 @@ kernel! {
         out.set(3, f16x2_max_abs(a, b) & 0x7fff_7fff);
         out.set(4, u16x2_max(a, b));
         out.set(5, select_bits(b, a, !a));
-        out.set(6, i16x2_max(a, b));
     }
 }
 
@@ -353,13 +359,19 @@ pub fn packed_operands(i: u32) -> (u32, u32) {
     (i | (i ^ 0x8000) << 16, (i.wrapping_mul(0x9E37_79B1) & 0x807f_807f) | 0x3f00_3f00)
 }
 
+/// Results of [`decode`] for one word.
+pub const DECODED: u32 = 24;
+
 kernel! {
     op = selftest;
     threads = 256;
-    /// Decoding of all codes: e4m3 pairs, e5m2 pairs, eight e2m1, bf16 and f16 pairs, of the word `i`.
+    /// Decoding of all codes: e4m3 pairs, e5m2 pairs, eight e2m1, bf16 and f16 pairs, of the word `i`; eight e5m6, which are the low
+    /// 12 bits of `i` and of its complement in turn.
     pub fn decode(y: Out<f32>) {
         let i = block_idx_x() * THREADS + thread_idx();
-        let out = y.at(i as u64 * 16);
+        let out = y.at(i as u64 * DECODED as u64);
+        let (code, other) = (i as u16 & 0xfff, !i as u16 & 0xfff);
+        let e5m6 = e5m6x8_to_f32(num::pack_e5m6([code, other, code, other, code, other, code, other]));
         let (e4m3, e5m2) = (e4m3x2_to_f32(i), e5m2x2_to_f32(i));
         let (f16, bf16) = (f16x2_to_f32(i | i << 16), bf16x2_to_f32(i | i << 16));
         let e2m1 = e2m1x8_to_f32(i | i << 16);
@@ -371,12 +383,13 @@ kernel! {
         }
         for j in 0..8 {
             out.set(8 + j, e2m1[j as usize]);
+            out.set(16 + j, e5m6[j as usize]);
         }
     }
 }
 
 /// Results of [`math`] per input.
-pub const MATH: u32 = 15;
+pub const MATH: u32 = 16;
 
 kernel! {
     op = selftest;
@@ -402,6 +415,7 @@ kernel! {
             out.set(12, min_nan(v, 0.5));
             out.set(13, one_plus_exp(v));
             out.set(14, 1.0 + exp(v));
+            out.set(15, max_abs(v, -0.5).abs());
         }
     }
 }
@@ -418,6 +432,8 @@ pub enum Function {
     Rcp,
     /// [`fast_rsqrt`].
     Rsqrt,
+    /// [`reciprocal`].
+    Reciprocal,
 }
 
 kernel! {
@@ -434,8 +450,10 @@ kernel! {
                 fast_exp2(v)
             } else if function == Function::Rcp as u32 {
                 fast_rcp(v)
-            } else {
+            } else if function == Function::Rsqrt as u32 {
                 fast_rsqrt(v)
+            } else {
+                reciprocal(v)
             };
             y.set(i, result);
             i += grid_dim_x() * THREADS;
@@ -446,14 +464,32 @@ kernel! {
 kernel! {
     op = selftest;
     threads = 256;
-    /// `silu` of the bf16 gate of each thread's number, by the two short divisions and by the IEEE one.
-    pub fn silu_of_bf16(short: Out<f32>, careful: Out<f32>, exact: Out<f32>) {
+    /// `silu` of the bf16 gate of each thread's number, by the shortest division.
+    pub fn short_silu(y: Out<f32>) {
         let i = block_idx_x() * THREADS + thread_idx();
-        let gates = [i * 0x1_0001; 4];
-        let l = swiglu::unpack(gates);
-        short.set(i, swiglu::silu_of_bf16x8(gates, l, false)[(i % 8) as usize]);
-        careful.set(i, swiglu::careful_silu(l[0]));
-        exact.set(i, swiglu::silu(l[0]));
+        y.set(i, silu_of_bf16(f32::from_bits(i << 16)));
+    }
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// All gates with the bit patterns `start + stride * i`, `i < n`: counts where the activation of SwiGLU is not the IEEE quotient,
+    /// and keeps the smallest such pattern. Every NaN is as good as another.
+    pub fn silu_sweep(start: u32, stride: u32, n: u64, differ: Out<u32>, first: Out<u32>) {
+        let mut i = block_idx_x() as u64 * THREADS as u64 + thread_idx() as u64;
+        while i < n {
+            let bits = start.wrapping_add((i as u32).wrapping_mul(stride));
+            let gate = f32::from_bits(bits);
+            // The others of the eight must not matter, except that an extreme one makes all take the long way.
+            let gates = core::array::from_fn(|j| if j == 0 { gate } else { (bits & 7) as f32 });
+            let (got, expected) = (silu8(gates)[0], gate / (1.0 + exp(-gate)));
+            if got.to_bits() != expected.to_bits() && !(got.is_nan() && expected.is_nan()) {
+                differ.atomic_add(0, 1, Scope::Gpu);
+                first.atomic(AtomicOp::Min, 0, bits, Scope::Gpu);
+            }
+            i += grid_dim_x() as u64 * THREADS as u64;
+        }
     }
 }
 

@@ -17,17 +17,34 @@
 //! `M` and `K` count scaling blocks. Packed scales are powers of two, one exponent byte each; unused bytes of a last word are 0.
 //! The per-channel form is for blocks of one channel; e4m3 scales are those of FP4 with 16 channels a scale.
 
+pub mod batched_transpose_weight_sf;
 pub mod cast_back;
+pub mod cast_back_e5m6;
+mod common_swiglu;
 mod common_tensor;
 pub mod per_block_cast;
+pub mod per_block_cast_lossless;
+pub mod per_channel_cast;
+pub mod per_channel_cast_and_transpose;
+pub mod per_channel_cast_fused;
 pub mod per_token_cast;
+pub mod per_token_cast_to_e5m6;
+pub mod swiglu_backward;
+pub mod swiglu_backward_and_per_token_cast;
+pub mod swiglu_forward;
 pub mod swiglu_forward_and_per_channel_cast_and_transpose;
+pub mod swiglu_forward_and_per_token_cast;
 
 pub use cast_back::{cast_back, per_token_cast_back};
 pub use common_tensor::{QuantFormat, QuantMut, QuantRef, QuantSpec, QuantTensor, Scales};
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
+pub use per_channel_cast::per_channel_cast;
+pub use per_channel_cast_and_transpose::per_channel_cast_and_transpose;
+pub use per_channel_cast_fused::per_channel_cast_fused;
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use swiglu_forward::swiglu_forward;
 pub use swiglu_forward_and_per_channel_cast_and_transpose::swiglu_forward_and_per_channel_cast_and_transpose;
+pub use swiglu_forward_and_per_token_cast::swiglu_forward_and_per_token_cast;
 
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
 use std::fmt;

@@ -27,6 +27,12 @@ pub fn f32_to_f16_rz(v: f32) -> u32 {
     backend::cvt_f16_rz(v)
 }
 
+/// Two f32 to f16, round toward zero; finite values stay finite.
+#[inline(always)]
+pub fn f32x2_to_f16x2_rz(lo: f32, hi: f32) -> u32 {
+    backend::cvt_f16x2_rz(lo, hi)
+}
+
 /// The low and the high f16 of a word as f32 (exact).
 #[inline(always)]
 pub fn f16x2_to_f32(v: u32) -> [f32; 2] {
@@ -62,6 +68,18 @@ pub fn e4m3x2_to_f32(v: u32) -> [f32; 2] {
 pub fn e4m3x4_to_f32(v: u32) -> [f32; 4] {
     let (a, b) = (e4m3x2_to_f32(v & 0xffff), e4m3x2_to_f32(v >> 16));
     [a[0], a[1], b[0], b[1]]
+}
+
+/// Eight e2m1 to bytes: `table` has the bytes of the eight magnitudes, below 128 each; the sign becomes the top bit. Two look-ups
+/// of four codes, and what it takes to move the signs.
+#[inline(always)]
+pub fn e2m1x8_map(codes: u32, table: [u32; 2]) -> [u32; 2] {
+    let picked = codes & 0x7777_7777;
+    let (low, high) = (byte_permute(table[0], table[1], picked), byte_permute(table[0], table[1], picked >> 16));
+    // The sign of an odd code is the top bit of its byte, that of an even one gets there by a shift.
+    let (even, odd) = (codes << 4, codes);
+    let signs = [byte_permute(even, odd, 0x5140), byte_permute(even, odd, 0x7362)];
+    [low | (signs[0] & 0x8080_8080), high | (signs[1] & 0x8080_8080)]
 }
 
 /// Two f32 to e5m2 in the low 16 bits, round to nearest even, saturating at 57344; NaN gives `0x7F`.
@@ -140,12 +158,6 @@ pub fn u16x2_max(a: u32, b: u32) -> u32 {
     backend::max_u16x2(a, b)
 }
 
-/// The larger of two pairs of signed 16-bit numbers.
-#[inline(always)]
-pub fn i16x2_max(a: u32, b: u32) -> u32 {
-    backend::max_i16x2(a, b)
-}
-
 /// Two products of bf16, rounded to nearest even.
 #[inline(always)]
 pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
@@ -193,6 +205,50 @@ pub fn e2m1x8_to_f32(v: u32) -> [f32; 8] {
     };
     let (a, b) = (quad(magnitudes, 0x5140), quad(magnitudes >> 16, 0x7362));
     [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
+}
+
+/// Eight f32 to e5m6, packed in three words, first in the highest bits of the first: [`num::f32_to_e5m6`] of each, with its
+/// rounding below 2^-14; NaN gives `0x7FF`, infinity `0x7C0` with its sign.
+///
+/// A code is the upper 12 bits of the f16 that truncates the value, plus one where the 17 bits behind them, taken from the f32, say
+/// so. Code and those 17 bits are joined to one number, which an addition rounds to nearest even; the codes are then
+/// cut out of the sums on their way to the words.
+#[inline(always)]
+pub fn f32x8_to_e5m6x8(v: [f32; 8]) -> [u32; 3] {
+    let joined = |v: f32, code: u32| {
+        // The low bits of a NaN would carry into the sign; those of infinity, which the minimum makes of it, are zeros.
+        let low = backend::min(v, f32::INFINITY).to_bits();
+        // What stands above bit 28 is cut off below.
+        let joined = select_bits(0x1_FFFF, low, code);
+        joined.wrapping_add((joined >> 17) & 1).wrapping_add(0xFFFF)
+    };
+    let pair = |lo: f32, hi: f32| {
+        let h = f32x2_to_f16x2_rz(lo, hi);
+        [joined(lo, h << 13), joined(hi, h >> 3)]
+    };
+    let ([a, b], [c, d]) = (pair(v[0], v[1]), pair(v[2], v[3]));
+    let ([e, f], [g, h]) = (pair(v[4], v[5]), pair(v[6], v[7]));
+    [
+        select_bits(0xFFF0_0000, a << 3, select_bits(0xFFFF_FF00, b >> 9, c >> 21)),
+        select_bits(0xF000_0000, c << 11, select_bits(0xFFFF_0000, d >> 1, select_bits(0xFFFF_FFF0, e >> 13, f >> 25))),
+        select_bits(0xFF00_0000, f << 7, select_bits(0xFFFF_F000, g >> 5, h >> 17)),
+    ]
+}
+
+/// The two e5m6 in the upper 24 bits of a word, the first in the highest, as f32 (exact).
+#[inline(always)]
+pub fn e5m6x2_to_f32(pair: u32) -> [f32; 2] {
+    // An e5m6 is the upper 12 bits of an f16.
+    let [second, first] = f16x2_to_f32(select_bits(0xFFF0_0000, pair, pair >> 4) & 0xFFF0_FFF0);
+    [first, second]
+}
+
+/// Eight e5m6 in three words to f32 (exact), the reverse of [`f32x8_to_e5m6x8`].
+#[inline(always)]
+pub fn e5m6x8_to_f32(w: [u32; 3]) -> [f32; 8] {
+    let (a, b) = (e5m6x2_to_f32(w[0]), e5m6x2_to_f32(byte_permute(w[1], w[0], 0x4320)));
+    let (c, d) = (e5m6x2_to_f32(byte_permute(w[2], w[1], 0x5430)), e5m6x2_to_f32(w[2] << 8));
+    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
 }
 
 /// Byte `n` of the result is the byte of `{b, a}` (`a` the low four) that nibble `n` of `selector` names with its low three

@@ -195,6 +195,14 @@ impl<T> Out<T> {
     }
 }
 
+/// Whether `i`, an index that was read from memory, is below `len`. The checked emulator reports one that is not; on a GPU, and on the
+/// emulator without checks, the kernel gets the answer and does without that index.
+#[inline(always)]
+#[track_caller]
+pub fn index_below(i: u32, len: u32) -> bool {
+    backend::index_below(i, len, backend::here())
+}
+
 /// Indices of a thread in its launch. Blocks are one-dimensional, grids have up to three dimensions.
 macro_rules! index {
     ($($(#[$doc:meta])* $name:ident;)*) => { $(

@@ -20,6 +20,12 @@ pub fn min_total(a: f32, b: f32) -> f32 {
     backend::min(a, b)
 }
 
+/// The larger magnitude; NaN loses against a number. The sign of the result means nothing.
+#[inline(always)]
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    backend::max_abs(a, b)
+}
+
 /// The larger value; NaN if there is one.
 #[inline(always)]
 pub fn max_nan(a: f32, b: f32) -> f32 {
@@ -95,4 +101,15 @@ fn exp_factors(v: f32) -> [f32; 2] {
     let q = fma(v, f32::from_bits(0x3FB8_AA3B), k);
     let q = fma(v, f32::from_bits(0x32A5_7060), q);
     [fast_exp2(q), f32::from_bits(j.to_bits() << 23)]
+}
+
+/// 1 / v for `v >= 1`, infinity too, without the branch that `1.0 / v` has: correctly rounded below 2^126, and beyond, where 1 / v is
+/// subnormal, for all but a few `v` in a million, which are one unit off.
+#[inline(always)]
+pub fn reciprocal(v: f32) -> f32 {
+    // The instruction flushes subnormal results, so it is given a quarter.
+    let near = fast_rcp(v * 0.25) * 0.25;
+    // Infinity times zero would be NaN.
+    let remainder = fma(-min_total(v, f32::MAX), near, 1.0);
+    fma(near, remainder, near)
 }

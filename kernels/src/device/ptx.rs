@@ -193,6 +193,10 @@ pub fn store_shared<W: Word>(p: SharedPtr, v: W) {
     unsafe { W::st_shared(p, v) }
 }
 #[inline(always)]
+pub fn index_below(i: u32, len: u32, _: Here) -> bool {
+    i < len
+}
+#[inline(always)]
 pub fn prefetch_l2(p: Ptr) {
     unsafe { asm!("prefetch.global.L2 [{0}];", in(reg64) p.0, options(readonly, nostack, preserves_flags)) }
 }
@@ -565,6 +569,10 @@ pub fn cvt_f16_rz(v: f32) -> u32 {
     pure!("cvt.rz.f16.f32 {0}, {1};", reg16 u16, reg32 v) as u32
 }
 #[inline(always)]
+pub fn cvt_f16x2_rz(lo: f32, hi: f32) -> u32 {
+    pure!("cvt.rz.f16x2.f32 {0}, {1}, {2};", reg32 u32, reg32 hi, reg32 lo)
+}
+#[inline(always)]
 pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
     [pure!("cvt.f32.f16 {0}, {1};", reg32 f32, reg16 v as u16), pure!("cvt.f32.f16 {0}, {1};", reg32 f32, reg16(v >> 16) as u16)]
 }
@@ -621,6 +629,10 @@ pub fn min(a: f32, b: f32) -> f32 {
     pure!("min.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
 #[inline(always)]
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    pure!("max.xorsign.abs.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
+}
+#[inline(always)]
 pub fn max_nan(a: f32, b: f32) -> f32 {
     pure!("max.NaN.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
@@ -671,10 +683,6 @@ pub fn min_bf16x2(a: u32, b: u32) -> u32 {
 #[inline(always)]
 pub fn max_u16x2(a: u32, b: u32) -> u32 {
     pure!("max.u16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
-}
-#[inline(always)]
-pub fn max_i16x2(a: u32, b: u32) -> u32 {
-    pure!("max.s16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
 }
 
 #[inline(always)]

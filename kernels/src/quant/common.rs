@@ -53,8 +53,9 @@ pub fn scale_at_least<T: Target, const ROUND: bool>(amax: f32, amax_min: f32) ->
     let clamped = max_total(amax, amax_min);
     if ROUND {
         // The product with the rounded reciprocal lands in the same binade as the quotient for every legal `amax`.
+        // An infinite `amax` gives infinity and, by wrapping, its negative.
         let exponent = exponent_ceil(clamped * (1.0 / T::MAX));
-        Scale { sf: f32::from_bits(exponent << 23), inv: f32::from_bits((254 - exponent) << 23) }
+        Scale { sf: f32::from_bits(exponent << 23), inv: f32::from_bits(254u32.wrapping_sub(exponent) << 23) }
     } else {
         Scale { sf: clamped / T::MAX, inv: T::MAX / clamped }
     }
@@ -102,6 +103,25 @@ impl SfLayout {
 #[track_caller]
 pub fn load_sf<const PACKED: bool>(sf: In<u8>, layout: SfLayout, m: u32, k: u32) -> f32 {
     if PACKED { f32::from_bits((sf.get(layout.byte(m, k)) as u32) << 23) } else { sf.cast::<f32>().get(layout.index(m, k)) }
+}
+
+/// Write the scale of the scaling block `(m, k)`, and if the block is the `last` of its row, zeros into what is left of a last packed
+/// word.
+#[inline(always)]
+#[track_caller]
+pub fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, (m, k): (u32, u32), last: bool) {
+    if packed {
+        sf.set(layout.byte(m, k), ue8m0(value) as u8);
+        if last {
+            let mut unused = k + 1;
+            while !unused.is_multiple_of(4) {
+                sf.set(layout.byte(m, unused), 0);
+                unused += 1;
+            }
+        }
+    } else {
+        sf.cast::<f32>().set(layout.index(m, k), value);
+    }
 }
 
 /// Division by a number that the host knows, as a product and a shift. Right for dividends below 2^31.

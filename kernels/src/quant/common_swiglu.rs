@@ -3,9 +3,8 @@
 
 use super::common::Divisor;
 use crate::device::*;
-use crate::unroll;
 
-/// Gates below this make [`one_plus_exp`] so large that its approximate reciprocal is 0.
+/// Gates below this need operands of the division scaled: the reciprocal of `1 + e^87.4` is no normal number.
 const LOW_GATE: f32 = -87.0;
 
 /// `min(gate, clamp)`; NaN stays NaN.
@@ -20,56 +19,45 @@ pub fn clamp_up(up: f32, clamp: f32) -> f32 {
     max_nan(min_nan(up, clamp), -clamp)
 }
 
-/// `gate / (1 + e^-gate)` with the IEEE division.
+/// `gate / (1 + e^-gate)` of eight gates, bit for bit the IEEE quotient, in fewer instructions and without a branch a value.
+///
+/// This is what the hardware's division does for operands of moderate size: a reciprocal, two steps that correct it, the product and
+/// its remainder. Extreme gates get there by exact scaling. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
+#[inline(always)]
+pub fn silu8(gates: [f32; 8]) -> [f32; 8] {
+    let divisors = gates.map(|l| one_plus_exp(-l));
+    let lowest = gates.iter().fold(0.0, |m, l| min_total(m, *l));
+    let highest = gates.iter().fold(0.0, |m, l| max_total(m, *l));
+    if lowest >= LOW_GATE && highest < f32::INFINITY {
+        return core::array::from_fn(|i| quotient(gates[i], divisors[i]));
+    }
+    core::array::from_fn(|i| any_quotient(gates[i], divisors[i]))
+}
+
+/// [`silu8`] of one gate, whatever its size.
 #[inline(always)]
 pub fn silu(gate: f32) -> f32 {
-    gate / one_plus_exp(-gate)
+    any_quotient(gate, one_plus_exp(-gate))
 }
 
-/// Eight bf16 as f32, in the order of their channels.
+/// A gate divided by its `1 + e^-gate`.
 #[inline(always)]
-pub fn unpack(words: [u32; 4]) -> [f32; 8] {
-    let [a, b, c, d] = words.map(bf16x2_to_f32);
-    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
+fn any_quotient(l: f32, d: f32) -> f32 {
+    let scale = if l < LOW_GATE { 1.0 / 256.0 } else { 1.0 };
+    // An infinite divisor becomes a finite one with the same quotient, a zero.
+    let silu = quotient(l * scale, min_total(d * scale, f32::MAX));
+    if l == f32::INFINITY { l } else { silu }
 }
 
-/// [`silu`] of eight gates, bit for bit, in fewer instructions. `words` are the gates as bf16, `gates` the same as f32, clamped
-/// perhaps; `exact` must be set when a clamp value that bf16 cannot hold may be among them.
-///
-/// The quotient is an approximate reciprocal, a product and one step of correction, without the tests that IEEE division makes for
-/// operands of extreme size. The divisor is at least 1, and groups with a gate below [`LOW_GATE`], an infinity or a NaN take
-/// the division itself. The step leaves an error of 2^-22 units in the last place before its rounding, and no quotient of a number of
-/// 8 bits and the divisor that belongs to it lies so close to a halfway point: `tests/src/device/layer.rs` compares all 65536 gates
-/// on the device, `tests/src/quant/swiglu_forward.rs` all errors that the approximations may have.
+/// `a / d` for operands of which no step below leaves the normal numbers, or is exact.
 #[inline(always)]
-pub fn silu_of_bf16x8(words: [u32; 4], gates: [f32; 8], exact: bool) -> [f32; 8] {
-    let divisors = gates.map(|l| one_plus_exp(-l));
-    if exact || has_extreme(words) {
-        core::array::from_fn(|i| gates[i] / divisors[i])
-    } else {
-        core::array::from_fn(|i| short_quotient(gates[i], divisors[i], fast_rcp(divisors[i])))
-    }
-}
-
-/// `a / d`, given the reciprocal of `d` but for its last bit.
-#[doc(hidden)]
-#[inline(always)]
-pub fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
-    let q = a * reciprocal;
-    // The remainder's negative, which is exact: a zero of it leaves the sign of a zero quotient alone.
+fn quotient(a: f32, d: f32) -> f32 {
+    let r = fast_rcp(d);
+    let r = fma(r, fma(-d, r, 1.0), r);
+    let q = a * r;
+    // The negative of the remainder: if it is zero, the sum below keeps the sign of a zero quotient.
     let excess = fma(d, q, -a);
-    fma(-excess, reciprocal, q)
-}
-
-/// [`silu`] of a gate that bf16 can hold, bit for bit: by the short division whatever the size of the gate.
-#[inline(always)]
-pub fn careful_silu(gate: f32) -> f32 {
-    let divisor = one_plus_exp(-gate);
-    // A divisor beyond 2^126 has a subnormal reciprocal, which the approximation would make 0.
-    let reciprocal = fast_rcp(divisor * 0.25) * 0.25;
-    let quotient = short_quotient(gate, divisor, reciprocal);
-    // There is no remainder where a divisor or a gate is infinite, and no need of one.
-    if quotient.is_nan() { gate * reciprocal } else { quotient }
+    fma(-excess, r, q)
 }
 
 /// An element type of the input. A lane takes eight channels at a time.
@@ -86,9 +74,6 @@ pub trait Source: Copy {
 
     /// Their values.
     fn values(raw: Self::Raw) -> [f32; 8];
-
-    /// [`silu`] of gates that were `raw` before they were clamped; `exact` as for [`silu_of_bf16x8`].
-    fn silu(raw: Self::Raw, gates: [f32; 8], exact: bool) -> [f32; 8];
 }
 
 /// bf16 input.
@@ -111,12 +96,8 @@ impl Source for Bf16 {
 
     #[inline(always)]
     fn values(raw: [u32; 4]) -> [f32; 8] {
-        unpack(raw)
-    }
-
-    #[inline(always)]
-    fn silu(raw: [u32; 4], gates: [f32; 8], exact: bool) -> [f32; 8] {
-        silu_of_bf16x8(raw, gates, exact)
+        let [a, b, c, d] = raw.map(bf16x2_to_f32);
+        [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
     }
 }
 
@@ -135,21 +116,10 @@ impl Source for F32 {
     fn values(raw: [[u32; 4]; 2]) -> [f32; 8] {
         core::array::from_fn(|i| f32::from_bits(raw[i / 4][i % 4]))
     }
-
-    #[inline(always)]
-    fn silu(_: [[u32; 4]; 2], gates: [f32; 8], _: bool) -> [f32; 8] {
-        gates.map(silu)
-    }
 }
 
-/// The clamp of gate and up.
-#[derive(Clone, Copy)]
-pub struct Clamp {
-    /// Gates are at most this, the other half at most this in magnitude.
-    pub value: f32,
-    /// Whether bf16 cannot hold `value`.
-    pub inexact: bool,
-}
+/// How an entry treats the clamp of gate and up, as a constant.
+pub struct Clamp;
 
 impl Clamp {
     /// No clamp.
@@ -160,35 +130,26 @@ impl Clamp {
     pub const COUNT: u32 = 2;
 }
 
-/// Gates above the clamp, other values above it, other values below its negative, and all values.
-pub type Counts = [u32; 4];
-
-/// `silu(gate) * up * weight` of eight channels. `MODE` is one of those of [`Clamp`].
+/// `silu(gate) * up * weight` of eight channels, and if `MODE` (one of [`Clamp`]'s) says so what [`Counters::count`] takes.
 #[inline(always)]
-pub fn activate<S: Source, const MODE: u32>(
-    gate: S::Raw,
-    up: S::Raw,
-    clamp: Clamp,
-    weight: f32,
-    counts: &mut Counts,
-) -> [f32; 8] {
+pub fn activate<S: Source, const MODE: u32>(gate: S::Raw, up: S::Raw, clamp: f32, weight: f32) -> ([f32; 8], u32) {
     let (mut gates, mut ups) = (S::values(gate), S::values(up));
-    let c = clamp.value;
+    let mut clamped = 0;
     if MODE == Clamp::COUNT {
-        counts[0] += gates.iter().map(|l| (*l > c) as u32).sum::<u32>();
-        counts[1] += ups.iter().map(|r| (*r > c) as u32).sum::<u32>();
-        counts[2] += ups.iter().map(|r| (*r < -c) as u32).sum::<u32>();
-        counts[3] += 8;
+        for i in 0..8 {
+            let (gate, above, below) = (gates[i] > clamp, ups[i] > clamp, ups[i] < -clamp);
+            clamped += gate as u32 + ((above as u32) << 10) + ((below as u32) << 20);
+        }
     }
     if MODE != Clamp::NONE {
-        gates = gates.map(|l| clamp_gate(l, c));
-        ups = ups.map(|r| clamp_up(r, c));
+        gates = gates.map(|l| clamp_gate(l, clamp));
+        ups = ups.map(|r| clamp_up(r, clamp));
     }
-    let silu = S::silu(gate, gates, MODE != Clamp::NONE && clamp.inexact);
-    core::array::from_fn(|i| silu[i] * ups[i] * weight)
+    let silu = silu8(gates);
+    (core::array::from_fn(|i| silu[i] * ups[i] * weight), clamped)
 }
 
-/// Where the counts of a block meet; see [`Counters::add`].
+/// Counts of a block: gates above the clamp, other values above it, other values below its negative, and all values.
 #[derive(Clone, Copy)]
 pub struct Counters {
     sums: Shared<u32>,
@@ -201,20 +162,31 @@ impl Counters {
         Self { sums: layout.array(4) }
     }
 
-    /// Add the counts of all threads of the block to the first `used` of `counters`, with one atomic addition each.
+    /// Start at zero. By all threads of the block.
     #[inline(always)]
     #[track_caller]
-    pub fn add(self, counts: Counts, counters: Out<u64>, used: u32) {
+    pub fn start(self) {
         if thread_idx() < 4 {
             self.sums.set(thread_idx(), 0);
         }
         block_sync();
-        unroll!(i in 4 {
-            let of_warp = warp_sum_u32(counts[i]);
-            if lane_id() == 0 {
-                self.sums.atomic_add(i as u32, of_warp);
-            }
-        });
+    }
+
+    /// Add what the warp clamped among `values` values, 256 at most; `clamped` holds a lane's counts in 10 bits each.
+    #[inline(always)]
+    #[track_caller]
+    pub fn count(self, clamped: u32, values: u32) {
+        let clamped = warp_sum_u32(clamped);
+        let lane = lane_id();
+        if lane < 4 {
+            self.sums.atomic_add(lane, if lane == 3 { values } else { (clamped >> (10 * lane)) & 1023 });
+        }
+    }
+
+    /// Add the counts to the first `used` of `counters`. By all threads of the block.
+    #[inline(always)]
+    #[track_caller]
+    pub fn finish(self, counters: Out<u64>, used: u32) {
         block_sync();
         if thread_idx() < used {
             let sum = self.sums.get(thread_idx());
@@ -223,18 +195,6 @@ impl Counters {
             }
         }
     }
-}
-
-/// Whether one of eight bf16 is below [`LOW_GATE`], infinite or NaN.
-#[inline(always)]
-fn has_extreme(words: [u32; 4]) -> bool {
-    let [a, b, c, d] = words;
-    // As unsigned numbers the negative ones of large magnitude are the largest, as signed numbers the positive ones.
-    let low = u16x2_max(u16x2_max(a, b), u16x2_max(c, d));
-    let low = u16x2_max(low, low << 16);
-    let high = i16x2_max(i16x2_max(a, b), i16x2_max(c, d));
-    let high = i16x2_max(high, high << 16);
-    low > LOW_GATE.to_bits() | 0xFFFF || high as i32 >= 0x7F80_0000
 }
 
 /// Which rows of an expanded tensor hold tokens.
@@ -271,17 +231,21 @@ impl Rows {
             return true;
         }
         // An expert starts at the first multiple of the alignment from the end of the one before. So a row is padding if an end
-        // lies after the last such multiple and not after the row, or if no end comes after it. The order of ends does not matter.
+        // lies after the last such multiple and not after the row, or if no end comes after it. Ends ascend.
         let start = self.divisor.divide(row) * self.alignment;
-        let (mut before_end, mut padding) = (false, false);
-        let mut expert = lane_id();
-        while expert < self.num_experts {
-            let end = self.map.get(expert) as u32;
-            before_end |= end > row;
-            padding |= end > start && end <= row;
-            expert += WARP_SIZE;
+        let mut first = 0;
+        while first < self.num_experts {
+            let expert = first + lane_id();
+            let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
+            if warp_any(end > start && end <= row) {
+                return false;
+            }
+            if warp_any(end > row) {
+                return true;
+            }
+            first += WARP_SIZE;
         }
-        warp_any(before_end) && !warp_any(padding)
+        false
     }
 }
 

@@ -6,7 +6,7 @@
 //!       block join their maxima in shared memory.
 //! Cost  x read once, data and sf written once; 8 to 10 instructions a value, 16 from f32 to e2m1: memory bound.
 
-use super::common::{E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale, ue8m0};
+use super::common::{self, E2m1, E4m3, Scale, SfLayout, Target, load_sf, scale};
 use crate::device::*;
 use crate::{kernel, unroll};
 
@@ -248,26 +248,14 @@ fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: 
     if round { scale::<T, true>(amax) } else { scale::<T, false>(amax) }
 }
 
-/// The lane that holds the first element of a scaling block writes its scale, and zeros into what is left of a last packed word.
+/// The lane that holds the first element of a scaling block writes its scale.
 #[inline(always)]
 fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, shape: Shape) {
     let first = at.row & ((1 << shape.npt) - 1) == 0 && at.col & ((1 << shape.npc) - 1) == 0;
     if !first || at.row >= shape.t || at.col >= shape.h {
         return;
     }
-    let (m, k) = at.block(shape);
-    if packed {
-        sf.set(layout.byte(m, k), ue8m0(value) as u8);
-        if at.col + (1 << shape.npc) >= shape.h {
-            let mut unused = k + 1;
-            while !unused.is_multiple_of(4) {
-                sf.set(layout.byte(m, unused), 0);
-                unused += 1;
-            }
-        }
-    } else {
-        sf.cast::<f32>().set(layout.index(m, k), value);
-    }
+    common::store_sf(sf, layout, packed, value, at.block(shape), at.col + (1 << shape.npc) >= shape.h);
 }
 
 kernel! {

@@ -92,15 +92,7 @@ impl Encode for E4m3 {
     fn e2m1x16(x: [u32; 2], factor: f32) -> [u32; 4] {
         // There are only eight magnitudes: their products, as bytes, are the table of a look-up of four codes at a time.
         let table = Self::eight(E2M1_MAGNITUDES.map(|v| v * factor));
-        let eight = |codes: u32| {
-            let picked = codes & 0x7777_7777;
-            let (low, high) = (byte_permute(table[0], table[1], picked), byte_permute(table[0], table[1], picked >> 16));
-            // The sign of an odd code is the top bit of its byte, that of an even one gets there by a shift.
-            let (even, odd) = (codes << 4, codes);
-            let signs = [byte_permute(even, odd, 0x5140), byte_permute(even, odd, 0x7362)];
-            [low | (signs[0] & 0x8080_8080), high | (signs[1] & 0x8080_8080)]
-        };
-        let (front, back) = (eight(x[0]), eight(x[1]));
+        let (front, back) = (e2m1x8_map(x[0], table), e2m1x8_map(x[1], table));
         [front[0], front[1], back[0], back[1]]
     }
 }

@@ -69,29 +69,39 @@ kernel! {
     /// `row_shift` says. See [`Rows`], [`Weights`] and [`Clamp`] for the rest.
     pub fn activation[S: Source, T: Target, const MODE: u32](
         x: In<u8>, out: Out<u8>, x_stride: u64, num_pieces: u32, hidden: u32, pieces_of_row: u32, row_magic: u32, row_shift: u32,
-        clamp: f32, clamp_inexact: u32,
+        clamp: f32,
         rows_kind: u32, rows_map: In<i32>, num_experts: u32, alignment: u32, alignment_magic: u32, alignment_shift: u32,
         weights_kind: u32, weights: In<f32>, weights_map: In<i32>, weights_factor: f32, counters: Out<u64>, num_counters: u32,
     ) {
         let divisor = Divisor { magic: alignment_magic, shift: alignment_shift };
         let rows = Rows { kind: rows_kind, map: rows_map, num_experts, alignment, divisor };
         let weights = Weights { kind: weights_kind, weights, map: weights_map, factor: weights_factor };
-        let clamp = Clamp { value: clamp, inexact: clamp_inexact != 0 };
-        let mut counts = [0; 4];
+        let (_, shared) = shared();
+        if MODE == Clamp::COUNT {
+            shared.start();
+        }
         let mut piece = block_idx_x() * (THREADS / WARP_SIZE) + warp_id();
         while piece < num_pieces {
             let row = Divisor { magic: row_magic, shift: row_shift }.divide(piece);
-            let channel = (piece - row * pieces_of_row) * PIECE + lane_id() * 8;
-            if rows.holds_token(row) && channel < hidden {
+            if rows.holds_token(row) {
+                let first = (piece - row * pieces_of_row) * PIECE;
+                let channel = first + lane_id() * 8;
+                let inside = channel < hidden;
                 let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
-                let (gate, up) = (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64)));
-                let v = activate::<S, MODE>(gate, up, clamp, weights.of(row), &mut counts);
-                T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);
+                let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
+                let (v, clamped) = activate::<S, MODE>(gate, up, clamp, weights.of(row));
+                // Zeros behind the row are not clamped.
+                if MODE == Clamp::COUNT {
+                    shared.count(clamped, (hidden - first).min(PIECE));
+                }
+                if inside {
+                    T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);
+                }
             }
             piece += grid_dim_x() * (THREADS / WARP_SIZE);
         }
         if MODE == Clamp::COUNT {
-            shared().1.add(counts, counters, num_counters);
+            shared.finish(counters, num_counters);
         }
     }
     entries {

@@ -108,8 +108,8 @@ pub fn awkward_f32() -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotile_kernels::device::f32x8_to_e2m1x8_packed;
     use ferrotile_kernels::device::num::*;
+    use ferrotile_kernels::device::{e5m6x8_to_f32, f32x8_to_e2m1x8_packed, f32x8_to_e5m6x8};
     use rayon::prelude::*;
 
     /// What a conversion does beyond the largest finite value.
@@ -280,6 +280,43 @@ mod tests {
         (0..1u32 << 29)
             .into_par_iter()
             .for_each(|i| check_packed_e2m1(core::array::from_fn(|j| f32::from_bits(i * 8 + j as u32))));
+    }
+
+    /// The conversion of eight values is the integer code in every place, NaNs among them.
+    fn check_e5m6x8(v: [f32; 8]) {
+        let (got, expected) = (f32x8_to_e5m6x8(v), pack_e5m6(v.map(f32_to_e5m6)));
+        assert_eq!(got, expected, "{got:08x?}, expected {expected:08x?} of {v:?}");
+        let back = e5m6x8_to_f32(got).map(f32::to_bits);
+        assert_eq!(back, v.map(|v| e5m6_to_f32(f32_to_e5m6(v)).to_bits()), "{v:?}");
+    }
+
+    #[test]
+    fn eight_e5m6_are_the_integer_code() {
+        let x = awkward_f32();
+        x.par_chunks(8).enumerate().for_each(|(i, chunk)| {
+            let mut v = [0.0; 8];
+            v[..chunk.len()].copy_from_slice(chunk);
+            v.rotate_left(i % 8);
+            check_e5m6x8(v);
+        });
+        // Every halfway point of the format, its quirky part below 2^-14 included, and what lies beside it, in every place.
+        let values = E5M6.magnitudes();
+        let mut near = Vec::new();
+        for value in values.windows(2).map(|pair| ((pair[0] + pair[1]) / 2.0) as f32).chain([2f32.powi(-24), 1e-40, 65504.0]) {
+            near.extend((-3i32..=3).map(|delta| f32::from_bits(value.to_bits().wrapping_add_signed(delta))));
+        }
+        near.extend([f32::NAN, -f32::NAN, f32::from_bits(0x7FFF_FFFF), f32::from_bits(0x7F80_0001), f32::INFINITY]);
+        near.par_iter().for_each(|v| {
+            for place in 0..8 {
+                check_e5m6x8(core::array::from_fn(|i| if i == place { *v } else { -v * i as f32 }));
+            }
+        });
+    }
+
+    #[test]
+    #[ignore = "all 2^32 inputs take minutes"]
+    fn eight_e5m6_of_all_inputs() {
+        (0..1u32 << 29).into_par_iter().for_each(|i| check_e5m6x8(core::array::from_fn(|j| f32::from_bits(i * 8 + j as u32))));
     }
 
     #[test]

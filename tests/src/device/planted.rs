@@ -2,7 +2,7 @@
 
 use ferrotile_kernels::device::emu::{Fault, Options, Order};
 use ferrotile_kernels::device::{
-    In, LaunchConfig, Out, Scope, Shared, SharedLayout, block_sync, copy_commit, copy_wait, grid_sync,
+    In, LaunchConfig, Out, Scope, Shared, SharedLayout, block_sync, copy_commit, copy_wait, grid_sync, index_below,
 };
 use ferrotile_kernels::device::{Mbarrier, block_idx_x, spin, thread_idx, warp_max_u32, warp_shuffle_xor, warp_sync};
 use ferrotile_kernels::kernel;
@@ -73,6 +73,7 @@ kernel! {
                 warp_sync();
                 y.set(t, s.get(t ^ 1));
             }
+            21 => y.set(t, index_below(x.get(t) + 1, WORDS) as u32),
             _ => {}
         }
     }
@@ -144,6 +145,7 @@ mod tests {
         copy_not_waited_for: 15 => FaultKind::Unwritten { space: "shared", .. } | FaultKind::Race { space: "shared", .. },
         index_panic: 17 => FaultKind::Panic(text) if text.contains("index out of bounds"),
         barrier_never_set_up: 18 => FaultKind::Unwritten { space: "shared", .. },
+        index_too_large: 21 => FaultKind::Index { index: 256, len: 256 },
         misaligned_shared_vector: 19 => FaultKind::Misaligned { space: "shared", bytes: 16, .. },
     }
 

@@ -510,6 +510,7 @@ pub fn bench() -> Vec<Row> {
 mod tests {
     use super::*;
     use ferrotile::{DType, Error, TensorMut};
+    use ferrotile_kernels::quant::swiglu_forward_and_per_channel_cast_and_transpose::{plain_scale, short_quotient};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 
     #[test]
@@ -541,11 +542,27 @@ mod tests {
         assert_eq!(transposed(&[1, 2, 3, 4, 5, 6], 3), [1, 4, 2, 5, 3, 6]);
     }
 
+    /// The shortest division does as well as the IEEE one for every gate that it is used for, if `exp` and the reciprocal are off by a bit
+    /// on some hardware.
+    #[test]
+    fn the_short_silu_is_as_good_as_the_quotient() {
+        let gates = (0..=u16::MAX).map(|bits| bf16::from_bits(bits).to_f32()).filter(|l| l.abs() <= 87.0);
+        gates.collect::<Vec<_>>().par_iter().for_each(|&l| {
+            let off = |v: f32, by: i32| f32::from_bits(v.to_bits().wrapping_add_signed(by));
+            for divisor in (-1..=1).map(|by| 1.0 + off((-l).exp(), by)) {
+                for reciprocal in (-1..=1).map(|by| off(1.0 / divisor, by)) {
+                    let (got, expected) = (short_quotient(l, divisor, reciprocal), l / divisor);
+                    let product = |silu: f32, m: u16| bf16::from_f32(silu * bf16::from_bits(0x3F80 + m).to_f32()).to_bits();
+                    let same = got.to_bits() == expected.to_bits() || (0..128).all(|m| product(got, m) == product(expected, m));
+                    assert!(same, "{l:e} / {divisor:e} by {reciprocal:e}: {got:e}");
+                }
+            }
+        });
+    }
+
     /// Every scale that a bf16 `amax` can have is the IEEE quotient, whichever way the reciprocal is off by its last bit.
     #[test]
     fn plain_scales_are_quotients() {
-        use ferrotile_kernels::quant::common_swiglu::short_quotient;
-        use ferrotile_kernels::quant::swiglu_forward_and_per_channel_cast_and_transpose::plain_scale;
         for bits in 0..=0x7F7F {
             let amax = bf16::from_bits(bits).to_f32();
             let (c, got) = (amax.max(1e-4), plain_scale(amax));

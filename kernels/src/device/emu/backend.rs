@@ -168,6 +168,13 @@ pub fn store_shared<W: Word>(p: SharedPtr, v: W) {
     unsafe { p.checked::<W>(Access::Write).write(v) }
 }
 #[inline(always)]
+pub fn index_below(i: u32, len: u32, at: Here) -> bool {
+    if i >= len && current().block().checked() {
+        current().fault(FaultKind::Index { index: i, len }, at);
+    }
+    i < len
+}
+#[inline(always)]
 pub fn prefetch_l2(_: Ptr) {}
 
 #[inline(always)]
@@ -477,6 +484,9 @@ pub fn cvt_f16x2(lo: f32, hi: f32) -> u32 {
 pub fn cvt_f16_rz(v: f32) -> u32 {
     num::f32_to_f16_rz(v) as u32
 }
+pub fn cvt_f16x2_rz(lo: f32, hi: f32) -> u32 {
+    num::f32_to_f16_rz(lo) as u32 | (num::f32_to_f16_rz(hi) as u32) << 16
+}
 pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
     [num::f16_to_f32(v as u16), num::f16_to_f32((v >> 16) as u16)]
 }
@@ -593,6 +603,9 @@ pub fn max(a: f32, b: f32) -> f32 {
 pub fn min(a: f32, b: f32) -> f32 {
     if a.is_nan() || b < a || (a == b && b.is_sign_negative()) { b } else { a }
 }
+pub fn max_abs(a: f32, b: f32) -> f32 {
+    max(a.abs(), b.abs()).copysign(if a.is_sign_negative() == b.is_sign_negative() { 1.0 } else { -1.0 })
+}
 pub fn max_nan(a: f32, b: f32) -> f32 {
     if a.is_nan() || b.is_nan() { f32::NAN } else { max(a, b) }
 }
@@ -662,10 +675,6 @@ pub fn min_bf16x2(a: u32, b: u32) -> u32 {
 }
 pub fn max_u16x2(a: u32, b: u32) -> u32 {
     (a as u16).max(b as u16) as u32 | ((a >> 16).max(b >> 16)) << 16
-}
-pub fn max_i16x2(a: u32, b: u32) -> u32 {
-    // Flipping the sign bits turns the order of signed numbers into that of unsigned ones.
-    max_u16x2(a ^ 0x8000_8000, b ^ 0x8000_8000) ^ 0x8000_8000
 }
 
 /// All lanes' fragments: word `i` of lane `l` is `[i][l]`.

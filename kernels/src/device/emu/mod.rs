@@ -75,6 +75,13 @@ pub enum FaultKind {
         /// Bytes there are.
         len: u64,
     },
+    /// An index that was read from memory and is too large.
+    Index {
+        /// The index.
+        index: u32,
+        /// What it must be below.
+        len: u32,
+    },
     /// Shared memory was carved larger than what the launch asked for.
     SharedTooSmall {
         /// Bytes the access needs.
@@ -150,6 +157,7 @@ impl fmt::Display for Fault {
             FaultKind::OutOfBounds { space, offset, bytes, len } => {
                 write!(f, "{space} access out of bounds: {bytes} bytes at offset {offset} of {len}")
             }
+            FaultKind::Index { index, len } => write!(f, "index {index} in memory, allowed: below {len}"),
             FaultKind::SharedTooSmall { needed, asked } => {
                 write!(f, "shared memory beyond what was asked for: needs {needed} bytes, the launch asked for {asked}")
             }

@@ -1,0 +1,579 @@
+//! What the casts with a scale for each channel share: tiles of 128 rows and 64 or 128 channels that stay in registers between maximum
+//! and conversion.
+//!
+//! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, where one
+//! thread a channel makes the scales.
+
+use super::common::{E4m3, SfLayout, load_sf, scale, ue8m0};
+use crate::device::*;
+use crate::unroll;
+
+pub use super::common::Divisor;
+
+/// Rows of a tile: four blocks of 32 or one of 128.
+pub const ROWS: u32 = 128;
+/// Rows of the smallest scaling block, and how many of those a tile has.
+const UNIT: u32 = 32;
+const UNITS: u32 = ROWS / UNIT;
+/// Groups of columns of tiles in y of the grid, whose limit this is.
+const GRID_Y: u32 = 65535;
+
+/// An element type that can be cast, and a lane's share of a row: a vector.
+pub trait Source: Copy {
+    /// Bytes of a channel.
+    const BYTES: u32;
+    /// Channels of a vector.
+    const CHANNELS: u32;
+    /// Words that hold the largest magnitudes of a vector's channels.
+    const WORDS: usize;
+    /// Whether there are scales to multiply with.
+    const SCALED: bool;
+    /// Whether those are packed exponents.
+    const PACKED: bool = false;
+    /// A vector as it lies in memory.
+    type Raw: Copy;
+    /// A vector as it is held: products with their scale, if there is one.
+    type Held: Copy;
+    /// A vector of zeros.
+    const ZERO: Self::Raw;
+
+    /// The vector at `x`, which is aligned to its size.
+    fn load(x: In<u8>) -> Self::Raw;
+    /// The first `channels` channels of the vector at `x`, which is aligned to one channel, and zeros.
+    fn load_part(x: In<u8>, channels: u32) -> Self::Raw;
+    /// What is held of a vector.
+    fn hold(raw: Self::Raw, sf: f32) -> Self::Held;
+    /// The larger magnitudes of `max` and a vector; a NaN loses against what is in `max`. Signs in the result mean nothing.
+    fn fold(max: [u32; 8], held: Self::Held) -> [u32; 8];
+    /// The same for two words of maxima.
+    fn join(a: u32, b: u32) -> u32;
+    /// The bits of one channel's maximum out of words of maxima.
+    fn maximum(words: Shared<u32>, channel: u32) -> u32;
+    /// The values of a vector; only the first [`CHANNELS`](Self::CHANNELS) mean something.
+    fn values(held: Self::Held) -> [f32; 8];
+}
+
+/// bf16 input.
+#[derive(Clone, Copy)]
+pub struct Bf16;
+/// f32 input.
+#[derive(Clone, Copy)]
+pub struct F32;
+/// e4m3 input with scales for 32 or more channels of a row, f32 or packed exponents.
+#[derive(Clone, Copy)]
+pub struct Quantised<const PACKED: bool>;
+
+impl Source for Bf16 {
+    const BYTES: u32 = 2;
+    const CHANNELS: u32 = 8;
+    const WORDS: usize = 4;
+    const SCALED: bool = false;
+    type Raw = [u32; 4];
+    type Held = [u32; 4];
+    const ZERO: [u32; 4] = [0; 4];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 4] {
+        x.load16(0)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
+        let x = x.cast::<u16>();
+        let one = |i: usize| if (i as u32) < channels { x.get(i as u32) as u32 } else { 0 };
+        core::array::from_fn(|w| one(2 * w) | one(2 * w + 1) << 16)
+    }
+
+    #[inline(always)]
+    fn hold(raw: [u32; 4], _: f32) -> [u32; 4] {
+        raw
+    }
+
+    #[inline(always)]
+    fn fold(mut max: [u32; 8], held: [u32; 4]) -> [u32; 8] {
+        unroll!(w in 4 { max[w] = bf16x2_max_abs(max[w], held[w]); });
+        max
+    }
+
+    #[inline(always)]
+    fn join(a: u32, b: u32) -> u32 {
+        bf16x2_max_abs(a, b)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
+        // Without the sign, which means nothing.
+        (words.cast::<u16>().get(channel) as u32) << 17 >> 1
+    }
+
+    #[inline(always)]
+    fn values(held: [u32; 4]) -> [f32; 8] {
+        let [a, b, c, d] = held.map(bf16x2_to_f32);
+        [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
+    }
+}
+
+impl Source for F32 {
+    const BYTES: u32 = 4;
+    const CHANNELS: u32 = 4;
+    const WORDS: usize = 4;
+    const SCALED: bool = false;
+    type Raw = [u32; 4];
+    type Held = [u32; 4];
+    const ZERO: [u32; 4] = [0; 4];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 4] {
+        x.load16(0)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
+        let x = x.cast::<u32>();
+        core::array::from_fn(|w| if (w as u32) < channels { x.get(w as u32) } else { 0 })
+    }
+
+    #[inline(always)]
+    fn hold(raw: [u32; 4], _: f32) -> [u32; 4] {
+        raw
+    }
+
+    #[inline(always)]
+    fn fold(mut max: [u32; 8], held: [u32; 4]) -> [u32; 8] {
+        unroll!(w in 4 { max[w] = Self::join(max[w], held[w]); });
+        max
+    }
+
+    #[inline(always)]
+    fn join(a: u32, b: u32) -> u32 {
+        max_abs(f32::from_bits(a), f32::from_bits(b)).to_bits()
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
+        words.get(channel) & 0x7FFF_FFFF
+    }
+
+    #[inline(always)]
+    fn values([a, b, c, d]: [u32; 4]) -> [f32; 8] {
+        [a, b, c, d, 0, 0, 0, 0].map(f32::from_bits)
+    }
+}
+
+impl<const PACKED: bool> Source for Quantised<PACKED> {
+    const BYTES: u32 = 1;
+    const CHANNELS: u32 = 8;
+    const WORDS: usize = 8;
+    const SCALED: bool = true;
+    const PACKED: bool = PACKED;
+    type Raw = [u32; 2];
+    type Held = [f32; 8];
+    const ZERO: [u32; 2] = [0; 2];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 2] {
+        x.load8(0)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn load_part(x: In<u8>, channels: u32) -> [u32; 2] {
+        let one = |i: usize| if (i as u32) < channels { (x.get(i as u32) as u32) << (i % 4 * 8) } else { 0 };
+        core::array::from_fn(|w| one(4 * w) | one(4 * w + 1) | one(4 * w + 2) | one(4 * w + 3))
+    }
+
+    #[inline(always)]
+    fn hold(raw: [u32; 2], sf: f32) -> [f32; 8] {
+        let [[a, b, c, d], [e, f, g, h]] = raw.map(e4m3x4_to_f32);
+        [a, b, c, d, e, f, g, h].map(|v| v * sf)
+    }
+
+    #[inline(always)]
+    fn fold(mut max: [u32; 8], held: [f32; 8]) -> [u32; 8] {
+        unroll!(w in 8 { max[w] = Self::join(max[w], held[w].to_bits()); });
+        max
+    }
+
+    #[inline(always)]
+    fn join(a: u32, b: u32) -> u32 {
+        max_abs(f32::from_bits(a), f32::from_bits(b)).to_bits()
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
+        words.get(channel) & 0x7FFF_FFFF
+    }
+
+    #[inline(always)]
+    fn values(held: [f32; 8]) -> [f32; 8] {
+        held
+    }
+}
+
+/// Lanes that hold a row of a tile of `cols` channels.
+#[inline(always)]
+const fn row_lanes<S: Source>(cols: u32) -> u32 {
+    cols / S::CHANNELS
+}
+
+/// Rows of a warp whose threads hold `vectors` rows each.
+#[inline(always)]
+const fn warp_rows<S: Source>(cols: u32, vectors: usize) -> u32 {
+    WARP_SIZE / row_lanes::<S>(cols) * vectors as u32
+}
+
+/// Threads of a block that hold `vectors` rows each.
+#[inline(always)]
+pub const fn threads<S: Source>(cols: u32, vectors: usize) -> u32 {
+    ROWS / warp_rows::<S>(cols, vectors) * WARP_SIZE
+}
+
+/// In which order blocks take the tiles: `width` neighbouring columns of tiles at a time, row by row. Rows that are read more than once are
+/// still in the cache if those columns of all rows fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Columns of tiles in a group.
+    pub width: u32,
+    /// Divides by `width`.
+    pub divisor: Divisor,
+}
+
+impl Order {
+    /// Groups of `width` columns of `cols` channels, or of as many as it takes for the grid to have room for all of `hidden` channels.
+    pub const fn new(hidden: u32, cols: u32, width: u32) -> Self {
+        let columns = ceil_div(hidden, cols);
+        let least = ceil_div(columns, GRID_Y);
+        let width = if width < least { least } else { width };
+        let width = if width > columns { columns } else { width };
+        let width = if width == 0 { 1 } else { width };
+        Self { width, divisor: Divisor::new(width) }
+    }
+
+    /// Grid for `num_tokens` rows of `hidden` channels; `None` if it would have 2^31 blocks or more in x.
+    pub const fn grid(self, num_tokens: u32, hidden: u32, cols: u32) -> Option<[u32; 3]> {
+        let x = self.width as u64 * ceil_div(num_tokens, ROWS) as u64;
+        if x >= 1 << 31 { None } else { Some([x as u32, ceil_div(ceil_div(hidden, cols), self.width), 1]) }
+    }
+}
+
+/// What all threads of a block know.
+#[derive(Clone, Copy)]
+pub struct Tile {
+    /// Number of the tile along the rows: its first row over [`ROWS`].
+    pub index: u32,
+    /// Its first channel.
+    pub col: u32,
+    /// Rows of the output.
+    pub t: u32,
+    /// Channels.
+    pub h: u32,
+}
+
+impl Tile {
+    /// The tile of this block; a group may have fewer columns than the grid has room for, and then there is none.
+    #[inline(always)]
+    pub fn of_block(t: u32, h: u32, cols: u32, order: Order) -> Option<Self> {
+        let index = order.divisor.divide(block_idx_x());
+        let col = (block_idx_y() * order.width + block_idx_x() - index * order.width) * cols;
+        if col < h { Some(Self { index, col, t, h }) } else { None }
+    }
+}
+
+/// Where the vectors of a lane are: the first of its neighbouring rows, and the first channel.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// First row.
+    pub row: u32,
+    /// First channel.
+    pub col: u32,
+}
+
+impl Place {
+    /// Of the calling lane: neighbouring lanes take neighbouring vectors of a row.
+    #[inline(always)]
+    pub fn new<S: Source>(tile: Tile, cols: u32, vectors: usize) -> Self {
+        let lanes = row_lanes::<S>(cols);
+        Self {
+            row: tile.index * ROWS + warp_id() * warp_rows::<S>(cols, vectors) + lane_id() / lanes * vectors as u32,
+            col: tile.col + lane_id() % lanes * S::CHANNELS,
+        }
+    }
+}
+
+/// The input: rows `stride` elements apart, and scales of `1 << sf_shift` channels.
+#[derive(Clone, Copy)]
+pub struct Input {
+    /// Data.
+    pub x: In<u8>,
+    /// Elements from one row to the next.
+    pub stride: u32,
+    /// Scales, if the source has some.
+    pub sf: In<u8>,
+    /// Where those are.
+    pub sf_layout: SfLayout,
+    /// Logarithm of the channels that share a scale.
+    pub sf_shift: u32,
+}
+
+/// Where output row `row` comes from.
+pub trait Rows: Copy {
+    /// The input row, or `None` for a row of zeros.
+    fn source(self, row: u32) -> Option<u32>;
+}
+
+/// Output rows are the input's.
+#[derive(Clone, Copy)]
+pub struct SameRows;
+
+impl Rows for SameRows {
+    #[inline(always)]
+    fn source(self, row: u32) -> Option<u32> {
+        Some(row)
+    }
+}
+
+/// The vectors of a lane. Rows and channels outside of the tensor are replaced by its last ones: those are in the same scaling
+/// blocks, or in some that do not exist, so the maxima stay right.
+#[inline(always)]
+#[track_caller]
+pub fn load<S: Source, R: Rows, const N: usize, const WIDE: bool>(input: Input, rows: R, tile: Tile, at: Place) -> [S::Held; N] {
+    let last = tile.t - 1;
+    let first = if at.row < last { at.row } else { last };
+    let sources: [Option<u32>; N] = core::array::from_fn(|i| rows.source(first + (i as u32).min(last - first)));
+    // Narrow rows end where they end.
+    let last = if WIDE { tile.h - S::CHANNELS } else { tile.h };
+    let col = if at.col < last { at.col } else { last };
+    let mut raw = [(S::ZERO, 0.0); N];
+    unroll!(i in N {
+        if let Some(row) = sources[i] {
+            let from = input.x.at((row as u64 * input.stride as u64 + col as u64) * S::BYTES as u64);
+            raw[i].0 = if WIDE { S::load(from) } else { S::load_part(from, tile.h - col) };
+            // Channels beyond the end have no scale.
+            if S::SCALED && (WIDE || col < tile.h) {
+                let k = col >> input.sf_shift;
+                raw[i].1 = if S::PACKED {
+                    load_sf::<true>(input.sf, input.sf_layout, row, k)
+                } else {
+                    load_sf::<false>(input.sf, input.sf_layout, row, k)
+                };
+            }
+        }
+    });
+    raw.map(|(raw, sf)| S::hold(raw, sf))
+}
+
+/// Shared memory of a block of `warps` warps: words of maxima for each warp, and what the channels of each block of 32 rows are
+/// multiplied by.
+#[inline(always)]
+pub const fn shared<S: Source>(cols: u32, warps: u32) -> (SharedLayout, Shared<u32>, Shared<f32>) {
+    let mut layout = SharedLayout::new();
+    let maxima = layout.array(warps * maxima_words::<S>(cols));
+    let factors = layout.array(UNITS * cols);
+    (layout, maxima, factors)
+}
+
+/// Words of maxima of a row of a tile.
+#[inline(always)]
+const fn maxima_words<S: Source>(cols: u32) -> u32 {
+    row_lanes::<S>(cols) * S::WORDS as u32
+}
+
+/// Where scales go: row-major f32, or packed exponents, four scaling blocks of a channel in a word.
+#[derive(Clone, Copy)]
+pub struct ScaleOutput {
+    /// The scales.
+    pub sf: Out<u8>,
+    /// Elements from one row of them to the next.
+    pub stride: u32,
+    /// Packed exponents.
+    pub packed: bool,
+    /// Powers of two.
+    pub round: bool,
+    /// Rows of a scaling block over 32: 1 or 4.
+    pub units: u32,
+}
+
+/// Joins the maxima of the block, stores the scales of the tile and returns what the calling lane's channels are multiplied by. All
+/// threads of the block call it.
+#[inline(always)]
+#[track_caller]
+pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
+    held: &[S::Held; N],
+    tile: Tile,
+    at: Place,
+    to: ScaleOutput,
+) -> [f32; 8] {
+    let warps = threads::<S>(COLS, N) / WARP_SIZE;
+    let (_, maxima, factors) = shared::<S>(COLS, warps);
+    let mut max = [0; 8];
+    for v in held {
+        max = S::fold(max, *v);
+    }
+    // A warp that has several rows side by side joins them first.
+    let lanes = row_lanes::<S>(COLS);
+    let mut mask = lanes;
+    while mask < WARP_SIZE {
+        unroll!(w in 8 {
+            if w < S::WORDS {
+                max[w] = S::join(max[w], warp_shuffle_xor(max[w], mask));
+            }
+        });
+        mask *= 2;
+    }
+    if lane_id() < lanes {
+        let first = warp_id() * maxima_words::<S>(COLS) + lane_id() * S::WORDS as u32;
+        maxima.store16(first, [max[0], max[1], max[2], max[3]]);
+        if S::WORDS == 8 {
+            maxima.store16(first + 4, [max[4], max[5], max[6], max[7]]);
+        }
+    }
+    block_sync();
+
+    if thread_idx() < COLS {
+        let channel = thread_idx();
+        let per_unit = warps / UNITS;
+        let mut scales = Scales::new(to, tile, channel);
+        let mut max = 0;
+        // Units with rows, one after the other: unrolled, the divisions would take the driver long to compile.
+        let end = (ceil_div(tile.t, UNIT) - tile.index * UNITS).min(UNITS);
+        let mut unit = 0;
+        while unit < end {
+            let mut i = 0;
+            while i < per_unit {
+                let words = maxima.slice((unit * per_unit + i) * maxima_words::<S>(COLS), maxima_words::<S>(COLS));
+                // Magnitudes compare as integers do.
+                max = S::maximum(words, channel).max(max);
+                i += 1;
+            }
+            unit += 1;
+            if to.units == 1 || unit == end {
+                let amax = f32::from_bits(max);
+                let scale = if to.round { scale::<E4m3, true>(amax) } else { scale::<E4m3, false>(amax) };
+                let first = if to.units == 1 { (unit - 1) * COLS } else { 0 };
+                factors.set(first + channel, scale.inv);
+                scales.push(scale.sf);
+                max = 0;
+            }
+        }
+        scales.finish();
+    }
+    block_sync();
+
+    // Of rows that exist, because the others have no factors.
+    let unit = if to.units == 1 { at.row.min(tile.t - 1) % ROWS / UNIT } else { 0 };
+    let first = unit * COLS + (at.col - tile.col);
+    let [a, b, c, d] = factors.load16(first);
+    let [e, f, g, h] = if S::CHANNELS == 8 { factors.load16(first + 4) } else { [0; 4] };
+    [a, b, c, d, e, f, g, h].map(f32::from_bits)
+}
+
+/// The scales of a channel of a tile on their way to memory.
+#[derive(Clone, Copy)]
+struct Scales {
+    to: ScaleOutput,
+    /// The channel; none of the tensor's if that is not smaller than `h`.
+    col: u32,
+    h: u32,
+    /// The next scaling block, and how many there are in the tensor.
+    block: u32,
+    end: u32,
+    /// Exponents of the blocks before, each in its byte of the word; the others are 0.
+    word: u32,
+}
+
+impl Scales {
+    #[inline(always)]
+    fn new(to: ScaleOutput, tile: Tile, channel: u32) -> Self {
+        let (block, end) = match to.units {
+            1 => (tile.index * UNITS, ceil_div(tile.t, UNIT)),
+            _ => (tile.index, ceil_div(tile.t, ROWS)),
+        };
+        Self { to, col: tile.col + channel, h: tile.h, block, end, word: 0 }
+    }
+
+    /// The scale of the next block.
+    #[inline(always)]
+    #[track_caller]
+    fn push(&mut self, scale: f32) {
+        self.word |= ue8m0(scale) << (self.block % 4 * 8);
+        if !self.to.packed && self.col < self.h {
+            self.to.sf.cast::<f32>().set(self.block * self.to.stride + self.col, scale);
+        }
+        self.block += 1;
+    }
+
+    /// Store exponents: the whole word if it is this tile's, else the byte, and zeros in what is left of the word after the last block.
+    #[inline(always)]
+    #[track_caller]
+    fn finish(self) {
+        if !self.to.packed || self.col >= self.h {
+            return;
+        }
+        let last = self.block - 1;
+        let word = last / 4 * self.to.stride + self.col;
+        if self.to.units == 1 {
+            self.to.sf.cast::<u32>().set(word, self.word);
+            return;
+        }
+        let mut byte = last % 4;
+        self.to.sf.set(word * 4 + byte, (self.word >> (byte * 8)) as u8);
+        while self.block == self.end && byte < 3 {
+            byte += 1;
+            self.to.sf.set(word * 4 + byte, 0);
+        }
+    }
+}
+
+/// Quantise the vectors and store those whose rows and channels exist.
+#[inline(always)]
+#[track_caller]
+pub fn store<S: Source, const N: usize, const WIDE: bool>(
+    held: &[S::Held; N],
+    factors: [f32; 8],
+    out: Out<u8>,
+    tile: Tile,
+    at: Place,
+) {
+    if at.col >= tile.h {
+        return;
+    }
+    // Unlike the rows themselves, neither is worth a register for each row while the scales are made.
+    let rows = tile.t.saturating_sub(at.row);
+    let mut out = out.at(at.row as u64 * tile.h as u64 + at.col as u64);
+    unroll!(i in N {
+        if (i as u32) >= rows {
+            return;
+        }
+        out = if i == 0 { out } else { out.at(tile.h as u64) };
+        let values = S::values(held[i]);
+        let v: [f32; 8] = core::array::from_fn(|j| values[j] * factors[j]);
+        let low = f32x4_to_e4m3x4([v[0], v[1], v[2], v[3]]);
+        let high = if S::CHANNELS == 8 { f32x4_to_e4m3x4([v[4], v[5], v[6], v[7]]) } else { 0 };
+        if !WIDE {
+            store_part(out, [low, high], (tile.h - at.col).min(S::CHANNELS));
+        } else if S::CHANNELS == 8 {
+            out.store8(0, [low, high]);
+        } else {
+            out.store4(0, low);
+        }
+    });
+}
+
+/// The first `bytes` of eight bytes.
+#[inline(always)]
+#[track_caller]
+fn store_part(out: Out<u8>, words: [u32; 2], bytes: u32) {
+    unroll!(i in 8 {
+        if (i as u32) < bytes {
+            out.set(i as u32, (words[i / 4] >> (i % 4 * 8)) as u8);
+        }
+    });
+}
