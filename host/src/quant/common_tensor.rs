@@ -1,6 +1,7 @@
 //! [`QuantTensor`]: quantised values and their scale factors, kept together.
 
-use super::{Format, Input, Sf, SfLayout, SfMut, SfShape, cast_back, sf_shape};
+use super::{Format, Input, Sf, SfLayout, SfMut, SfShape, sf_shape};
+use super::{cast_back, cast_back_e5m6, per_block_cast, per_channel_cast, per_token_cast, per_token_cast_to_e5m6};
 use crate::device::Backend;
 use crate::{Buffer, DType, Device, Element, Error, Result, Stream, TensorMut, TensorRef, View, check, emu};
 use ferrotile_kernels::device::num;
@@ -301,13 +302,17 @@ impl<'a> QuantRef<'a> {
         }
     }
 
-    /// Dequantise into bf16 or f32 `(T, H)`: [`cast_back`](cast_back::cast_back()).
+    /// Dequantise into bf16 or f32 `(T, H)`: [`cast_back`](cast_back::cast_back()) or
+    /// [`cast_back_e5m6`](cast_back_e5m6::cast_back_e5m6()). Asynchronous; allocates nothing.
     ///
     /// # Errors
     /// Those of the op.
     pub fn cast_back(&self, stream: &Stream, out: TensorMut<'_>) -> Result<()> {
-        let Self { data, sf, spec: QuantSpec { block, .. } } = *self;
-        cast_back::cast_back(stream, cast_back::Args { x: data, sf, block, out })
+        let Self { data: x, sf, spec: QuantSpec { format, block, .. } } = *self;
+        match format {
+            QuantFormat::E4m3 | QuantFormat::E2m1 => cast_back::cast_back(stream, cast_back::Args { x, sf, block, out }),
+            QuantFormat::E5m6 => cast_back_e5m6::cast_back_e5m6(stream, cast_back_e5m6::Args { x, sf, block, out }),
+        }
     }
 
     /// A copy of the data, row by row. Waits for everything that runs on the device.
@@ -420,6 +425,42 @@ impl<'a> QuantMut<'a> {
     /// Data and scale factors, for the arguments of an op that writes both.
     pub fn into_parts(self) -> (TensorMut<'a>, SfMut<'a>) {
         (self.data, self.sf)
+    }
+
+    /// Quantise `x` into this tensor, by the op that makes blocks of this kind:
+    ///
+    /// | block | op |
+    /// |---|---|
+    /// | one token | [`per_token_cast`](per_token_cast::per_token_cast()); for e5m6, which has one scale a token, [`per_token_cast_to_e5m6`](per_token_cast_to_e5m6::per_token_cast_to_e5m6()) |
+    /// | one channel | [`per_channel_cast`](per_channel_cast::per_channel_cast()) |
+    /// | several of both | [`per_block_cast`](per_block_cast::per_block_cast()) |
+    ///
+    /// `round_sf` makes every scale a power of two. Asynchronous; allocates nothing.
+    ///
+    /// # Errors
+    /// Those of the op; [`Error::Unsupported`] for a quantised `x` where the op takes none.
+    pub fn quantise<'x>(self, stream: &Stream, x: impl Into<Input<'x>>, round_sf: bool) -> Result<()> {
+        let QuantSpec { format, block, .. } = self.spec;
+        let (npt, npc) = block;
+        let (out, sf) = self.into_parts();
+        match (format, x.into()) {
+            (QuantFormat::E5m6, Input::Plain(x)) => {
+                per_token_cast_to_e5m6::per_token_cast_to_e5m6(stream, per_token_cast_to_e5m6::Args { x, round_sf, out, sf })
+            }
+            (QuantFormat::E4m3 | QuantFormat::E2m1, x) if npt == 1 => {
+                per_token_cast::per_token_cast(stream, per_token_cast::Args { x, npc, round_sf, out, sf })
+            }
+            (QuantFormat::E4m3 | QuantFormat::E2m1, x) if npc == 1 => {
+                per_channel_cast::per_channel_cast(stream, per_channel_cast::Args { x, npt, round_sf, out, sf })
+            }
+            (QuantFormat::E4m3 | QuantFormat::E2m1, Input::Plain(x)) => {
+                per_block_cast::per_block_cast(stream, per_block_cast::Args { x, block, round_sf, out, sf })
+            }
+            (_, Input::Quantised { .. }) => {
+                let what = format!("no op casts a quantised tensor to {format} in blocks of {npt}x{npc}; dequantise it first");
+                Err(Error::Unsupported { op: "QuantMut::quantise", what })
+            }
+        }
     }
 
     /// How the tensor is quantised.
@@ -661,7 +702,7 @@ impl Scales {
 ///
 /// ```
 /// use ferrotile::Device;
-/// use ferrotile::quant::{QuantFormat, QuantSpec, QuantTensor, SfLayout, per_block_cast};
+/// use ferrotile::quant::{QuantFormat, QuantSpec, QuantTensor, SfLayout};
 ///
 /// let device = Device::emulator();
 /// let stream = device.stream()?;
@@ -669,9 +710,7 @@ impl Scales {
 /// let w = device.upload(&vec![0.25f32; 256 * 128])?;
 /// let spec = QuantSpec { format: QuantFormat::E4m3, block: (128, 128), layout: SfLayout::RowMajor };
 /// let mut q = QuantTensor::alloc(&device, spec, 256, 128)?;
-/// let (out, sf) = q.view_mut().into_parts();
-/// let args = per_block_cast::Args { x: w.tensor(&[256, 128])?, block: spec.block, round_sf: true, out, sf };
-/// per_block_cast::per_block_cast(&stream, args)?;
+/// q.quantise(&stream, w.tensor(&[256, 128])?, true)?;
 /// assert_eq!(q.scales_to_vec()?, [2f32.powi(-10); 2]);
 ///
 /// // Scales as TMA and the tensor cores of newer GPUs want them; the data stay where they are.
@@ -679,6 +718,12 @@ impl Scales {
 /// let mut back = device.alloc::<f32>(128 * 128)?;
 /// q.tokens(128..256)?.cast_back(&stream, back.tensor_mut(&[128, 128])?)?;
 /// assert_eq!(back.to_vec()?, vec![0.25; 128 * 128]);
+///
+/// // Where an op reads a quantised tensor it takes this one whole: here to finer blocks.
+/// let finer = QuantSpec { block: (1, 32), layout: SfLayout::ColMajorPacked, ..spec };
+/// let mut fine = QuantTensor::alloc(&device, finer, 256, 128)?;
+/// fine.quantise(&stream, &q, true)?;
+/// assert_eq!(fine.to_f32_vec()?, q.to_f32_vec()?);
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 #[derive(Debug)]
@@ -863,6 +908,14 @@ impl QuantTensor {
         self.view().channels(range)
     }
 
+    /// See [`QuantMut::quantise`].
+    ///
+    /// # Errors
+    /// Those of [`QuantMut::quantise`].
+    pub fn quantise<'x>(&mut self, stream: &Stream, x: impl Into<Input<'x>>, round_sf: bool) -> Result<()> {
+        self.view_mut().quantise(stream, x, round_sf)
+    }
+
     /// See [`QuantRef::cast_back`].
     ///
     /// # Errors
@@ -944,9 +997,11 @@ mod tests {
     #[test]
     fn dequantising_on_the_device_gives_the_same_values() {
         let stream = DEVICE.stream().unwrap();
-        for format in [QuantFormat::E4m3, QuantFormat::E2m1] {
+        for format in FORMATS {
             for block in [(1, 16), (3, 32), (2, 1), (1, 64)] {
-                for layout in layouts(block) {
+                // No op reads other blocks and layouts of e5m6.
+                let e5m6 = format == QuantFormat::E5m6;
+                for layout in layouts(block).filter(|l| !e5m6 || block.1 > 1 && SfLayout::COMMON.contains(l)) {
                     let q = tensor(QuantSpec { format, block, layout }, 6, 64);
                     let mut out = DEVICE.zeros::<f32>(6 * 64).unwrap();
                     q.cast_back(&stream, out.tensor_mut(&[6, 64]).unwrap()).unwrap();
@@ -954,6 +1009,38 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_kind_of_block_is_quantised_by_its_op() {
+        let stream = DEVICE.stream().unwrap();
+        let values: Vec<f32> = (0..64 * 128).map(|i| ((i * 37 % 113) as f32 - 56.0) / 8.0).collect();
+        let x = DEVICE.upload(&values).unwrap();
+        for (format, block, layout, worst) in [
+            (QuantFormat::E4m3, (1, 128), SfLayout::ColMajorPacked, 0.07),
+            (QuantFormat::E4m3, (32, 1), SfLayout::PerChannelPacked, 0.07),
+            (QuantFormat::E4m3, (32, 32), SfLayout::RowMajorPacked, 0.07),
+            (QuantFormat::E2m1, (1, 16), SfLayout::RowMajorPacked, 0.5),
+            (QuantFormat::E5m6, (1, 128), SfLayout::RowMajor, 0.008),
+        ] {
+            let mut q = QuantTensor::alloc(&DEVICE, QuantSpec { format, block, layout }, 64, 128).unwrap();
+            q.quantise(&stream, x.tensor(&[64, 128]).unwrap(), true).unwrap();
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= worst * b.abs().max(1.0);
+            assert!(q.to_f32_vec().unwrap().iter().zip(&values).all(close), "{}", q.spec());
+            // A part by itself has the same bytes.
+            let mut part = QuantTensor::alloc(&DEVICE, q.spec(), 64, 128).unwrap();
+            for tokens in [0..32, 32..64] {
+                let x = x.strided(&[32, 128], &[128, 1], tokens.start * 128).unwrap();
+                // Words of four block rows do not end there.
+                if layout != SfLayout::PerChannelPacked {
+                    part.view_mut().tokens(tokens).unwrap().quantise(&stream, x, true).unwrap();
+                }
+            }
+            assert!(layout == SfLayout::PerChannelPacked || part.to_f32_vec().unwrap() == q.to_f32_vec().unwrap());
+        }
+        let spec = QuantSpec { format: QuantFormat::E4m3, block: (32, 32), layout: SfLayout::RowMajor };
+        let (q, mut to) = (tensor(spec, 64, 128), QuantTensor::alloc(&DEVICE, spec, 64, 128).unwrap());
+        assert!(matches!(to.quantise(&stream, &q, false), Err(Error::Unsupported { .. })));
     }
 
     /// Every range is either refused or a view with the values of the whole, for reading and for writing.
