@@ -30,13 +30,22 @@ pub fn silu8(gates: [f32; 8], extreme: bool) -> [f32; 8] {
     if !extreme {
         return core::array::from_fn(|i| quotient(gates[i], divisors[i]));
     }
-    core::array::from_fn(|i| {
-        let (l, d) = (gates[i], divisors[i]);
-        let scale = if l < -MODERATE { 1.0 / 256.0 } else { 1.0 };
-        // An infinite divisor becomes a finite one with the same quotient, a zero.
-        let silu = quotient(l * scale, min_total(d * scale, f32::MAX));
-        if l == f32::INFINITY { l } else { silu }
-    })
+    core::array::from_fn(|i| any_quotient(gates[i], divisors[i]))
+}
+
+/// [`silu8`] of one gate, whatever its size.
+#[inline(always)]
+pub fn silu(gate: f32) -> f32 {
+    any_quotient(gate, one_plus_exp(-gate))
+}
+
+/// A gate divided by its `1 + e^-gate`.
+#[inline(always)]
+fn any_quotient(l: f32, d: f32) -> f32 {
+    let scale = if l < -MODERATE { 1.0 / 256.0 } else { 1.0 };
+    // An infinite divisor becomes a finite one with the same quotient, a zero.
+    let silu = quotient(l * scale, min_total(d * scale, f32::MAX));
+    if l == f32::INFINITY { l } else { silu }
 }
 
 /// `a / d` for operands of which no step below leaves the normal numbers, or is exact.

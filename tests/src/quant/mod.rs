@@ -20,4 +20,5 @@ pub mod per_token_cast_to_e5m6;
 pub mod swiglu_backward;
 pub mod swiglu_backward_and_per_token_cast;
 pub mod swiglu_forward;
+pub mod swiglu_forward_and_per_channel_cast_and_transpose;
 pub mod swiglu_forward_and_per_token_cast;
