@@ -177,7 +177,7 @@ impl RowWeight {
     #[inline(always)]
     #[track_caller]
     pub fn new(holds_token: bool, weights: Weights, row: u32) -> Self {
-        let weight = if holds_token { weights.of(row) } else { 0.0 };
+        let weight = if holds_token { weights.of(row).unwrap_or(1.0) } else { 0.0 };
         let slot = match weights.kind {
             Weights::PER_ROW => row,
             Weights::PER_TOKEN_TOPK => weights.map.get(row) as u32,

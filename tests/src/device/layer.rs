@@ -18,7 +18,7 @@ const THREADS: usize = k::THREADS as usize;
 fn run(ctx: &Ctx) -> Result<Report, String> {
     device_math::register();
     type Check = fn(&Run) -> Result<(), String>;
-    let checks: [(&str, Check); 18] = [
+    let checks: [(&str, Check); 19] = [
         ("scan", scan),
         ("warp_ops", warp_ops),
         ("block_ops", block_ops),

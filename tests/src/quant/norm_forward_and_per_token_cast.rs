@@ -260,6 +260,7 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, options: &[Options]) -> Res
                 x: Input::Plain(norm.out.tensor().map_err(text)?),
                 npc: 32,
                 round_sf: o.round,
+                stochastic: false,
                 out: cast.data.tensor_mut(&p.shape).and_then(|t| t.reinterpret(DType::E4m3)).map_err(text)?,
                 sf: SfMut { tensor: sf.reinterpret(o.layout.dtype()).map_err(text)?, layout: o.layout },
             };
