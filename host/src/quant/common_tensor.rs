@@ -448,7 +448,7 @@ impl<'a> QuantMut<'a> {
                 per_token_cast_to_e5m6::per_token_cast_to_e5m6(stream, per_token_cast_to_e5m6::Args { x, round_sf, out, sf })
             }
             (QuantFormat::E4m3 | QuantFormat::E2m1, x) if npt == 1 => {
-                per_token_cast::per_token_cast(stream, per_token_cast::Args { x, npc, round_sf, out, sf })
+                per_token_cast::per_token_cast(stream, per_token_cast::Args { x, npc, round_sf, stochastic: false, out, sf })
             }
             (QuantFormat::E4m3 | QuantFormat::E2m1, x) if npc == 1 => {
                 per_channel_cast::per_channel_cast(stream, per_channel_cast::Args { x, npt, round_sf, out, sf })
