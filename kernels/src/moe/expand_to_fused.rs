@@ -7,7 +7,7 @@
 //!       looks at one or two places of the expanded buffer for padding. Scale factors have blocks of their own, spread evenly.
 //! Cost  x read once, out written once, and the scales; some 2 instructions a byte: memory bound.
 
-use super::common::{CHOICES, has_row, load_choices};
+use super::common_expanded::{CHOICES, has_row, load_choices};
 use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};

@@ -7,7 +7,7 @@
 //!       row, mostly one or two of `k`, and loads the rows of two of them at a time.
 //! Cost  a row of x read for each choice that has one, out written once; 2 to 3 instructions a byte: memory bound.
 
-use super::common::{CHOICES, has_row, load_choices};
+use super::common_expanded::{CHOICES, has_row, load_choices};
 use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};

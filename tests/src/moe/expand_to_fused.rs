@@ -1,6 +1,6 @@
 //! expand_to_fused and expand_to_fused_with_sf: reference, cases, checks and benchmark.
 
-use super::common::{DeviceMaps, Maps};
+use super::common_expanded::{DeviceMaps, Maps};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, MoeCase, moe_bench_cases, moe_cases};
 use crate::support::compare::{Bits, equal};
