@@ -41,10 +41,14 @@ pub struct WeightGrad<'a> {
     pub workspace: TensorMut<'a>,
 }
 
-/// Bytes of workspace that [`norm_backward`] needs on this device for the gradient of the weight: an f32 for each channel and each
-/// multiprocessor that has work, and 16 bytes. More tokens or channels never need less. It saturates instead of overflowing.
+/// Bytes of workspace that [`norm_backward`] needs on this device for the gradient of the weight: an f32 for each channel, rounded up to
+/// four of them, and each multiprocessor that has work, and 16 bytes. More tokens or channels never need less. It saturates instead of overflowing.
 pub fn workspace_bytes(device: &Device, num_tokens: u64, hidden: u64) -> u64 {
-    num_tokens.min(device.num_sms().into()).saturating_mul(hidden).saturating_mul(4).saturating_add(BARRIER_BYTES)
+    num_tokens
+        .min(device.num_sms().into())
+        .saturating_mul(hidden.saturating_add(3) / 4 * 4)
+        .saturating_mul(4)
+        .saturating_add(BARRIER_BYTES)
 }
 
 /// The barrier stands in front of the shares, which start at a multiple of 16 bytes.
@@ -107,17 +111,7 @@ const BARRIER_BYTES: u64 = 16;
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn norm_backward(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, &args, true)
-}
-
-/// [`norm_backward`] with a launch of its own for the last sum of `weight_grad` instead of a barrier, for the benchmark.
-#[doc(hidden)]
-pub fn norm_backward_two_launches(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, &args, false)
-}
-
-fn launch(stream: &Stream, args: &Args<'_>, cooperative: bool) -> Result<()> {
-    let sizes = check_args(stream, args)?;
+    let sizes = check_args(stream, &args)?;
     let weight_grad = args.weight_grad.as_ref();
     if sizes.num_tokens == 0 {
         return match weight_grad {
@@ -130,19 +124,18 @@ fn launch(stream: &Stream, args: &Args<'_>, cooperative: bool) -> Result<()> {
     let plan = if !sizes.wide {
         None
     } else if f32_input {
-        k::plan::<k::F32>(k::F32_VECTORS, sizes.num_tokens, sizes.hidden, num_sms)
+        k::plan::<k::F32>(k::F32_VECTORS, sizes.num_tokens, sizes.hidden, weight_grad.is_some(), num_sms)
     } else {
-        k::plan::<k::Bf16>(k::BF16_VECTORS, sizes.num_tokens, sizes.hidden, num_sms)
+        k::plan::<k::Bf16>(k::BF16_VECTORS, sizes.num_tokens, sizes.hidden, weight_grad.is_some(), num_sms)
     };
-    let Some(plan) = plan else { return launch_any(stream, args, &sizes) };
+    let Some(plan) = plan else { return launch_any(stream, &args, &sizes) };
     use k::rows as e;
-    let cooperative = cooperative && weight_grad.is_some();
-    let (entry, config) = match (f32_input, cooperative) {
-        (true, false) => (&e::f32, k::rows_config::<k::F32>(plan, sizes.hidden)),
-        (true, true) => (&e::f32_sum, k::rows_config::<k::F32>(plan, sizes.hidden).cooperative()),
-        (false, false) => (&e::bf16, k::rows_config::<k::Bf16>(plan, sizes.hidden)),
-        (false, true) => (&e::bf16_sum, k::rows_config::<k::Bf16>(plan, sizes.hidden).cooperative()),
+    let (entry, config) = if f32_input {
+        (&e::f32, k::rows_config::<k::F32>(plan, sizes.hidden))
+    } else {
+        (&e::bf16, k::rows_config::<k::Bf16>(plan, sizes.hidden))
     };
+    let config = if weight_grad.is_some() { config.cooperative() } else { config };
     let kernel_args = e::Args {
         out_grad: args.out_grad.input(),
         x: args.x.input(),
@@ -161,15 +154,12 @@ fn launch(stream: &Stream, args: &Args<'_>, cooperative: bool) -> Result<()> {
         rows: plan.rows,
         row_threads: plan.row_threads,
         stages: plan.stages,
-        parts: parts(args),
+        num_shares: plan.num_shares,
+        parts: parts(&args),
         inv_hidden: 1.0 / sizes.hidden as f32,
         out_scale: args.out_scale,
     };
-    stream.launch(OP, entry, &config, &kernel_args)?;
-    match weight_grad {
-        Some(weight_grad) if !cooperative => add_up(stream, weight_grad, &sizes, plan.blocks),
-        _ => Ok(()),
-    }
+    stream.launch(OP, entry, &config, &kernel_args)
 }
 
 /// Rows of any length and alignment.

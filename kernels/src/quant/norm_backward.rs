@@ -3,8 +3,8 @@
 //! In    out_grad, x, residual_out_grad bf16 or f32 [t, h], weight [h], rstd f32 [t]    Out  x_grad [t, h], weight_grad [h]
 //! Close f32 arithmetic; sums have a fixed order, which depends on shape, type and number of multiprocessors (quant.md 6.11).
 //! Map   `rows`: one block a multiprocessor. It takes some rows at a time, which bulk copies bring into a ring in shared memory, and
-//!       keeps its share of `weight_grad` in registers; at the end the blocks' shares are added up, 32 channels a block, after a barrier
-//!       of all (or in a launch of its own, `add_up`). `any_rows` and `any_weight` take everything else, and read twice.
+//!       keeps its share of `weight_grad` in registers; at the end the blocks' shares are added up, 64 channels a block, after a barrier
+//!       of all. `any_rows` and `any_weight` take everything else, and read twice; `add_up` adds their shares up.
 //! Cost  2 or 4 bytes each of out_grad, x, residual_out_grad and x_grad a channel; memory bound.
 
 use super::norm_forward::Value;
@@ -111,12 +111,14 @@ pub struct Plan {
     pub row_threads: u32,
     /// Stages of the ring.
     pub stages: u32,
-    /// Blocks, each with a share of `weight_grad`.
+    /// Blocks.
     pub blocks: u32,
+    /// Those that have rows, and so a share of `weight_grad`.
+    pub num_shares: u32,
 }
 
 /// The plan for threads that take `vectors` of a row, if rows of that length fit.
-pub fn plan<S: Value>(vectors: usize, num_tokens: u32, hidden: u32, num_sms: u32) -> Option<Plan> {
+pub fn plan<S: Value>(vectors: usize, num_tokens: u32, hidden: u32, weight_grad: bool, num_sms: u32) -> Option<Plan> {
     let row_threads = align_up(ceil_div(ceil_div(hidden, S::CHANNELS), vectors as u32), WARP_SIZE);
     if row_threads > MAX_THREADS {
         return None;
@@ -125,8 +127,11 @@ pub fn plan<S: Value>(vectors: usize, num_tokens: u32, hidden: u32, num_sms: u32
     let rows = (MAX_THREADS / row_threads).min(ceil_div(num_tokens, num_sms)).max(1);
     // One is worked on, another may not be left by all threads yet.
     let stages = (RING_BYTES / (rows * row_bytes::<S>(hidden) * 2)).min(MAX_STAGES);
-    let blocks = ceil_div(num_tokens, rows).min(num_sms);
-    if stages < 3 { None } else { Some(Plan { rows, row_threads, stages, blocks }) }
+    // Of few rows the shares are added up by more blocks than there are rows.
+    let tiles = if weight_grad { ceil_div(hidden, TILE) } else { 0 };
+    let blocks = ceil_div(num_tokens, rows).max(tiles).min(num_sms);
+    let num_shares = ceil_div(num_tokens, rows).min(num_sms);
+    if stages < 3 { None } else { Some(Plan { rows, row_threads, stages, blocks, num_shares }) }
 }
 
 #[inline(always)]
@@ -134,10 +139,17 @@ fn row_bytes<S: Value>(hidden: u32) -> u32 {
     hidden * (S::BITS / 8)
 }
 
-/// Grid and block of `rows`; entries that add up want it cooperative.
+/// Grid and block of `rows`; with `weight_grad` it must be cooperative.
 pub fn rows_config<S: Value>(plan: Plan, hidden: u32) -> LaunchConfig {
-    let ring = plan.stages * plan.rows * row_bytes::<S>(hidden) * 2;
+    let ring = ring_bytes::<S>(plan.stages, plan.rows, hidden);
     LaunchConfig::new(plan.blocks, plan.rows * plan.row_threads).shared(&block(ring).layout)
+}
+
+/// Bytes of the ring, which later has room for the sums of warps.
+#[inline(always)]
+fn ring_bytes<S: Value>(stages: u32, rows: u32, hidden: u32) -> u32 {
+    let bytes = stages * rows * row_bytes::<S>(hidden) * 2;
+    if bytes > TILE_BYTES { bytes } else { TILE_BYTES }
 }
 
 /// Grid and block of `add_up`.
@@ -206,7 +218,7 @@ impl Ring {
         ((stage * 2 + tensor) * self.rows + row) * self.row_bytes
     }
 
-    /// Start the copies of a group, a row for each lane; called by one warp.
+    /// Start the copies of a group; called by one warp.
     #[inline(always)]
     #[track_caller]
     fn fetch(self, group: u32, stage: u32) {
@@ -218,12 +230,12 @@ impl Ring {
             full.arrive_expect(count * 2 * self.row_bytes);
         }
         warp_sync();
-        let row = lane_id();
+        // Half of the lanes for each tensor: there are at most 16 rows.
+        let (tensor, row) = (lane_id() / 16, lane_id() % 16);
         if row < count {
-            unroll!(i in 2 {
-                let from = self.sources[i].from.at((first + row) as u64 * self.sources[i].stride);
-                self.ring.copy_bulk(self.at(stage, i as u32, row), from, 0, self.row_bytes, full);
-            });
+            let source = if tensor == 0 { self.sources[0] } else { self.sources[1] };
+            let from = source.from.at((first + row) as u64 * source.stride);
+            self.ring.copy_bulk(self.at(stage, tensor, row), from, 0, self.row_bytes, full);
         }
     }
 }
@@ -238,48 +250,57 @@ struct WeightGrad {
     parts: u32,
 }
 
-/// Channels that a block adds up at a time: one a lane.
-pub const TILE: u32 = WARP_SIZE;
-const TILE_BYTES: u32 = TILE * WARP_SIZE * 4;
+/// Channels that a block adds up at a time: few enough that all multiprocessors have some of 8192.
+pub const TILE: u32 = 64;
+/// Lanes that read a share of them.
+const TILE_LANES: u32 = TILE / 4;
+const TILE_BYTES: u32 = TILE * 4 * (1024 / TILE_LANES);
 /// Shares that a lane reads at once.
-const AT_ONCE: usize = 10;
+const AT_ONCE: usize = 5;
 
 impl WeightGrad {
-    /// A share.
+    /// A share. They start at multiples of 16 bytes.
     #[inline(always)]
     fn share(self, number: u32) -> Out<f32> {
-        self.shares.at(number as u64 * self.hidden as u64)
+        self.shares.at(number as u64 * align_up(self.hidden, 4) as u64)
     }
 
-    /// Add up all shares of [`TILE`] channels and write the result. Warps take turns at the shares, then their sums are added.
+    /// Add up all shares of [`TILE`] channels and write the result. Half warps take turns at the shares, then their sums are added.
     #[inline(always)]
     #[track_caller]
     fn add_up(self, tile: u32, ring: Shared<u8>) {
-        let warps = block_dim() / WARP_SIZE;
-        let channel = tile * TILE + lane_id();
-        let mut sum = 0.0f32;
-        if channel < self.hidden {
-            let mut share = warp_id();
-            while share < self.num_shares {
-                let values: [f32; AT_ONCE] = core::array::from_fn(|i| {
-                    let number = share + i as u32 * warps;
-                    if number < self.num_shares { self.share(number).get(channel) } else { 0.0 }
-                });
-                sum = values.iter().fold(sum, |sum, v| sum + v);
-                share += AT_ONCE as u32 * warps;
-            }
+        let (halves, half, lane) = (block_dim() / TILE_LANES, thread_idx() / TILE_LANES, thread_idx() % TILE_LANES * 4);
+        let channel = tile * TILE + lane;
+        let step = halves as u64 * align_up(self.hidden, 4) as u64;
+        let mut sum = [0.0; 4];
+        let mut number = half;
+        while number < self.num_shares {
+            rolled();
+            let from = self.share(number).at(channel as u64);
+            let values: [[u32; 4]; AT_ONCE] = core::array::from_fn(|i| {
+                let there = (number + i as u32 * halves < self.num_shares) & (channel < self.hidden);
+                if there { from.at(i as u64 * step).load16(0) } else { [0; 4] }
+            });
+            sum = values.iter().fold(sum, |sum, v| add(sum, *v));
+            number += AT_ONCE as u32 * halves;
         }
-        let by_warp = ring.cast::<f32>();
-        by_warp.set(warp_id() * TILE + lane_id(), sum);
+        let by_half = ring.cast::<f32>();
+        by_half.store16(half * TILE + lane, sum.map(f32::to_bits));
         block_sync();
-        if warp_id() == 0 && channel < self.hidden {
+        let mut column = thread_idx();
+        while column < TILE && tile * TILE + column < self.hidden {
+            rolled();
             let mut sum = 0.0;
-            let mut warp = 0;
-            while warp < warps {
-                sum += by_warp.get(warp * TILE + lane_id());
-                warp += 1;
+            let mut half = 0;
+            while half < halves {
+                rolled();
+                let get = |half: u32| if half < halves { by_half.get(half * TILE + column) } else { 0.0 };
+                let values: [f32; 4] = core::array::from_fn(|i| get(half + i as u32));
+                sum = values.iter().fold(sum, |sum, v| sum + v);
+                half += 4;
             }
-            self.write(channel, sum);
+            self.write(tile * TILE + column, sum);
+            column += block_dim();
         }
     }
 
@@ -306,16 +327,17 @@ fn add(a: [f32; 4], b: [u32; 4]) -> [f32; 4] {
 kernel! {
     op = norm_backward;
     threads = 512, blocks = 1;
-    /// Strides count bytes, `shares` has one of `hidden` for each block; `barrier` was zeroed once. `rows` rows a step, `row_threads` threads
+    /// Strides count bytes, `shares` has one of `hidden` for each block with rows; `barrier` was zeroed once. `rows` rows a step, `row_threads` threads
     /// each. Rows are whole numbers of aligned vectors.
-    pub fn rows[S: Floats, const N: usize, const ADD_UP: bool](
+    pub fn rows[S: Floats, const N: usize](
         out_grad: In<u8>, x: In<u8>, residual_out_grad: In<u8>, weight: In<u8>, rstd: In<f32>,
         x_grad: Out<u8>, weight_grad: Out<u8>, shares: Out<f32>, barrier: Out<u32>,
         out_grad_stride: u64, x_stride: u64, residual_stride: u64,
-        num_tokens: u32, hidden: u32, rows: u32, row_threads: u32, stages: u32, parts: u32, inv_hidden: f32, out_scale: f32,
+        num_tokens: u32, hidden: u32, rows: u32, row_threads: u32, stages: u32, num_shares: u32, parts: u32, inv_hidden: f32,
+        out_scale: f32,
     ) {
         let row_bytes = row_bytes::<S>(hidden);
-        let block = block(stages * 2 * rows * row_bytes);
+        let block = block(ring_bytes::<S>(stages, rows, hidden));
         let sources = [Source { from: x, stride: x_stride }, Source { from: out_grad, stride: out_grad_stride }];
         let ring = Ring { rows, num_tokens, row_bytes, sources, full: block.full, ring: block.ring };
         if thread_idx() < stages {
@@ -325,14 +347,18 @@ kernel! {
         block_sync();
 
         // This thread's row of a group, and its vectors.
-        let row = ceil_div(thread_idx() + 1, row_threads) - 1;
+        let mut row = 0;
+        while (row + 1) * row_threads <= thread_idx() {
+            rolled();
+            row += 1;
+        }
         let lane = thread_idx() - row * row_threads;
         let row_warps = row_threads / WARP_SIZE;
         let channel = |i: usize| (lane + i as u32 * row_threads) * S::CHANNELS;
         let byte = |i: usize| channel(i) * (S::BITS / 8);
         let mut weights = [[S::ONE; 4]; N];
         unroll!(i in N {
-            if parts & WEIGHT != 0 && channel(i) < hidden {
+            if (parts & WEIGHT != 0) & (channel(i) < hidden) {
                 weights[i] = S::load(weight.at(byte(i) as u64));
             }
         });
@@ -346,6 +372,7 @@ kernel! {
             // All threads have left the stage before the one before this.
             if warp_id() == 0 {
                 while ahead + 1 < stages && next * rows < num_tokens {
+                    rolled();
                     ring.fetch(next, next_stage);
                     next_stage = if next_stage + 1 == stages { 0 } else { next_stage + 1 };
                     next += step;
@@ -372,6 +399,8 @@ kernel! {
                     }
                 });
             });
+            // Known to be together, they need no second copy of the sum for when they are not.
+            warp_sync();
             let of_warp = warp_sum::<32>(dots[0] + dots[1]);
             if lane_id() == 0 {
                 block.scratch.set(half + warp_id(), of_warp);
@@ -412,54 +441,48 @@ kernel! {
             return;
         }
 
-        // The rows of the block pass their sums on from one to the next, the last one to the others.
-        let weight_grad = WeightGrad { shares, num_shares: step, hidden, to: weight_grad, parts };
+        // The rows of the block pass their sums on from one to the next; what the last one has is the block's share.
+        let weight_grad = WeightGrad { shares, num_shares, hidden, to: weight_grad, parts };
         let of_rows = block.ring.cast::<f32>();
         let mut turn = 0;
         while turn < rows {
+            rolled();
             block_sync();
             if row == turn {
                 unroll!(i in N {
                     if channel(i) < hidden {
-                        let (front, back) = (channel(i), channel(i) + 4);
-                        let [a, b, c, d, e, f, g, h] = sums[i].map(|v| v * out_scale);
-                        let (mut v, mut w) = ([a, b, c, d], [e, f, g, h]);
-                        if row > 0 {
-                            v = add(v, of_rows.load16(front));
-                            if S::CHANNELS == 8 {
-                                w = add(w, of_rows.load16(back));
-                            }
-                        }
-                        let put = |at: u32, v: [f32; 4]| {
-                            if row + 1 < rows {
-                                of_rows.store16(at, v.map(f32::to_bits));
-                            } else {
-                                weight_grad.share(block_idx_x()).store16(at, v.map(f32::to_bits));
-                            }
+                        let [a, b, c, d, e, f, g, h] = sums[i];
+                        let pass = |at: u32, v: [f32; 4]| {
+                            let before = if row > 0 { of_rows.load16(at) } else { [0; 4] };
+                            of_rows.store16(at, add(v, before).map(f32::to_bits));
                         };
-                        put(front, v);
+                        pass(channel(i), [a, b, c, d]);
                         if S::CHANNELS == 8 {
-                            put(back, w);
+                            pass(channel(i) + 4, [e, f, g, h]);
                         }
                     }
                 });
             }
             turn += 1;
         }
-        if ADD_UP {
-            grid_sync(barrier);
-            let mut tile = block_idx_x();
-            while tile * TILE < hidden {
-                weight_grad.add_up(tile, block.ring);
-                block_sync();
-                tile += step;
-            }
+        block_sync();
+        let mut at = thread_idx() * 4;
+        while at < hidden && block_idx_x() < num_shares {
+            rolled();
+            let sums = of_rows.load16(at).map(f32::from_bits);
+            weight_grad.share(block_idx_x()).store16(at, sums.map(|v| (v * out_scale).to_bits()));
+            at += block_dim() * 4;
+        }
+        grid_sync(barrier);
+        let mut tile = block_idx_x();
+        while tile * TILE < hidden {
+            rolled();
+            weight_grad.add_up(tile, block.ring);
+            block_sync();
+            tile += step;
         }
     }
-    entries {
-        bf16[Bf16, BF16_VECTORS, false], bf16_sum[Bf16, BF16_VECTORS, true],
-f32[F32, F32_VECTORS, false], f32_sum[F32, F32_VECTORS, true],
-    }
+    entries { bf16[Bf16, BF16_VECTORS], f32[F32, F32_VECTORS] }
 }
 
 kernel! {
@@ -525,7 +548,7 @@ kernel! {
             sum = fma(S::get(x, channel) * rstd.get(token), S::get(out_grad, channel), sum);
             token += grid_dim_y();
         }
-        shares.at(block_idx_y() as u64 * hidden as u64).set(channel, sum * out_scale);
+        shares.at(block_idx_y() as u64 * align_up(hidden, 4) as u64).set(channel, sum * out_scale);
     }
     entries { bf16[Bf16], f32[F32] }
 }

@@ -167,7 +167,8 @@ impl<S: Output, const ROUNDED: bool, const WIDE: bool, const LONG: bool> Quantis
     #[inline(always)]
     #[track_caller]
     fn write_scale(&self, number: u32, sf: f32) {
-        let channel = self.row.channel(number);
+        // Of the group: the row may end before this lane's share of it.
+        let channel = self.row.channel(number) / GROUP * GROUP;
         let packed = self.parts & PACKED != 0;
         let end = if packed { align_up(self.row.end, 4 * GROUP) } else { self.row.end };
         if channel < end {

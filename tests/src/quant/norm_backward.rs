@@ -108,8 +108,6 @@ struct Tensors {
     out_scale: f32,
 }
 
-type Launcher = fn(&Stream, Args<'_>) -> ferrotile::Result<()>;
-
 impl Tensors {
     fn new(device: &Device, p: &Backward, gaps: Gaps, offset: u64) -> Result<Self, String> {
         let shape = [p.t, p.h];
@@ -141,7 +139,7 @@ impl Tensors {
         })
     }
 
-    fn launch(&mut self, stream: &Stream, launcher: Launcher) -> ferrotile::Result<()> {
+    fn launch(&mut self, stream: &Stream) -> ferrotile::Result<()> {
         let bytes = self.workspace.len() as u64;
         let weight_grad = match maybe(&mut self.weight_grad)? {
             None => None,
@@ -159,7 +157,7 @@ impl Tensors {
             x_grad: self.x_grad.tensor_mut()?,
             weight_grad,
         };
-        launcher(stream, args)
+        op::norm_backward(stream, args)
     }
 
     /// The gradients.
@@ -234,7 +232,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     Ok(Report { notes, ..ctx.report() })
 }
 
-/// A call, and the same again: the same bits. Then with two launches.
+/// A call, and the same again: the same bits.
 fn check_problem(ctx: &Ctx, p: &Backward, gaps: Gaps, offset: u64) -> Result<(), String> {
     let name = format!("{},gaps={gaps:?},offset={offset}", p.name);
     if !ctx.case(&name) {
@@ -242,22 +240,17 @@ fn check_problem(ctx: &Ctx, p: &Backward, gaps: Gaps, offset: u64) -> Result<(),
     }
     let stream = ctx.device.stream().map_err(text)?;
     let mut tensors = Tensors::new(&ctx.device, p, gaps, offset)?;
-    tensors.launch(&stream, op::norm_backward).map_err(text)?;
+    tensors.launch(&stream).map_err(text)?;
     let results = tensors.results(&name)?;
     check_results(p, &name, &results)?;
     if let (Some(placed), Some((_, Some(old)))) = (&mut tensors.weight_grad, &p.weight_grad) {
         placed.set(old)?;
     }
     // The workspace serves again.
-    tensors.launch(&stream, op::norm_backward).map_err(text)?;
+    tensors.launch(&stream).map_err(text)?;
     let again = tensors.results(&name)?;
     same("x_grad, a second time", &name, &[p.t, p.h], &again.0, &results.0)?;
     same("weight_grad, a second time", &name, &[results.1.len() as u64], &again.1, &results.1)?;
-    if p.weight_grad.is_some() && gaps.row == 0 && p.t < 600 {
-        let mut two = Tensors::new(&ctx.device, p, gaps, offset)?;
-        two.launch(&stream, op::norm_backward_two_launches).map_err(text)?;
-        check_results(p, &name, &two.results(&name)?)?;
-    }
     Ok(())
 }
 
@@ -272,7 +265,7 @@ fn check_nan(ctx: &Ctx) -> Result<(), String> {
         }
         let stream = ctx.device.stream().map_err(text)?;
         let mut tensors = Tensors::new(&ctx.device, &p, Gaps::default(), 0)?;
-        tensors.launch(&stream, op::norm_backward).map_err(text)?;
+        tensors.launch(&stream).map_err(text)?;
         let (x_grad, weight_grad) = tensors.results(&p.name)?;
         let rows = x_grad.chunks(h as usize).map(|row| row.iter().filter(|v| v.is_nan()).count()).collect::<Vec<_>>();
         let fine = rows == [0, 0, h as usize, 0, 0] && weight_grad.iter().all(|v| v.is_nan());
@@ -301,7 +294,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     };
     let stream = ctx.device.stream().map_err(text)?;
     let mut tensors = Tensors::new(&ctx.device, &p, Gaps::default(), 0)?;
-    tensors.launch(&stream, op::norm_backward).map_err(text)?;
+    tensors.launch(&stream).map_err(text)?;
     let results = tensors.results(&p.name)?;
     check_results(&p, &p.name, &results)?;
     // Neighbouring bf16 are at most 2^-7 apart.
@@ -312,9 +305,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
 
 /// Recorded in a graph and replayed.
 fn check_graph(ctx: &Ctx) -> Result<(), String> {
-    for (shape, launcher) in
-        [((333, 576), op::norm_backward as Launcher), ((333, 576), op::norm_backward_two_launches), ((70, 77), op::norm_backward)]
-    {
+    for shape in [(333, 576), (70, 77)] {
         let p = Backward::new(DType::Bf16, shape, PARTS[1], WEIGHT_GRADS[1]);
         let name = format!("kind=graph,{}", p.name);
         if !ctx.case(&name) {
@@ -322,7 +313,7 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
         }
         let stream = ctx.device.stream().map_err(text)?;
         let mut tensors = Tensors::new(&ctx.device, &p, Gaps::default(), 0)?;
-        let graph = stream.capture(|s| tensors.launch(s, launcher)).map_err(text)?;
+        let graph = stream.capture(|s| tensors.launch(s)).map_err(text)?;
         for _ in 0..2 {
             tensors.x_grad.fill()?;
             if let Some(weight_grad) = &mut tensors.weight_grad {
@@ -338,36 +329,32 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
-/// The peers' case, with two launches and with a residual's gradient, the other type, and small inputs.
+/// The peers' case, with a residual's gradient, the other type, and small inputs.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
-    let mut row = |dtype: DType, t: u64, h: u64, residual: bool, two_launches: bool| {
+    let mut row = |dtype: DType, t: u64, h: u64, residual: bool| {
         let tensors = if residual { 4 } else { 3 };
         // The gradient is added to what is there, f32 both ways.
         let bytes = tensors * t * h * dtype.size() + 4 * t + h * dtype.size() + 8 * h;
         let input = if dtype == DType::Bf16 { "bf16" } else { "f32" };
-        let (residual_key, suffix) =
-            (if residual { ",residual=True" } else { "" }, if two_launches { ",variant=two_launches" } else { "" });
-        let case = format!("h={h},input={input}{residual_key},t={t}{suffix}");
+        let residual_key = if residual { ",residual=True" } else { "" };
+        let case = format!("h={h},input={input}{residual_key},t={t}");
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
             let p = Backward::new(dtype, (t, h), (residual, true, false), Some((DType::F32, true)));
             let mut tensors = Tensors::new(device, &p, Gaps::default(), 0)?;
-            let launcher = if two_launches { op::norm_backward_two_launches } else { op::norm_backward };
-            Ok(Box::new(move |stream| tensors.launch(stream, launcher)))
+            Ok(Box::new(move |stream| tensors.launch(stream)))
         };
         rows.push(Row { op: "norm_backward", case, bytes, build: Box::new(build) });
     };
-    row(DType::Bf16, 8064, 7168, false, false);
-    row(DType::Bf16, 8064, 7168, false, true);
-    row(DType::Bf16, 8064, 7168, true, false);
-    row(DType::F32, 8064, 7168, false, false);
-    row(DType::F32, 8064, 7168, true, false);
-    row(DType::Bf16, 8001, 2048, false, false);
-    row(DType::Bf16, 8001, 2048, false, true);
-    row(DType::Bf16, 8001, 576, false, false);
-    row(DType::Bf16, 4001, 16384, false, false);
+    row(DType::Bf16, 8064, 7168, false);
+    row(DType::Bf16, 8064, 7168, true);
+    row(DType::F32, 8064, 7168, false);
+    row(DType::F32, 8064, 7168, true);
+    row(DType::Bf16, 8001, 2048, false);
+    row(DType::Bf16, 8001, 576, false);
+    row(DType::Bf16, 4001, 16384, false);
     for t in [1, 16, 128] {
-        row(DType::Bf16, t, 7168, false, false);
+        row(DType::Bf16, t, 7168, false);
     }
     rows
 }
@@ -421,6 +408,7 @@ mod tests {
         let device = Device::emulator();
         assert_eq!(op::workspace_bytes(&device, 0, 7168), 16);
         assert_eq!(op::workspace_bytes(&device, 3, 7168), 16 + 3 * 4 * 7168);
+        assert_eq!(op::workspace_bytes(&device, 3, 77), 16 + 3 * 4 * 80);
         assert_eq!(op::workspace_bytes(&device, 1 << 40, 7168), 16 + 132 * 4 * 7168);
         assert_eq!(op::workspace_bytes(&device, u64::MAX, u64::MAX), u64::MAX);
     }
