@@ -36,9 +36,10 @@ pub struct Args<'a> {
 /// `round_sf`, `sf` is the smallest power of two that is not below `c / 448` and `q = x / sf`. Of a quantised input, `x` is `data * scale`, rounded
 /// to f32. Each step is one f32 operation; `q` is rounded to nearest even and saturates. The last block has the tokens there are
 /// (`T % npt != 0`). The sign of zero is kept. NaN does not count for a scale and becomes `0x7F`. An infinite value makes the scale of
-/// its block infinite (exponent byte 255) and the block's data meaningless: what `x * 0` gives, with `round_sf` `x * -inf`. Bytes of a packed
-/// word whose blocks do not exist are written as 0. Source: the specification's sections 2, 3, 5.4 and 6.6; `T`, `H` and the alignment
-/// may be any here.
+/// its block infinite (exponent byte 255) and the block's data meaningless: what `x * 0` gives, with `round_sf` `x * -inf`
+/// ([`swiglu_forward_and_per_channel_cast_and_transpose`](super::swiglu_forward_and_per_channel_cast_and_transpose()) saturates instead).
+/// Bytes of a packed word whose blocks do not exist are written as 0. Source: the specification's sections 2, 3, 5.4 and 6.6; `T`, `H` and
+/// the alignment may be any here.
 ///
 /// Asynchronous; allocates nothing; an empty `x` launches nothing. It is fast when `H % 8 == 0`, rows of `x` start at multiples of 16 bytes
 /// (8 for e4m3) and `out` at one of 8.

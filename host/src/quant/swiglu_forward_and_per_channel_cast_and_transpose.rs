@@ -43,7 +43,8 @@ pub struct Args<'a> {
 /// but for one value in a million; such a value may come out as the neighbouring e4m3.
 ///
 /// NaN, of `x` or from an infinite gate of negative sign, does not count for a scale and becomes `0x7F`; clamping keeps it. An activation
-/// that is infinite counts as the largest finite bf16 for its scale and becomes 448 with its sign.
+/// that is infinite counts as the largest finite bf16 for its scale and becomes 448 with its sign, where
+/// [`per_channel_cast`](super::per_channel_cast()) makes the scale infinite.
 ///
 /// Asynchronous; allocates nothing; an empty `x` launches nothing. Any size and alignment works; it is fast when rows of `x` start at
 /// multiples of 16 bytes, `H` is a multiple of 8, `T` one of 16 (of 4 with `without_transpose`), and bf16 can hold the clamp.
