@@ -270,14 +270,26 @@ mod tests {
         for case in golden.cases_of("per_channel_cast").unwrap() {
             let name = case.name();
             let (npt, round) = (case.param("num_per_tokens").unwrap(), case.param("round_sf").unwrap());
-            let x = golden.tensor(case, "in/x").unwrap();
-            let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
+            let packed = case.param_or("use_packed_ue8m0", false).unwrap();
+            let layout = if packed { SfLayout::PerChannelPacked } else { SfLayout::RowMajor };
+            // A quantised input, if a number of channels is given.
+            let npc: Option<u32> = case.param_or("num_per_channels", None).unwrap();
+            let x = golden.tensor(case, if npc.is_some() { "in/x.0" } else { "in/x" }).unwrap();
             let shape = (x.shape[0], x.shape[1]);
-            let source = Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap();
-            let mut out = outputs(&device, &source, npt, SfLayout::RowMajor, (0, 0)).unwrap();
+            let source = match npc {
+                None => {
+                    let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
+                    Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap()
+                }
+                Some(npc) => {
+                    let scales = golden.tensor(case, "in/x.1").unwrap().to_vec::<f32>().unwrap();
+                    Source::pair(&device, (SfLayout::RowMajor, npc), shape, (shape.1, 0), x.bytes, &scales).unwrap()
+                }
+            };
+            let mut out = outputs(&device, &source, npt, layout, (0, 0)).unwrap();
             cast(&stream, &source, npt, round, &mut out).unwrap();
             let sf = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(sf.shape, [shape.0.div_ceil(npt.into()), shape.1], "{name}");
+            assert_eq!(sf.shape, sf_shape(shape.0, shape.1, (npt, 1), layout).shape, "{name}");
             out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf.to_vec::<u32>().unwrap()).unwrap();
         }
     }
