@@ -571,7 +571,7 @@ impl Context {
         const SLOW_US: f64 = 80_000.0;
         self.bind("compile")?;
         let begin = std::time::SystemTime::now();
-        let timed = |op, name| {
+        let timed = |op, name| -> Result<f64> {
             // A comment of its own keeps the driver from finding the kernel in its cache of compiled texts.
             let more = format!("// {begin:?} {:?}\n", begin.elapsed());
             let start = std::time::Instant::now();
@@ -582,7 +582,7 @@ impl Context {
         if let Some((op, name)) = ptx::kernels().next() {
             timed(op, name)?;
         }
-        let median = |(op, name)| {
+        let median = |(op, name)| -> Result<(&'static str, f64)> {
             let mut times = vec![timed(op, name)?];
             if times[0] > SLOW_US {
                 times.extend([timed(op, name)?, timed(op, name)?]);
