@@ -218,6 +218,12 @@ pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
     backend::fma_bf16x2(a, b, 0x8000_8000)
 }
 
+/// 1.0 in each half where `a > b`, else 0.0, as bf16.
+#[inline(always)]
+pub fn bf16x2_greater(a: u32, b: u32) -> u32 {
+    backend::greater_bf16x2(a, b)
+}
+
 /// Two sums of bf16, rounded to nearest even.
 #[inline(always)]
 pub fn bf16x2_add(a: u32, b: u32) -> u32 {

@@ -682,6 +682,10 @@ pub fn fma_bf16x2(a: u32, b: u32, c: u32) -> u32 {
     pure!("fma.rn.bf16x2 {0}, {1}, {2}, {3};", reg32 u32, reg32 a, reg32 b, reg32 c)
 }
 #[inline(always)]
+pub fn greater_bf16x2(a: u32, b: u32) -> u32 {
+    pure!("set.gt.bf16x2.bf16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
+}
+#[inline(always)]
 pub fn min_bf16x2(a: u32, b: u32) -> u32 {
     pure!("min.bf16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
 }

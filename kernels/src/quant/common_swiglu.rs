@@ -3,6 +3,7 @@
 
 use super::common::Divisor;
 use crate::device::*;
+use crate::unroll;
 
 /// Gates of larger magnitude may be too much for the short division: the reciprocal of `1 + e^87.4` is no normal number.
 const MODERATE: f32 = 87.0;
@@ -19,21 +20,49 @@ pub fn clamp_up(up: f32, clamp: f32) -> f32 {
     max_nan(min_nan(up, clamp), -clamp)
 }
 
-/// `gate / (1 + e^-gate)` of eight gates, bit for bit the IEEE quotient, in fewer instructions and without a branch a value.
+/// `gate / (1 + e^-gate)` of gates, eight a vector, bit for bit the IEEE quotient, in fewer instructions and without a branch a value.
 ///
 /// This is what the hardware's division does for operands of moderate size: a reciprocal, a step that corrects it, the product and a
-/// step for its remainder. With `extreme`, which must be set if the magnitude of one exceeds [`MODERATE`], operands are scaled
-/// first. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
+/// step for its remainder. `SHORT` leaves out the first step, which gates that bf16 can hold do not need. With `extreme`, which must
+/// be set if the magnitude of one exceeds [`MODERATE`], operands are scaled first, one gate after the other: that is rare, and less
+/// code is compiled sooner. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
 #[inline(always)]
-pub fn silu8(gates: [f32; 8], extreme: bool) -> [f32; 8] {
-    let divisors = gates.map(|l| one_plus_exp(-l));
+pub fn silus<const N: usize, const SHORT: bool>(gates: [[f32; 8]; N], extreme: bool) -> [[f32; 8]; N] {
     if !extreme {
-        return core::array::from_fn(|i| quotient(gates[i], divisors[i]));
+        return gates.map(|gates| {
+            gates.map(|l| {
+                let d = one_plus_exp(-l);
+                if SHORT { short_quotient(l, d, fast_rcp(d)) } else { quotient(l, d) }
+            })
+        });
     }
-    core::array::from_fn(|i| any_quotient(gates[i], divisors[i]))
+    let mut all = gates;
+    for _ in 0..8 * N {
+        rolled();
+        // Results take the place of gates, and all turn round, because registers have no index.
+        let (before, done) = (all, silu(all[0][0]));
+        unroll!(i in 16 {
+            if i < 8 * N {
+                let next = (i + 1) % (8 * N);
+                all[i / 8][i % 8] = if next == 0 { done } else { before[next / 8][next % 8] };
+            }
+        });
+    }
+    all
 }
 
-/// [`silu8`] of one gate, whatever its size.
+/// `a / d`, given the reciprocal of `d` but for its last bits. Its error is 2^-44 of the quotient, so this is the IEEE quotient unless that
+/// is as close to a halfway point. With gates that bf16 can hold it is so for 2^-23 and 2^-24 only, and there the hardware's reciprocal
+/// of `2 - 2^-23` has to be the right one; tests run all of them.
+#[inline(always)]
+fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
+    let q = a * reciprocal;
+    // The negative of the remainder, see `quotient`.
+    let excess = fma(d, q, -a);
+    fma(-excess, reciprocal, q)
+}
+
+/// `gate / (1 + e^-gate)` of one gate, whatever its size.
 #[inline(always)]
 pub fn silu(gate: f32) -> f32 {
     any_quotient(gate, one_plus_exp(-gate))
@@ -63,6 +92,8 @@ fn quotient(a: f32, d: f32) -> f32 {
 pub trait Source: Copy {
     /// Bytes of an element.
     const BYTES: u32;
+    /// Whether bf16 can hold all values.
+    const SHORT: bool;
     /// Eight elements as read.
     type Raw: Copy;
     /// Eight zeros.
@@ -75,7 +106,10 @@ pub trait Source: Copy {
     fn values(raw: Self::Raw) -> [f32; 8];
 
     /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
-    fn is_extreme(raw: Self::Raw) -> bool;
+    fn is_extreme<const N: usize>(raw: [Self::Raw; N]) -> bool;
+
+    /// How many gates are above a positive clamp, and how many other values are above it or below its negative, in 10 bits each.
+    fn count<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], clamp: f32) -> u32;
 }
 
 /// bf16 input.
@@ -87,6 +121,7 @@ pub struct F32;
 
 impl Source for Bf16 {
     const BYTES: u32 = 2;
+    const SHORT: bool = true;
     type Raw = [u32; 4];
     const ZERO: [u32; 4] = [0; 4];
 
@@ -103,14 +138,34 @@ impl Source for Bf16 {
     }
 
     #[inline(always)]
-    fn is_extreme([a, b, c, d]: [u32; 4]) -> bool {
-        let [low, high] = bf16x2_to_f32(bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d)));
+    fn is_extreme<const N: usize>(raw: [[u32; 4]; N]) -> bool {
+        let largest = |[a, b, c, d]: [u32; 4]| bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d));
+        let [low, high] = bf16x2_to_f32(raw.map(largest).into_iter().fold(0, bf16x2_max_abs));
         max_abs(low, high).abs() > MODERATE
+    }
+
+    #[inline(always)]
+    fn count<const N: usize>(gates: [[u32; 4]; N], ups: [[u32; 4]; N], clamp: f32) -> u32 {
+        // Above the clamp is above the largest bf16 that is not: both halves of a word at once.
+        let limit = (clamp.to_bits() >> 16) * 0x1_0001;
+        // From 128 on the sums have a unit in the last place of 1, so that the count is in the low bits.
+        let mut sums = [0x4300_4300; 3];
+        unroll!(i in 8 {
+          if i < 4 * N {
+            let (gate, up) = (gates[i / 4][i % 4], ups[i / 4][i % 4]);
+            sums[0] = bf16x2_add(bf16x2_greater(gate, limit), sums[0]);
+            sums[1] = bf16x2_add(bf16x2_greater(up, limit), sums[1]);
+            sums[2] = bf16x2_add(bf16x2_greater(limit | 0x8000_8000, up), sums[2]);
+          }
+        });
+        let [gates, above, below] = sums.map(|sum| (sum & 0x7F) + (sum >> 16 & 0x7F));
+        gates + (above << 10) + (below << 20)
     }
 }
 
 impl Source for F32 {
     const BYTES: u32 = 4;
+    const SHORT: bool = false;
     type Raw = [[u32; 4]; 2];
     const ZERO: [[u32; 4]; 2] = [[0; 4]; 2];
 
@@ -126,8 +181,21 @@ impl Source for F32 {
     }
 
     #[inline(always)]
-    fn is_extreme(raw: [[u32; 4]; 2]) -> bool {
-        amax(Self::values(raw)) > MODERATE
+    fn is_extreme<const N: usize>(raw: [[[u32; 4]; 2]; N]) -> bool {
+        raw.map(|raw| amax(Self::values(raw))).into_iter().fold(0.0, max_total) > MODERATE
+    }
+
+    #[inline(always)]
+    fn count<const N: usize>(gates: [[[u32; 4]; 2]; N], ups: [[[u32; 4]; 2]; N], clamp: f32) -> u32 {
+        let mut count = 0;
+        unroll!(n in N {
+            let (gates, ups) = (Self::values(gates[n]), Self::values(ups[n]));
+            for i in 0..8 {
+                let (gate, up) = (gates[i], ups[i]);
+                count += (gate > clamp) as u32 + (((up > clamp) as u32) << 10) + (((up < -clamp) as u32) << 20);
+            }
+        });
+        count
     }
 }
 
@@ -149,27 +217,32 @@ impl Clamp {
     pub const COUNT: u32 = 2;
 }
 
-/// `silu(gate) * up`, times the weight if there is one, of eight channels, and if `MODE` (one of [`Clamp`]'s) says so what
+/// `silu(gate) * up`, times the weight if there is one, of eight channels a vector, and if `MODE` (one of [`Clamp`]'s) says so what
 /// [`Counters::count`] takes.
 #[inline(always)]
-pub fn activate<S: Source, const MODE: u32>(gate: S::Raw, up: S::Raw, clamp: f32, weight: Option<f32>) -> ([f32; 8], u32) {
-    let (mut gates, mut ups) = (S::values(gate), S::values(up));
-    let mut clamped = 0;
-    if MODE == Clamp::COUNT {
-        for i in 0..8 {
-            let (gate, above, below) = (gates[i] > clamp, ups[i] > clamp, ups[i] < -clamp);
-            clamped += gate as u32 + ((above as u32) << 10) + ((below as u32) << 20);
-        }
-    }
+pub fn activate<S: Source, const MODE: u32, const N: usize>(
+    gates: [S::Raw; N],
+    ups: [S::Raw; N],
+    clamp: f32,
+    weight: Option<f32>,
+) -> ([[f32; 8]; N], u32) {
+    let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { 0 };
+    let mut extreme = S::is_extreme(gates);
+    let (mut gates, mut ups) = (gates.map(S::values), ups.map(S::values));
     if MODE != Clamp::NONE {
-        gates = gates.map(|l| clamp_gate(l, clamp));
-        ups = ups.map(|r| clamp_up(r, clamp));
+        gates = gates.map(|gates| gates.map(|l| clamp_gate(l, clamp)));
+        ups = ups.map(|ups| ups.map(|r| clamp_up(r, clamp)));
+        // A clamp that bf16 cannot hold is a gate that it cannot hold.
+        extreme |= S::SHORT && clamp.to_bits() & 0xFFFF != 0;
     }
-    let silu = silu8(gates, S::is_extreme(gate));
-    let mut v = core::array::from_fn(|i| silu[i] * ups[i]);
-    if let Some(weight) = weight {
-        v = v.map(|v| v * weight);
-    }
+    let silus = if S::SHORT { silus::<N, true>(gates, extreme) } else { silus::<N, false>(gates, extreme) };
+    let mut v = silus;
+    unroll!(n in N {
+        v[n] = core::array::from_fn(|i| v[n][i] * ups[n][i]);
+        if let Some(weight) = weight {
+            v[n] = v[n].map(|v| v * weight);
+        }
+    });
     (v, clamped)
 }
 
@@ -196,17 +269,16 @@ impl Counters {
         block_sync();
     }
 
-    /// Add what the lanes of a warp clamped among eight values each, in 10 bits each of `clamped`, and those eight of the lanes that
-    /// are `inside` of the row; what the others read are zeros, which are not clamped.
+    /// Add what the lanes of a warp clamped, each of them at most 1023 of a kind, among so many values of the warp.
     #[inline(always)]
     #[track_caller]
-    pub fn count(self, clamped: u32, inside: bool) {
-        let values = 8 * warp_ballot(inside).count_ones();
-        let clamped = warp_sum_u32(clamped);
-        let lane = lane_id();
-        if lane < 4 {
-            self.sums.atomic_add(lane, if lane == 3 { values } else { (clamped >> (10 * lane)) & 1023 });
-        }
+    pub fn count(self, clamped: u32, values: u32) {
+        let sums = [warp_sum_u32(clamped & 1023), warp_sum_u32(clamped >> 10 & 1023), warp_sum_u32(clamped >> 20), values];
+        unroll!(i in 4 {
+            if lane_id() == i as u32 {
+                self.sums.atomic_add(i as u32, sums[i]);
+            }
+        });
     }
 
     /// Add the counts to the first `used` of `counters`. By all threads of the block.
@@ -246,6 +318,12 @@ impl Rows {
     /// Rows between the start and the end of an expert.
     pub const PSUM: u32 = 2;
 
+    /// Rows for a warp to take: the first of these if all hold tokens, the second if not, the third at least if it counts.
+    pub fn steps(&self, [all, some, counting]: [u32; 3], count: bool) -> u32 {
+        let steps = if self.kind == Self::ALL { all } else { some };
+        if count { steps.max(counting) } else { steps }
+    }
+
     /// Whether `row`, the same for all lanes of the warp, holds a token.
     #[inline(always)]
     #[track_caller]
@@ -272,6 +350,39 @@ impl Rows {
             first += WARP_SIZE;
         }
         false
+    }
+
+    /// Which of `count` rows from `first` on hold tokens, the first in the lowest bit; the same for all lanes of the warp. `count` is
+    /// from 1 to 31.
+    #[inline(always)]
+    #[track_caller]
+    pub fn holding_tokens(self, first: u32, count: u32) -> u32 {
+        let lane = lane_id();
+        if self.kind == Self::POS_TO_EXPERT {
+            return warp_ballot(lane < count && self.map.get(first + lane) >= 0);
+        }
+        if self.kind != Self::PSUM {
+            return (1 << count) - 1;
+        }
+        // As above, for all rows at once.
+        let (mut padding, mut before_an_end) = (0, 0);
+        let mut expert = lane;
+        while expert - lane < self.num_experts {
+            let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
+            let mut i = 0;
+            while i < count {
+                let row = first + i;
+                let start = self.divisor.divide(row) * self.alignment;
+                padding |= (warp_any(end > start && end <= row) as u32) << i;
+                before_an_end |= (warp_any(end > row) as u32) << i;
+                i += 1;
+            }
+            if warp_any(end >= first + count) {
+                break;
+            }
+            expert += WARP_SIZE;
+        }
+        before_an_end & !padding
     }
 }
 

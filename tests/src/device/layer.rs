@@ -447,6 +447,7 @@ fn packed(r: &Run) -> Result<(), String> {
                 halves(&|a, b| a.max(b)),
                 (a & b) | (!a & !b),
                 halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) + num::bf16_to_f32(b))),
+                halves(&|a, b| if num::bf16_to_f32(a) > num::bf16_to_f32(b) { 0x3F80 } else { 0 }),
             ];
             for (j, expected) in expected.into_iter().enumerate() {
                 let got = if j == 0 { got[0] & mask } else { got[j] };

@@ -225,7 +225,7 @@ fn check_input(ctx: &Ctx, input: &Input, all: &[Options], kind: &str) -> Result<
         outputs.check_counts(&name, sums, counters)?;
         if i % 8 == 0 {
             // Once more, over its own results; counters go on.
-            outputs.run_by(op::with_two_vectors, &stream, input, options, counters).map_err(text)?;
+            outputs.run_by(|s, args| op::with_steps(s, args, 3), &stream, input, options, counters).map_err(text)?;
             outputs.check(&name, input, options, &expected)?;
             sums = sums.map(|n| 2 * n);
             outputs.check_counts(&name, sums, counters)?;
@@ -503,7 +503,11 @@ pub fn bench() -> Vec<Row> {
     };
     let usual: Launcher = op::swiglu_forward_and_per_token_cast;
     let mut rows = Vec::new();
-    for (launcher, suffix) in [(usual, ""), (op::with_two_vectors as Launcher, ",variant=two")] {
+    for (launcher, suffix) in [
+        (usual, ""),
+        ((|s, args| op::with_steps(s, args, 2)) as Launcher, ",variant=steps2"),
+        (|s, args| op::with_steps(s, args, 8), ",variant=steps8"),
+    ] {
         for h in [2048, 3072, 1024, 1280, 1536, 3584] {
             let case = format!("h={h},npc=128,sf=packed,t=32768{suffix}");
             rows.push(row(launcher, case, DType::Bf16, dense, (32768, h), packed));
