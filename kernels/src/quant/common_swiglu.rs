@@ -20,35 +20,16 @@ pub fn clamp_up(up: f32, clamp: f32) -> f32 {
     max_nan(min_nan(up, clamp), -clamp)
 }
 
-/// `gate / (1 + e^-gate)` of gates, eight a vector, bit for bit the IEEE quotient, in fewer instructions and without a branch a value.
+/// `gate / (1 + e^-gate)` of a gate whose magnitude is at most [`MODERATE`], bit for bit the IEEE quotient, in fewer instructions and
+/// without a branch.
 ///
 /// This is what the hardware's division does for operands of moderate size: a reciprocal, a step that corrects it, the product and a
-/// step for its remainder. `SHORT` leaves out the first step, which gates that bf16 can hold do not need. With `extreme`, which must
-/// be set if the magnitude of one exceeds [`MODERATE`], operands are scaled first, one gate after the other: that is rare, and less
-/// code is compiled sooner. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
+/// step for its remainder. `SHORT` leaves out the first step, which gates that bf16 can hold do not need.
+/// `tests/src/device/layer.rs` compares all 2^32 gates with the division.
 #[inline(always)]
-pub fn silus<const N: usize, const SHORT: bool>(gates: [[f32; 8]; N], extreme: bool) -> [[f32; 8]; N] {
-    if !extreme {
-        return gates.map(|gates| {
-            gates.map(|l| {
-                let d = one_plus_exp(-l);
-                if SHORT { short_quotient(l, d, fast_rcp(d)) } else { quotient(l, d) }
-            })
-        });
-    }
-    let mut all = gates;
-    for _ in 0..8 * N {
-        rolled();
-        // Results take the place of gates, and all turn round, because registers have no index.
-        let (before, done) = (all, silu(all[0][0]));
-        unroll!(i in 16 {
-            if i < 8 * N {
-                let next = (i + 1) % (8 * N);
-                all[i / 8][i % 8] = if next == 0 { done } else { before[next / 8][next % 8] };
-            }
-        });
-    }
-    all
+pub fn moderate_silu<const SHORT: bool>(gate: f32) -> f32 {
+    let d = one_plus_exp(-gate);
+    if SHORT { short_quotient(gate, d, fast_rcp(d)) } else { quotient(gate, d) }
 }
 
 /// `a / d`, given the reciprocal of `d` but for its last bits. Its error is 2^-44 of the quotient, so this is the IEEE quotient unless that
@@ -105,6 +86,9 @@ pub trait Source: Copy {
     /// Their values.
     fn values(raw: Self::Raw) -> [f32; 8];
 
+    /// `f(gate, up)` of eight elements at a time, one after the other: little code, soon compiled.
+    fn map<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N];
+
     /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
     fn is_extreme<const N: usize>(raw: [Self::Raw; N]) -> bool;
 
@@ -135,6 +119,33 @@ impl Source for Bf16 {
     fn values(raw: [u32; 4]) -> [f32; 8] {
         let [a, b, c, d] = raw.map(bf16x2_to_f32);
         [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
+    }
+
+    #[inline(always)]
+    fn map<const N: usize>(gates: [[u32; 4]; N], ups: [[u32; 4]; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N] {
+        let mut pairs = [[0; 2]; 8];
+        unroll!(i in 8 {
+            if i < 4 * N {
+                pairs[i] = [gates[i / 4][i % 4], ups[i / 4][i % 4]];
+            }
+        });
+        for _ in 0..4 * N {
+            rolled();
+            // Results take the place of what they are made from, and all turn round, because registers have no index.
+            let before = pairs;
+            let (l, r) = (bf16x2_to_f32(before[0][0]), bf16x2_to_f32(before[0][1]));
+            let done = [f(l[0], r[0]).to_bits(), f(l[1], r[1]).to_bits()];
+            unroll!(i in 8 {
+                if i < 4 * N {
+                    pairs[i] = if i + 1 < 4 * N { before[(i + 1) % 8] } else { done };
+                }
+            });
+        }
+        let mut v = [[0.0; 8]; N];
+        unroll!(n in N {
+            v[n] = core::array::from_fn(|i| f32::from_bits(pairs[(4 * n + i / 2) % 8][i % 2]));
+        });
+        v
     }
 
     #[inline(always)]
@@ -181,6 +192,32 @@ impl Source for F32 {
     }
 
     #[inline(always)]
+    fn map<const N: usize>(gates: [[[u32; 4]; 2]; N], ups: [[[u32; 4]; 2]; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N] {
+        let mut pairs = [[0.0; 2]; 16];
+        unroll!(i in 16 {
+            if i < 8 * N {
+                let value = |raw: [[[u32; 4]; 2]; N]| f32::from_bits(raw[i / 8][i / 4 % 2][i % 4]);
+                pairs[i] = [value(gates), value(ups)];
+            }
+        });
+        for _ in 0..8 * N {
+            rolled();
+            let before = pairs;
+            let done = [f(before[0][0], before[0][1]), 0.0];
+            unroll!(i in 16 {
+                if i < 8 * N {
+                    pairs[i] = if i + 1 < 8 * N { before[(i + 1) % 16] } else { done };
+                }
+            });
+        }
+        let mut v = [[0.0; 8]; N];
+        unroll!(n in N {
+            v[n] = core::array::from_fn(|i| pairs[(8 * n + i) % 16][0]);
+        });
+        v
+    }
+
+    #[inline(always)]
     fn is_extreme<const N: usize>(raw: [[[u32; 4]; 2]; N]) -> bool {
         raw.map(|raw| amax(Self::values(raw))).into_iter().fold(0.0, max_total) > MODERATE
     }
@@ -197,6 +234,13 @@ impl Source for F32 {
         });
         count
     }
+}
+
+/// `a / d` for normal operands and quotients, without the branch that it has otherwise.
+#[inline(always)]
+pub fn normal_quotient(a: f32, d: f32) -> f32 {
+    // Scaled, so that the reciprocal of a huge number is not 0.
+    quotient(a * (1.0 / 256.0), d * (1.0 / 256.0))
 }
 
 /// Largest magnitude; NaN does not count unless all are NaN.
@@ -227,22 +271,29 @@ pub fn activate<S: Source, const MODE: u32, const N: usize>(
     weight: Option<f32>,
 ) -> ([[f32; 8]; N], u32) {
     let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { 0 };
-    let mut extreme = S::is_extreme(gates);
-    let (mut gates, mut ups) = (gates.map(S::values), ups.map(S::values));
-    if MODE != Clamp::NONE {
-        gates = gates.map(|gates| gates.map(|l| clamp_gate(l, clamp)));
-        ups = ups.map(|ups| ups.map(|r| clamp_up(r, clamp)));
-        // A clamp that bf16 cannot hold is a gate that it cannot hold.
-        extreme |= S::SHORT && clamp.to_bits() & 0xFFFF != 0;
+    let limit = |l: f32, r: f32| if MODE == Clamp::NONE { (l, r) } else { (clamp_gate(l, clamp), clamp_up(r, clamp)) };
+    // A clamp that bf16 cannot hold is a gate that it cannot hold.
+    let other_clamp = MODE != Clamp::NONE && S::SHORT && clamp.to_bits() & 0xFFFF != 0;
+    let mut v = [[0.0; 8]; N];
+    if other_clamp || S::is_extreme(gates) {
+        v = S::map(gates, ups, |l, r| {
+            let (l, r) = limit(l, r);
+            silu(l) * r
+        });
+    } else {
+        unroll!(n in N {
+            let (l, r) = (S::values(gates[n]), S::values(ups[n]));
+            v[n] = core::array::from_fn(|i| {
+                let (l, r) = limit(l[i], r[i]);
+                (if S::SHORT { moderate_silu::<true>(l) } else { moderate_silu::<false>(l) }) * r
+            });
+        });
     }
-    let silus = if S::SHORT { silus::<N, true>(gates, extreme) } else { silus::<N, false>(gates, extreme) };
-    let mut v = silus;
-    unroll!(n in N {
-        v[n] = core::array::from_fn(|i| v[n][i] * ups[n][i]);
-        if let Some(weight) = weight {
+    if let Some(weight) = weight {
+        unroll!(n in N {
             v[n] = v[n].map(|v| v * weight);
-        }
-    });
+        });
+    }
     (v, clamped)
 }
 
@@ -339,6 +390,7 @@ impl Rows {
         let start = self.divisor.divide(row) * self.alignment;
         let mut first = 0;
         while first < self.num_experts {
+            rolled();
             let expert = first + lane_id();
             let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
             if warp_any(end > start && end <= row) {
@@ -368,9 +420,11 @@ impl Rows {
         let (mut padding, mut before_an_end) = (0, 0);
         let mut expert = lane;
         while expert - lane < self.num_experts {
+            rolled();
             let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
             let mut i = 0;
             while i < count {
+                rolled();
                 let row = first + i;
                 let start = self.divisor.divide(row) * self.alignment;
                 padding |= (warp_any(end > start && end <= row) as u32) << i;

@@ -89,6 +89,7 @@ kernel! {
         let inside = channel < hidden;
         let (mut clamped, mut values) = (0, 0);
         while used != 0 {
+            rolled();
             let row = first + used.trailing_zeros();
             used &= used - 1;
             let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);

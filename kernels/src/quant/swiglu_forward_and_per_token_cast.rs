@@ -10,9 +10,9 @@
 //! Two vectors a lane have scales in two groups. The first step of their maxima lets half of the lanes go on with the one and half with
 //! the other, so that everything about scales is done once.
 
-use super::common::{Divisor, E4m3, Scale, scale_at_least, ue8m0};
+use super::common::{Divisor, E4m3, Scale, Target, scale_at_least, ue8m0};
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
-use super::common_swiglu::{Counters, Rows, Weights, activate, amax};
+use super::common_swiglu::{Counters, Rows, Weights, activate, amax, normal_quotient};
 use crate::device::*;
 use crate::{kernel, unroll};
 
@@ -69,7 +69,11 @@ impl RowsShared {
 /// Scale of a group, with the choice at run time.
 #[inline(always)]
 fn scale_of(amax: f32, amax_min: f32, round: bool) -> Scale {
-    if round { scale_at_least::<E4m3, true>(amax, amax_min) } else { scale_at_least::<E4m3, false>(amax, amax_min) }
+    if round {
+        return scale_at_least::<E4m3, true>(amax, amax_min);
+    }
+    let c = max_total(amax, amax_min);
+    Scale { sf: normal_quotient(c, E4m3::MAX), inv: normal_quotient(E4m3::MAX, c) }
 }
 
 /// Codes of eight values.
@@ -130,6 +134,7 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
 
     let (mut clamped, mut values) = (0, 0);
     while used != 0 {
+        rolled();
         let row = first + used.trailing_zeros();
         used &= used - 1;
         let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
@@ -139,18 +144,13 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
             [one(0), one(1)]
         };
         let (gates, ups) = (load(x), load(up));
-        let weight = weights.of(row);
-        let mut v = [[0.0; 8]; 2];
-        unroll!(i in 2 {
-            let ([done], count) = activate::<S, MODE, 1>([gates[i]], [ups[i]], clamp, weight);
-            v[i] = done;
-            clamped += count;
-        });
+        let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row));
+        clamped += count;
         if MODE == Clamp::COUNT {
             values += PIECE.min(hidden - piece * PIECE);
         }
 
-        let [low, high] = v.map(amax);
+        let (low, high) = (amax(v[0]), amax(v[1]));
         let (keep, give) = if upper { (high, low) } else { (low, high) };
         let mut largest = max_total(keep, warp_shuffle_xor(give, half_group));
         let mut mask = half_group / 2;
@@ -237,7 +237,7 @@ pieces! {
     /// The same, and counts of what was clamped.
     cast_count(4) { g128[Bf16, { Clamp::COUNT }, 128], g32[Bf16, { Clamp::COUNT }, 32] }
     /// Pieces of rows of f32.
-    cast_f32(4) {
+    cast_f32(3) {
         g128[F32, { Clamp::NONE }, 128], g128_clamp[F32, { Clamp::CLAMP }, 128], g128_count[F32, { Clamp::COUNT }, 128],
         g32[F32, { Clamp::NONE }, 32], g32_clamp[F32, { Clamp::CLAMP }, 32], g32_count[F32, { Clamp::COUNT }, 32],
     }
@@ -286,6 +286,7 @@ fn cast_rows<S: Source, const MODE: u32>(
             let mut largest = 0.0;
             let mut v;
             loop {
+                rolled();
                 let (values, clamped) = work(first + 8 * lane_id());
                 v = values;
                 largest = max_total(largest, amax(v));
@@ -299,6 +300,7 @@ fn cast_rows<S: Source, const MODE: u32>(
             }
             let Scale { sf: value, inv } = scale_of(block_max(largest, shared.scratch), scales.amax_min, scales.round);
             loop {
+                rolled();
                 let channel = first + 8 * lane_id();
                 if channel < hidden {
                     out.at(channel as u64).store8(0, quantise(v, inv));
