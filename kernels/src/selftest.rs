@@ -401,7 +401,7 @@ kernel! {
 }
 
 /// Results of `packed` for one pattern.
-pub const PACKED: u32 = 8;
+pub const PACKED: u32 = 10;
 
 kernel! {
     op = selftest;
@@ -420,6 +420,8 @@ kernel! {
         out.set(5, select_bits(b, a, !a));
         out.set(6, bf16x2_add(a, b));
         out.set(7, bf16x2_greater(a, b));
+        out.set(8, bf16x2_min_nan(a, b));
+        out.set(9, bf16x2_max_nan(a, b));
     }
 }
 

@@ -213,9 +213,9 @@ fn launch(stream: &Stream, args: Args<'_>, steps: Option<u32>) -> Result<()> {
         (true, _, true, true) => launch!(cast_count::g32),
         (false, 128, false, _) => launch!(cast_f32::g128),
         (false, 128, true, false) => launch!(cast_f32::g128_clamp),
-        (false, 128, true, true) => launch!(cast_f32::g128_count),
+        (false, 128, true, true) => launch!(cast_f32_count::g128),
         (false, _, false, _) => launch!(cast_f32::g32),
         (false, _, true, false) => launch!(cast_f32::g32_clamp),
-        (false, _, true, true) => launch!(cast_f32::g32_count),
+        (false, _, true, true) => launch!(cast_f32_count::g32),
     }
 }

@@ -609,6 +609,8 @@ packed! {
     fma_f16x2 "fma.rn.f16x2 {0}, {1}, {2}, {3};" (a, b, c);
     min_abs_f16x2 "min.xorsign.abs.f16x2 {0}, {1}, {2};" (a, b);
     max_abs_f16x2 "max.xorsign.abs.f16x2 {0}, {1}, {2};" (a, b);
+    min_nan_bf16x2 "min.NaN.bf16x2 {0}, {1}, {2};" (a, b);
+    max_nan_bf16x2 "max.NaN.bf16x2 {0}, {1}, {2};" (a, b);
     max_abs_bf16x2 "max.xorsign.abs.bf16x2 {0}, {1}, {2};" (a, b);
 }
 

@@ -89,6 +89,9 @@ pub trait Source: Copy {
     /// `f(gate, up)` of eight elements at a time, one after the other: little code, soon compiled.
     fn map<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N];
 
+    /// [`clamp_gate`] and [`clamp_up`], with a clamp that the type can hold.
+    fn limit(gate: Self::Raw, up: Self::Raw, clamp: f32) -> [Self::Raw; 2];
+
     /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
     fn is_extreme<const N: usize>(raw: [Self::Raw; N]) -> bool;
 
@@ -146,6 +149,12 @@ impl Source for Bf16 {
             v[n] = core::array::from_fn(|i| f32::from_bits(pairs[(4 * n + i / 2) % 8][i % 2]));
         });
         v
+    }
+
+    #[inline(always)]
+    fn limit(gate: [u32; 4], up: [u32; 4], clamp: f32) -> [[u32; 4]; 2] {
+        let clamp = (clamp.to_bits() >> 16) * 0x1_0001;
+        [gate.map(|l| bf16x2_min_nan(l, clamp)), up.map(|r| bf16x2_max_nan(bf16x2_min_nan(r, clamp), clamp | 0x8000_8000))]
     }
 
     #[inline(always)]
@@ -218,6 +227,12 @@ impl Source for F32 {
     }
 
     #[inline(always)]
+    fn limit(gate: [[u32; 4]; 2], up: [[u32; 4]; 2], clamp: f32) -> [[[u32; 4]; 2]; 2] {
+        let limited = |f: fn(f32, f32) -> f32, v: [u32; 4]| v.map(|v| f(f32::from_bits(v), clamp).to_bits());
+        [gate.map(|v| limited(clamp_gate, v)), up.map(|v| limited(clamp_up, v))]
+    }
+
+    #[inline(always)]
     fn is_extreme<const N: usize>(raw: [[[u32; 4]; 2]; N]) -> bool {
         raw.map(|raw| amax(Self::values(raw))).into_iter().fold(0.0, max_total) > MODERATE
     }
@@ -262,30 +277,30 @@ impl Clamp {
 }
 
 /// `silu(gate) * up`, times the weight if there is one, of eight channels a vector, and if `MODE` (one of [`Clamp`]'s) says so what
-/// [`Counters::count`] takes.
+/// [`Counters::count`] takes. `small` is a constant: less code, which takes somewhat longer.
 #[inline(always)]
 pub fn activate<S: Source, const MODE: u32, const N: usize>(
     gates: [S::Raw; N],
     ups: [S::Raw; N],
     clamp: f32,
     weight: Option<f32>,
+    small: bool,
 ) -> ([[f32; 8]; N], u32) {
     let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { 0 };
-    let limit = |l: f32, r: f32| if MODE == Clamp::NONE { (l, r) } else { (clamp_gate(l, clamp), clamp_up(r, clamp)) };
     // A clamp that bf16 cannot hold is a gate that it cannot hold.
     let other_clamp = MODE != Clamp::NONE && S::SHORT && clamp.to_bits() & 0xFFFF != 0;
     let mut v = [[0.0; 8]; N];
-    if other_clamp || S::is_extreme(gates) {
+    if small || other_clamp || S::is_extreme(gates) {
         v = S::map(gates, ups, |l, r| {
-            let (l, r) = limit(l, r);
+            let (l, r) = if MODE == Clamp::NONE { (l, r) } else { (clamp_gate(l, clamp), clamp_up(r, clamp)) };
             silu(l) * r
         });
     } else {
         unroll!(n in N {
-            let (l, r) = (S::values(gates[n]), S::values(ups[n]));
+            let [gate, up] = if MODE == Clamp::NONE { [gates[n], ups[n]] } else { S::limit(gates[n], ups[n], clamp) };
+            let (l, r) = (S::values(gate), S::values(up));
             v[n] = core::array::from_fn(|i| {
-                let (l, r) = limit(l[i], r[i]);
-                (if S::SHORT { moderate_silu::<true>(l) } else { moderate_silu::<false>(l) }) * r
+                (if S::SHORT { moderate_silu::<true>(l[i]) } else { moderate_silu::<false>(l[i]) }) * r[i]
             });
         });
     }
@@ -324,12 +339,14 @@ impl Counters {
     #[inline(always)]
     #[track_caller]
     pub fn count(self, clamped: u32, values: u32) {
-        let sums = [warp_sum_u32(clamped & 1023), warp_sum_u32(clamped >> 10 & 1023), warp_sum_u32(clamped >> 20), values];
-        unroll!(i in 4 {
-            if lane_id() == i as u32 {
-                self.sums.atomic_add(i as u32, sums[i]);
-            }
-        });
+        // Two sums are two halves of a word.
+        let two = warp_sum_u32((clamped & 1023) | (clamped & (1023 << 10)) << 6);
+        let below = warp_sum_u32(clamped >> 20);
+        let lane = lane_id();
+        if lane < 4 {
+            let one = if lane == 2 { below } else { values };
+            self.sums.atomic_add(lane, if lane < 2 { two >> (16 * lane) & 0xFFFF } else { one });
+        }
     }
 
     /// Add the counts to the first `used` of `counters`. By all threads of the block.

@@ -132,6 +132,8 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
     let group = lane / (NPC / 8) + if upper { HALF / NPC } else { 0 };
     let group_exists = piece * PIECE + group * NPC < hidden;
 
+    // The driver shall have compiled every entry soon; f32 is bound by memory either way.
+    let small = !S::SHORT && MODE == Clamp::COUNT;
     let (mut clamped, mut values) = (0, 0);
     while used != 0 {
         rolled();
@@ -144,7 +146,7 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
             [one(0), one(1)]
         };
         let (gates, ups) = (load(x), load(up));
-        let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row));
+        let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row), small);
         clamped += count;
         if MODE == Clamp::COUNT {
             values += PIECE.min(hidden - piece * PIECE);
@@ -238,9 +240,11 @@ pieces! {
     cast_count(4) { g128[Bf16, { Clamp::COUNT }, 128], g32[Bf16, { Clamp::COUNT }, 32] }
     /// Pieces of rows of f32.
     cast_f32(3) {
-        g128[F32, { Clamp::NONE }, 128], g128_clamp[F32, { Clamp::CLAMP }, 128], g128_count[F32, { Clamp::COUNT }, 128],
-        g32[F32, { Clamp::NONE }, 32], g32_clamp[F32, { Clamp::CLAMP }, 32], g32_count[F32, { Clamp::COUNT }, 32],
+        g128[F32, { Clamp::NONE }, 128], g128_clamp[F32, { Clamp::CLAMP }, 128],
+        g32[F32, { Clamp::NONE }, 32], g32_clamp[F32, { Clamp::CLAMP }, 32],
     }
+    /// The same, and counts of what was clamped.
+    cast_f32_count(2) { g128[F32, { Clamp::COUNT }, 128], g32[F32, { Clamp::COUNT }, 32] }
 }
 
 /// The body of `rows`.
@@ -277,7 +281,7 @@ fn cast_rows<S: Source, const MODE: u32>(
                     let at = half as u64 * hidden as u64 + channel as u64;
                     if channel < hidden { S::load(x.at(at * S::BYTES as u64)) } else { S::ZERO }
                 };
-                let ([v], clamped) = activate::<S, MODE, 1>([load(0)], [load(1)], clamp, weight);
+                let ([v], clamped) = activate::<S, MODE, 1>([load(0)], [load(1)], clamp, weight, !S::SHORT);
                 (v, clamped)
             };
             // The warp's channels; the last ones stay in registers. A row longer than what the threads can hold is worked out
