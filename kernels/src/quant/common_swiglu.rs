@@ -448,7 +448,8 @@ impl Rows {
                 before_an_end |= (warp_any(end > row) as u32) << i;
                 i += 1;
             }
-            if warp_any(end >= first + count) {
+            // Ends that come after the last row are not followed by others.
+            if before_an_end >> (count - 1) != 0 {
                 break;
             }
             expert += WARP_SIZE;

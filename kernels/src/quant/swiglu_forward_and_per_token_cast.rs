@@ -134,7 +134,8 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
 
     // The driver shall have compiled every entry soon; f32 is bound by memory either way.
     let small = !S::SHORT && MODE == Clamp::COUNT;
-    let (mut clamped, mut values) = (0, 0);
+    let values = used.count_ones() * PIECE.min(hidden - piece * PIECE);
+    let mut clamped = 0;
     while used != 0 {
         rolled();
         let row = first + used.trailing_zeros();
@@ -148,9 +149,6 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
         let (gates, ups) = (load(x), load(up));
         let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row), small);
         clamped += count;
-        if MODE == Clamp::COUNT {
-            values += PIECE.min(hidden - piece * PIECE);
-        }
 
         let (low, high) = (amax(v[0]), amax(v[1]));
         let (keep, give) = if upper { (high, low) } else { (low, high) };

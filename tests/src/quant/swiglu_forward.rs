@@ -353,7 +353,10 @@ mod tests {
             let has_psum = keys.iter().any(|key| key == "in/psum");
             let psum = if has_psum { golden.tensor(case, "in/psum").unwrap().to_vec().unwrap() } else { vec![t as i32] };
             let layout = from_psum(&psum, 128, t);
-            let weights = golden.tensor(case, "in/topk_weights").unwrap().to_vec().unwrap();
+            let weighted = keys.iter().any(|key| key == "in/topk_weights");
+            let kind = if weighted { WeightsKind::PerRow(1.0) } else { WeightsKind::None };
+            let weights =
+                if weighted { golden.tensor(case, "in/topk_weights").unwrap().to_vec().unwrap() } else { vec![0.0; t as usize] };
             let choices = vec![-1; t as usize];
             let input =
                 Input::with_weights(&device, dtype, layout, h, (2 * h, 2 * h), values, (weights, vec![0.0; 4], choices)).unwrap();
@@ -361,7 +364,7 @@ mod tests {
             let clamp: Option<f32> = case.param("clamp_value").unwrap();
             let expected = golden.tensor(case, "out/fwd").unwrap();
             let out = if expected.dtype == Dtype::BF16 { DType::Bf16 } else { DType::F32 };
-            let options = Options { rows, weights: WeightsKind::PerRow(1.0), clamp, count: false, out };
+            let options = Options { rows, weights: kind, clamp, count: false, out };
             let mut outputs = Outputs::new(&device, &input, out).unwrap();
             outputs.run(&device.stream().unwrap(), &input, options, 4).unwrap();
             let expected = floats(&expected);
