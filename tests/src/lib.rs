@@ -6,6 +6,8 @@
 pub mod device;
 pub mod mhc;
 pub mod moe;
+#[cfg(test)]
+mod numerics;
 pub mod quant;
 pub mod support;
 pub mod transpose;
