@@ -25,7 +25,9 @@ pub fn suites() -> Vec<Suite> {
     vec![
         device::layer::SUITE,
         mhc::mhc_post_fwd::SUITE,
+        moe::expand_to_fused::SUITE,
         moe::get_fused_mapping::SUITE,
+        moe::reduce_fused::SUITE,
         moe::topk_gate::SUITE,
         quant::batched_transpose_weight_sf::SUITE,
         quant::cast::SUITE,
@@ -55,7 +57,9 @@ pub fn suites() -> Vec<Suite> {
 pub fn benches() -> Vec<Row> {
     let per_op: Vec<Vec<Row>> = vec![
         mhc::mhc_post_fwd::bench(),
+        moe::expand_to_fused::bench(),
         moe::get_fused_mapping::bench(),
+        moe::reduce_fused::bench(),
         moe::topk_gate::bench(),
         quant::batched_transpose_weight_sf::bench(),
         quant::cast::bench(),
