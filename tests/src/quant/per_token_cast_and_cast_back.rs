@@ -95,7 +95,7 @@ fn check<T: Float>(ctx: &Ctx, values: &Values, kind: &str, ways: &[Way]) -> Resu
     let x: Vec<T> = values.values.par_iter().map(|v| if v.is_nan() { T::GPU_NAN } else { T::rounded(*v) }).collect();
     let stream = ctx.device.stream().map_err(text)?;
     let mut made: Option<(Format, u32, Rule, Vec<T>)> = None;
-    let mut uploaded: Option<((u64, u64), Buffer<T>, Buffer<T>)> = None;
+    let mut uploaded = None;
     for way in ways {
         let Way { format, npc, rule, at, max_tokens } = *way;
         let at = if at.0 < h { (h, at.1) } else { at };
@@ -111,7 +111,7 @@ fn check<T: Float>(ctx: &Ctx, values: &Values, kind: &str, ways: &[Way]) -> Resu
         if made.as_ref().is_none_or(|(f, n, r, _)| (*f, *n, *r) != (format, npc, rule)) {
             made = Some((format, npc, rule, reference(values, format, npc, rule)));
         }
-        if uploaded.as_ref().is_none_or(|(there, ..)| *there != at) {
+        if uploaded.as_ref().is_none_or(|(there, ..): &((u64, u64), Buffer<T>, Buffer<T>)| *there != at) {
             let original = ctx.device.upload(&place(&x, h, at)).map_err(text)?;
             let len = original.len();
             uploaded = Some((at, original, ctx.device.alloc(len).map_err(text)?));
