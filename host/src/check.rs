@@ -53,14 +53,15 @@ pub fn last_stride_1(op: &'static str, arg: &'static str, t: &View) -> Result<()
 }
 
 /// The first element of `t`, and of each row of it, is at a multiple of `bytes`: vector accesses along the last dimension
-/// are then aligned. Strides of dimensions of size 1 do not count, nor does anything of an empty tensor.
+/// are then aligned. `bytes` is a power of two. Strides of dimensions of size 1 do not count, nor does anything of an empty tensor.
 pub fn aligned(op: &'static str, arg: &'static str, t: &View, bytes: u64) -> Result<()> {
     if t.is_empty() {
         return Ok(());
     }
     let outer = t.rank().saturating_sub(1);
-    let rows = (0..outer).all(|i| t.dim(i) == 1 || (t.stride(i).wrapping_mul(t.dtype().size())).is_multiple_of(bytes));
-    if rows && t.ptr().is_multiple_of(bytes) {
+    let multiple = |n: u64| n & (bytes - 1) == 0;
+    let rows = (0..outer).all(|i| t.dim(i) == 1 || multiple(t.stride(i).wrapping_mul(t.dtype().size())));
+    if rows && multiple(t.ptr()) {
         return Ok(());
     }
     let got = format!("address {:#x}, {}", t.ptr(), layout(t));
