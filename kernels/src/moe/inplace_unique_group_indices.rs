@@ -115,7 +115,7 @@ kernel! {
 fn load<const V: usize, const COPY: bool>(source: In<i64>, indices: Out<i64>) -> [i64; V] {
     if V == 2 {
         let words = if COPY { source.load16(0) } else { indices.load16(0) };
-        core::array::from_fn(|i| (words[2 * i & 3] as u64 | (words[(2 * i + 1) & 3] as u64) << 32) as i64)
+        core::array::from_fn(|i| (words[(2 * i) & 3] as u64 | (words[(2 * i + 1) & 3] as u64) << 32) as i64)
     } else {
         [if COPY { source.get(0) } else { indices.get(0) }; V]
     }

@@ -19,11 +19,7 @@ pub const MAX_LEN: u64 = i32::MAX as u64 * THREADS as u64;
 
 /// Grid and block for `len` indices, of which a thread takes `per_thread`.
 pub const fn config(len: u64, per_thread: u64) -> LaunchConfig {
-    let threads = match len.checked_div(per_thread) {
-        Some(whole) => whole + (whole * per_thread != len) as u64,
-        None => 0,
-    };
-    LaunchConfig::new(((threads + THREADS as u64 - 1) / THREADS as u64) as u32, THREADS)
+    LaunchConfig::new(len.div_ceil(per_thread * THREADS as u64) as u32, THREADS)
 }
 
 kernel! {

@@ -1,7 +1,7 @@
 //! aux_fi: reference, cases, checks and benchmark.
 
 use super::common_count::{Buffers, Problem, check_graph, check_shared_workspace, each, launch, out_of_range};
-use super::common_route::{bench_cases, bench_name, moe, stopped};
+use super::common_route::{bench_cases, moe};
 use crate::support::bench::Row;
 use crate::support::cases::MoeCase;
 use crate::support::compare::{close_diff, equal};
@@ -96,6 +96,7 @@ pub fn bench() -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::common_route::stopped;
     use super::*;
     use crate::support::rng::Rng;
     use ferrotile::Error;
@@ -110,7 +111,6 @@ mod tests {
     fn reference_is_the_definition() {
         let problem = Problem { name: String::new(), idx: vec![0, 2, 2, -1, 2, 0], k: 3, bins: 4, offset: 0 };
         assert_eq!(reference(&problem, 3), [8.0 / 6.0, 0.0, 2.0, 0.0]);
-        assert_eq!(bench_name(&moe(1, 8, 32, 8)), "e=32,ep=8,k=8,send=1");
     }
 
     #[test]
@@ -124,11 +124,7 @@ mod tests {
     }
 
     /// The error of a call that may replace each tensor, and `f` afterwards is as it was.
-    fn refused(
-        what: &str,
-        num_aux_topk: u32,
-        spoil: impl for<'a> Fn(&mut Args<'a>, &'a mut Spare) -> ferrotile::Result<()>,
-    ) -> Error {
+    fn refused(what: &str, spoil: impl for<'a> Fn(&mut Args<'a>, &'a mut Spare) -> ferrotile::Result<()>) -> Error {
         let device = Device::emulator();
         let topk_idx = device.upload(&vec![1i64; 10_000]).unwrap();
         let mut f = device.upload(&[-7f32; 8]).unwrap();
@@ -141,7 +137,7 @@ mod tests {
         };
         let mut args = Args {
             topk_idx: topk_idx.tensor(&[5000, 2]).unwrap(),
-            num_aux_topk,
+            num_aux_topk: 2,
             f: f.tensor_mut(&[8]).unwrap(),
             workspace: workspace.tensor_mut(&[4096]).unwrap(),
         };
@@ -163,31 +159,29 @@ mod tests {
     #[test]
     fn bad_input_is_refused_and_nothing_is_written() {
         macro_rules! refuse {
-            ($what:literal, $ka:expr, |$a:pat_param, $s:pat_param| $set:expr, $error:pat) => {
-                let error = refused($what, $ka, |$a, $s| {
+            ($what:literal, |$a:pat_param, $s:pat_param| $set:expr, $error:pat) => {
+                let error = refused($what, |$a, $s| {
                     $set;
                     Ok(())
                 });
                 assert!(matches!(error, $error), "{}: {error:?}", $what);
             };
         }
-        refuse!("no choices to divide by", 0, |_, _| (), Error::Value { arg: "num_aux_topk", .. });
-        refuse!("a vector", 2, |a, s| a.topk_idx = s.wide.tensor(&[6])?, Error::Shape { arg: "topk_idx", .. });
-        refuse!("floats as indices", 2, |a, s| a.topk_idx = s.floats.tensor(&[3, 2])?, Error::DType { arg: "topk_idx", .. });
-        refuse!("gaps", 2, |a, s| a.topk_idx = s.wide.strided(&[3, 2], &[4, 1], 0)?, Error::Layout { arg: "topk_idx", .. });
-        refuse!("a matrix", 2, |a, s| a.f = s.floats.tensor_mut(&[2, 4])?, Error::Shape { arg: "f", .. });
-        refuse!("integers", 2, |a, s| a.f = s.wide.tensor_mut(&[8])?, Error::DType { arg: "f", .. });
-        refuse!("32769 experts", 2, |a, s| a.f = s.floats.tensor_mut(&[32_769])?, Error::Value { arg: "num_experts", .. });
-        refuse!("a small workspace", 2, |a, s| a.workspace = s.bytes.tensor_mut(&[1023])?, Error::Shape { arg: "workspace", .. });
+        refuse!("no choices to divide by", |a, _| a.num_aux_topk = 0, Error::Value { arg: "num_aux_topk", .. });
+        refuse!("a vector", |a, s| a.topk_idx = s.wide.tensor(&[6])?, Error::Shape { arg: "topk_idx", .. });
+        refuse!("floats as indices", |a, s| a.topk_idx = s.floats.tensor(&[3, 2])?, Error::DType { arg: "topk_idx", .. });
+        refuse!("gaps", |a, s| a.topk_idx = s.wide.strided(&[3, 2], &[4, 1], 0)?, Error::Layout { arg: "topk_idx", .. });
+        refuse!("a matrix", |a, s| a.f = s.floats.tensor_mut(&[2, 4])?, Error::Shape { arg: "f", .. });
+        refuse!("integers", |a, s| a.f = s.wide.tensor_mut(&[8])?, Error::DType { arg: "f", .. });
+        refuse!("32769 experts", |a, s| a.f = s.floats.tensor_mut(&[32_769])?, Error::Value { arg: "num_experts", .. });
+        refuse!("a small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[1023])?, Error::Shape { arg: "workspace", .. });
         refuse!(
             "a workspace elsewhere",
-            2,
             |a, s| a.workspace = s.elsewhere.tensor_mut(&[4096])?,
             Error::DeviceMismatch { arg: "workspace", .. }
         );
         refuse!(
             "f over the indices",
-            2,
             |a, _| a.f = {
                 // SAFETY: refused before anything is written.
                 unsafe { TensorMut::from_raw(a.topk_idx.device(), a.topk_idx.ptr(), ferrotile::DType::F32, &[8], &[1])? }

@@ -2,8 +2,8 @@
 
 use crate::support::cases::{Depth, MoeCase, moe_cases};
 use crate::support::compare::{Bits, untouched};
-use crate::support::suite::{ensure, text};
-use ferrotile::{Buffer, Device, Element, Error};
+use crate::support::suite::text;
+use ferrotile::{Buffer, Device, Element};
 
 /// Elements after the end of each output that must stay as they are.
 pub const GUARD: u64 = 37;
@@ -66,7 +66,9 @@ pub fn bench_cases() -> Vec<MoeCase> {
 }
 
 /// The call was stopped by the checked emulator because of an index beyond its bound.
+#[cfg(test)]
 pub fn stopped(what: &str, result: ferrotile::Result<()>) -> Result<(), String> {
-    let told = matches!(&result, Err(Error::Fault(fault)) if fault.to_string().contains(" in memory, allowed: below "));
-    ensure(told, || format!("{what}: expected a fault because of an index, got {result:?}"))
+    let told =
+        matches!(&result, Err(ferrotile::Error::Fault(fault)) if fault.to_string().contains(" in memory, allowed: below "));
+    crate::support::suite::ensure(told, || format!("{what}: expected a fault because of an index, got {result:?}"))
 }

@@ -1,7 +1,7 @@
 //! group_count: reference, cases, checks and benchmark.
 
 use super::common_count::{Buffers, Call, Problem, check_graph, check_shared_workspace, each, launch, out_of_range};
-use super::common_route::{bench_cases, bench_name, moe, stopped};
+use super::common_route::{bench_cases, bench_name, moe};
 use crate::support::bench::Row;
 use crate::support::compare::equal;
 use crate::support::golden::{self, Case, Golden};
@@ -83,6 +83,7 @@ pub fn bench() -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::common_route::stopped;
     use super::*;
     use crate::support::rng::Rng;
     use ferrotile::moe::group_count::workspace_bytes;

@@ -1,6 +1,6 @@
 //! inplace_unique_group_indices: reference, cases, checks and benchmark.
 
-use super::common_route::{FILL, grid, inside, moe, prefilled, stopped, uploaded};
+use super::common_route::{grid, inside, moe, prefilled, uploaded};
 use crate::support::bench::Row;
 use crate::support::cases::{Depth, MoeCase};
 use crate::support::compare::equal;
@@ -203,6 +203,7 @@ pub fn bench() -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::common_route::{FILL, stopped};
     use super::*;
     use ferrotile::{DType, Error};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};

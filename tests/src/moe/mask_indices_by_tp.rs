@@ -1,6 +1,6 @@
 //! mask_indices_by_tp: reference, cases, checks and benchmark.
 
-use super::common_route::{PAIRS, grid, inside, moe, prefilled, stopped, uploaded};
+use super::common_route::{PAIRS, grid, inside, moe, prefilled, uploaded};
 use crate::support::bench::Row;
 use crate::support::cases::{Depth, MoeCase};
 use crate::support::compare::{Bits, equal};
@@ -246,6 +246,7 @@ pub fn bench() -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::common_route::stopped;
     use super::*;
     use ferrotile::{DType, Error};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
