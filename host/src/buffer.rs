@@ -48,6 +48,12 @@ impl<T> Buffer<T> {
         self.ptr
     }
 
+    /// The same memory as bytes.
+    pub(crate) fn into_bytes(self) -> Buffer<u8> {
+        let buffer = std::mem::ManuallyDrop::new(self);
+        Buffer { device: buffer.device, ptr: buffer.ptr, len: buffer.bytes(), element: PhantomData }
+    }
+
     fn bytes(&self) -> usize {
         // Cannot overflow: `alloc` computed the same product.
         self.len * size_of::<T>()

@@ -242,6 +242,11 @@ impl<'a> TensorMut<'a> {
         Ok(Self { view, memory: PhantomData })
     }
 
+    /// A view for which [`new`](Self::new) was fine before.
+    pub(crate) fn of_own(view: View) -> Self {
+        Self { view, memory: PhantomData }
+    }
+
     /// A tensor in memory that this crate does not own. Strides count elements.
     ///
     /// # Errors

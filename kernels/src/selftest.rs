@@ -2,8 +2,9 @@
 //! published PTX.
 
 use crate::device::*;
-use crate::kernel;
-use crate::quant::common_swiglu::silu8;
+use crate::quant::common_swiglu::{F32, Source, silu8};
+use crate::quant::swiglu_forward_and_per_channel_cast_and_transpose::silu_of_bf16;
+use crate::{kernel, unroll};
 
 /// Threads of a block in every kernel here.
 pub const THREADS: u32 = 256;
@@ -332,8 +333,75 @@ kernel! {
     }
 }
 
+/// Counts of `stochastic_sweep`: e4m3, e2m1 and bf16, first where kernels' conversion and integer code differ, then where the code
+/// is no neighbour of the value.
+pub const STOCHASTIC: u32 = 6;
+
+/// Whether a magnitude's `code` is one of the two around it (the same one twice for a value of the format), the largest finite one
+/// above that. `nearest` is the code of the nearest value, and `exact` what that stands for.
+#[inline(always)]
+fn is_neighbour(magnitude: f32, code: u32, nearest: u32, exact: f32, largest: u32) -> bool {
+    let below = nearest - (exact > magnitude) as u32;
+    let above = nearest + (exact < magnitude) as u32;
+    code == below.min(largest) || code == above.min(largest)
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
+    /// All f32 bit patterns `start + stride * i`, `i < n`, rounded stochastically by random words that are a hash of pattern and `seed`;
+    /// counts as [`STOCHASTIC`] says, and the smallest pattern of each.
+    pub fn stochastic_sweep(start: u32, stride: u32, n: u64, seed: u32, differ: Out<u32>, first: Out<u32>) {
+        let mut i = block_idx_x() as u64 * THREADS as u64 + thread_idx() as u64;
+        while i < n {
+            let bits = start.wrapping_add((i as u32).wrapping_mul(stride));
+            let v = f32::from_bits(bits);
+            let random = num::quad_hash([bits, seed, !bits, bits.rotate_left(16)], seed);
+            // Both signs, so that places that are mixed up show.
+            let (e4m3, e2m1) = (f32x4_to_e4m3x4_sr([v, -v, v, -v], random[0]), f32x8_to_e2m1x8_sr([v, v, v, v, -v, v, -v, v], random));
+            let bf16 = f32x2_to_bf16x2_sr(v, -v, random[1]);
+            let mut wrong = [false; STOCHASTIC as usize];
+            let (nan, a) = (v.is_nan(), v.abs());
+            let (near_e4m3, near_e2m1, near_bf16) =
+                (num::f32_to_e4m3(a) as u32, num::f32_to_e2m1(a) as u32, num::f32_to_bf16(a) as u32);
+            unroll!(j in 4 {
+                let value = if j.is_multiple_of(2) { v } else { -v };
+                let code = (e4m3 >> (8 * j)) & 0xff;
+                wrong[0] |= code != num::f32_to_e4m3_sr(value, num::sr_bits_x4(random[0])[j % 4]) as u32;
+                let sign = value.to_bits() >> 31;
+                let near = is_neighbour(a, code & 0x7f, near_e4m3, num::e4m3_to_f32(near_e4m3 as u8), 0x7e) && code >> 7 == sign;
+                wrong[3] |= if nan { code != 0x7f } else { !near };
+            });
+            unroll!(j in 8 {
+                let value = if j == 4 || j == 6 { -v } else { v };
+                let code = (e2m1 >> (4 * j)) & 15;
+                wrong[1] |= code != num::f32_to_e2m1_sr(value, num::sr_bits_x4(random[j / 4 % 2])[j % 4]) as u32;
+                let sign = value.to_bits() >> 31;
+                let near = is_neighbour(a, code & 7, near_e2m1, num::e2m1_to_f32(near_e2m1 as u8), 7) && code >> 3 == sign;
+                wrong[4] |= if nan { code != 7 } else { !near };
+            });
+            unroll!(j in 2 {
+                let value = if j == 0 { v } else { -v };
+                let code = (bf16 >> (16 * j)) & 0xffff;
+                wrong[2] |= code != num::f32_to_bf16_sr(value, num::sr_bits_x2(random[1])[j % 2]) as u32;
+                let sign = value.to_bits() >> 31;
+                let exact = num::bf16_to_f32(near_bf16 as u16);
+                let near = is_neighbour(a, code & 0x7fff, near_bf16, exact, 0x7f7f) && code >> 15 == sign;
+                wrong[5] |= if nan { code != 0x7fff } else { !near };
+            });
+            unroll!(j in 6 {
+                if wrong[j % 6] {
+                    differ.atomic_add(j as u32, 1, Scope::Gpu);
+                    first.atomic(AtomicOp::Min, j as u32, bits, Scope::Gpu);
+                }
+            });
+            i += grid_dim_x() as u64 * THREADS as u64;
+        }
+    }
+}
+
 /// Results of `packed` for one pattern.
-pub const PACKED: u32 = 6;
+pub const PACKED: u32 = 7;
 
 kernel! {
     op = selftest;
@@ -350,6 +418,7 @@ kernel! {
         out.set(3, f16x2_max_abs(a, b) & 0x7fff_7fff);
         out.set(4, u16x2_max(a, b));
         out.set(5, select_bits(b, a, !a));
+        out.set(6, bf16x2_add(a, b));
     }
 }
 
@@ -463,6 +532,16 @@ kernel! {
 kernel! {
     op = selftest;
     threads = 256;
+    /// `silu` of the bf16 gate of each thread's number, by the shortest division.
+    pub fn short_silu(y: Out<f32>) {
+        let i = block_idx_x() * THREADS + thread_idx();
+        y.set(i, silu_of_bf16(f32::from_bits(i << 16)));
+    }
+}
+
+kernel! {
+    op = selftest;
+    threads = 256;
     /// All gates with the bit patterns `start + stride * i`, `i < n`: counts where the activation of SwiGLU is not the IEEE quotient,
     /// and keeps the smallest such pattern. Every NaN is as good as another.
     pub fn silu_sweep(start: u32, stride: u32, n: u64, differ: Out<u32>, first: Out<u32>) {
@@ -470,10 +549,12 @@ kernel! {
         while i < n {
             let bits = start.wrapping_add((i as u32).wrapping_mul(stride));
             let gate = f32::from_bits(bits);
-            // The others of the eight must not matter, except that an extreme one makes all take the long way.
-            let gates = core::array::from_fn(|j| if j == 0 { gate } else { (bits & 7) as f32 });
-            let (got, expected) = (silu8(gates)[0], gate / (1.0 + exp(-gate)));
-            if got.to_bits() != expected.to_bits() && !(got.is_nan() && expected.is_nan()) {
+            // Moderate gates the short way and the long way, as an extreme neighbour makes it.
+            let gates = [gate; 8];
+            let extreme = F32::is_extreme([[bits; 4]; 2]);
+            let expected = gate / (1.0 + exp(-gate));
+            let differs = |got: f32| got.to_bits() != expected.to_bits() && !(got.is_nan() && expected.is_nan());
+            if differs(silu8(gates, extreme)[0]) || differs(silu8(gates, true)[0]) {
                 differ.atomic_add(0, 1, Scope::Gpu);
                 first.atomic(AtomicOp::Min, 0, bits, Scope::Gpu);
             }

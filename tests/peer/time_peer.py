@@ -614,6 +614,63 @@ for e, ep in MOE[1:]:
         *maps, idx = mapped(4001, 8, e, ep, 128)
         rows = maps[0].shape[0]
         return lambda: tk.moe.get_fused_mapping(idx, e, rows, 128), idx
+
+
+def expand_to_fused(send, e, ep, h=H, k=8):
+    @case('expand_to_fused', e=e, ep=ep, h=h, k=k, send=send, only='v1')
+    def _():
+        pos_to_expert, _, _, token_topk_to_pos, idx = mapped(send, k, e, ep, 128)
+        x = randn(idx.shape[0], h)
+        return lambda: tk.moe.expand_to_fused(x, token_topk_to_pos, pos_to_expert), (x, token_topk_to_pos, pos_to_expert)
+
+
+def expand_to_fused_with_sf(send, e, ep, npc, sf, h=H, k=8):
+    @case('expand_to_fused_with_sf', e=e, ep=ep, h=h, k=k, npc=npc, send=send, sf=sf, only='v1')
+    def _():
+        pos_to_expert, _, _, token_topk_to_pos, idx = mapped(send, k, e, ep, 128)
+        x = pair(idx.shape[0], h, 'e4m3', (1, npc), 'CP' if sf == 'packed' else 'R')
+        f, maps = tk.moe.expand_to_fused_with_sf, (token_topk_to_pos, pos_to_expert)
+        return lambda: f(x, npc, *maps, sf == 'packed'), (x, maps)
+
+
+def reduce_fused(send, e, ep, h=H, k=8):
+    @case('reduce_fused', e=e, ep=ep, h=h, k=k, send=send, only='v1')
+    def _():
+        pos_to_expert, _, _, token_topk_to_pos, idx = mapped(send, k, e, ep, 128)
+        x, w = randn(pos_to_expert.shape[0], h), rand(*idx.shape)
+        return lambda: tk.moe.reduce_fused(x, w, token_topk_to_pos), (x, w, token_topk_to_pos)
+
+
+def reduce_fused_of_types(e, ep, name, out, scaled, h=H):
+    @case('reduce_fused', e=e, ep=ep, h=h, input=name, k=6, out=out, send=4001, x_sf=scaled, only='v1')
+    def _():
+        pos_to_expert, _, _, token_topk_to_pos, idx = mapped(4001, 6, e, ep, 128)
+        x, w, sf = randn(pos_to_expert.shape[0], h, to=name), rand(*idx.shape), rand(1) if out == 'e4m3' else None
+        x = (x, rand(x.shape[0])) if scaled else x
+        fmt = 'e4m3' if out == 'e4m3' else ''
+        return lambda: tk.moe.reduce_fused(x, w, token_topk_to_pos, fmt, sf), (x, w, token_topk_to_pos)
+
+
+for e, ep in ((32, 8), (4, 64)):
+    expand_to_fused(4001, e, ep)
+    reduce_fused(4001, e, ep)
+expand_to_fused(4001, 9, 8)
+expand_to_fused(4001, 9, 8, 2048, 2)
+for e, ep in ((9, 8), (32, 8)):
+    for npc in (32, 128):
+        expand_to_fused_with_sf(4001, e, ep, npc, 'row')
+        expand_to_fused_with_sf(4001, e, ep, npc, 'packed')
+expand_to_fused_with_sf(4001, 9, 8, 32, 'row', 2048, 2)
+for send in SMALL:
+    expand_to_fused(send, 32, 8)
+    expand_to_fused_with_sf(send, 32, 8, 128, 'row')
+    reduce_fused(send, 32, 8)
+for e, ep, name, out, scaled, h in (
+    (9, 8, 'f32', 'fp32', True, H), (9, 8, 'f32', 'e4m3', False, H), (9, 8, 'bf16', 'e4m3', True, H),
+    (32, 8, 'f32', 'fp32', False, H), (32, 8, 'bf16', 'bf16', True, H), (32, 8, 'bf16', 'e4m3', False, H),
+    (4, 64, 'f32', 'e4m3', True, H), (4, 64, 'bf16', 'bf16', False, H), (9, 8, 'f32', 'fp32', True, 2048),
+):
+    reduce_fused_of_types(e, ep, name, out, scaled, h)
 for name in ('bf16', 'e4m3'):
     @case('batched_transpose', b=8, dtype=name, h=H, t=T, only='v1')
     def _(name=name):

@@ -42,7 +42,7 @@ pub struct Args<'a> {
 ///
 /// let device = Device::emulator();
 /// // One token of 8 channels: 0x3C0 is 1, 0x400 is 2, 0xFBF is -65024.
-/// let x = device.upload(&[0x00, 0x00, 0x40, 0x3C, 0, 0, 0, 0, 0xBF, 0x0F, 0, 0])?;
+/// let x = device.upload(&[0x00u8, 0x00, 0x04, 0x3C, 0, 0, 0, 0, 0xBF, 0x0F, 0, 0])?;
 /// let sf = device.upload(&[0.5f32])?;
 /// let mut out = device.alloc::<f32>(8)?;
 /// let args = cast_back_e5m6::Args {

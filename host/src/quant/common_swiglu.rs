@@ -1,7 +1,7 @@
 //! Checks that the SwiGLU launchers share.
 
 use super::{ExpertRows, RowWeights};
-use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
+use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::{In, Out};
 use ferrotile_kernels::quant::common::Divisor;
 use ferrotile_kernels::quant::common_swiglu::{Rows, Weights};
@@ -9,38 +9,46 @@ use ferrotile_kernels::quant::common_swiglu::{Rows, Weights};
 /// A tensor and the name of the argument.
 pub(crate) type Named<'a> = (&'static str, &'a View);
 
-/// Most tensors that an op reads: `x`, a map of rows, weights and their map.
-const MOST_INPUTS: usize = 4;
+/// Most tensors of a list: all that the backward cast reads.
+const MOST: usize = 7;
 
-/// The tensors that an op reads, without allocating.
-pub(crate) struct Inputs<'a> {
-    all: [Named<'a>; MOST_INPUTS],
+/// Tensors and their names, without allocating.
+#[derive(Clone, Copy)]
+pub(crate) struct Tensors<'a> {
+    all: [Named<'a>; MOST],
     len: usize,
 }
 
-impl<'a> Inputs<'a> {
-    pub(crate) fn new(x: &'a View, rows: &'a ExpertRows<'_>, weights: &'a RowWeights<'_>) -> Self {
-        let mut inputs = Self { all: [("x", x); MOST_INPUTS], len: 1 };
+impl<'a> Tensors<'a> {
+    /// One tensor.
+    pub(crate) fn new(first: Named<'a>) -> Self {
+        Self { all: [first; MOST], len: 1 }
+    }
+
+    /// What every op reads.
+    pub(crate) fn inputs(x: &'a View, rows: &'a ExpertRows<'_>, weights: &'a RowWeights<'_>) -> Self {
+        let mut inputs = Self::new(("x", x));
         match rows {
             ExpertRows::All => (),
-            ExpertRows::PosToExpert(map) => inputs.push("pos_to_expert", map),
+            ExpertRows::PosToExpert(map) => inputs.push(("pos_to_expert", map)),
             ExpertRows::Psum { psum_num_tokens_per_expert, .. } => {
-                inputs.push("psum_num_tokens_per_expert", psum_num_tokens_per_expert)
+                inputs.push(("psum_num_tokens_per_expert", psum_num_tokens_per_expert))
             }
         }
         match weights {
             RowWeights::None => (),
-            RowWeights::PerRow { topk_weights, .. } => inputs.push("topk_weights", topk_weights),
+            RowWeights::PerRow { topk_weights, .. } => inputs.push(("topk_weights", topk_weights)),
             RowWeights::PerTokenTopk { topk_weights, pos_to_token_topk } => {
-                inputs.push("topk_weights", topk_weights);
-                inputs.push("pos_to_token_topk", pos_to_token_topk);
+                inputs.push(("topk_weights", topk_weights));
+                inputs.push(("pos_to_token_topk", pos_to_token_topk));
             }
         }
         inputs
     }
 
-    fn push(&mut self, name: &'static str, tensor: &'a View) {
-        self.all[self.len] = (name, tensor);
+    /// One more.
+    pub(crate) fn push(&mut self, next: Named<'a>) {
+        self.all[self.len] = next;
         self.len += 1;
     }
 
@@ -48,6 +56,13 @@ impl<'a> Inputs<'a> {
     pub(crate) fn list(&self) -> &[Named<'a>] {
         &self.all[..self.len]
     }
+}
+
+/// Inputs and outputs are where the stream is, and no output overlaps anything else.
+pub(crate) fn check_memory(op: &'static str, stream: &Stream, inputs: &Tensors<'_>, outputs: &Tensors<'_>) -> Result<()> {
+    check::same_device(op, stream, inputs.list())?;
+    check::same_device(op, stream, outputs.list())?;
+    check::no_overlaps(op, inputs.list(), outputs.list())
 }
 
 /// Rows and channels of `x`, which is bf16 or f32 `(P, 2 H)` with rows that start at multiples of 16 bytes; `H` is a multiple of 8.
@@ -68,14 +83,15 @@ pub(crate) fn row_bytes(x: &TensorRef<'_>) -> u64 {
     if x.dim(0) <= 1 { 0 } else { x.stride(0) * x.dtype().size() }
 }
 
-fn vector(op: &'static str, arg: &'static str, t: &View, dtype: DType, len: u64) -> Result<()> {
+/// A vector of that many elements, one after the other.
+pub(crate) fn vector(op: &'static str, arg: &'static str, t: &View, dtype: DType, len: u64) -> Result<()> {
     check::dtype(op, arg, t, &[dtype])?;
     check::shape(op, arg, t, &[len])?;
     elements(op, arg, t)
 }
 
 /// Elements one after the other, each at a multiple of its size.
-fn elements(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
+pub(crate) fn elements(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
     check::contiguous(op, arg, t)?;
     check::aligned(op, arg, t, t.dtype().size())
 }

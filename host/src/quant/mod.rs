@@ -1,8 +1,8 @@
 //! Quantisation: casts to and from FP8 (e4m3) and FP4 (e2m1) with scale factors per token, block or channel.
 //!
 //! A quantised tensor is a pair: data, and scale factors `sf` with `decoded = data * sf`. A scaling block is `(npt, npc)`: that
-//! many tokens by that many channels share one scale. [`sf_shape`] says what to allocate for the scales of an output, [`Format`]
-//! what for its data.
+//! many tokens by that many channels share one scale. [`QuantTensor`] keeps the pair together. For ops that are given memory piece by
+//! piece, [`sf_shape`] says what to allocate for the scales of an output, [`Format`] what for its data.
 //!
 //! | layout of scales | tensor | element `(m, k)` |
 //! |---|---|---|
@@ -18,28 +18,44 @@
 //! The per-channel form is for blocks of one channel; e4m3 scales are those of FP4 with 16 channels a scale.
 
 pub mod batched_transpose_weight_sf;
+pub mod cast;
 pub mod cast_back;
 pub mod cast_back_e5m6;
 mod common_swiglu;
+mod common_tensor;
+pub mod norm_backward;
+pub mod norm_forward;
+pub mod norm_forward_and_per_token_cast;
 pub mod per_block_cast;
 pub mod per_block_cast_lossless;
 pub mod per_channel_cast;
 pub mod per_channel_cast_and_transpose;
 pub mod per_channel_cast_fused;
 pub mod per_token_cast;
+pub mod per_token_cast_and_cast_back;
 pub mod per_token_cast_to_e5m6;
 pub mod swiglu_backward;
 pub mod swiglu_backward_and_per_token_cast;
 pub mod swiglu_forward;
+pub mod swiglu_forward_and_per_channel_cast_and_transpose;
 pub mod swiglu_forward_and_per_token_cast;
 
+pub use cast::cast;
 pub use cast_back::{cast_back, per_token_cast_back};
+pub use common_tensor::{QuantFormat, QuantMut, QuantRef, QuantSpec, QuantTensor, Scales};
+pub use norm_backward::norm_backward;
+pub use norm_forward::norm_forward;
+pub use norm_forward_and_per_token_cast::norm_forward_and_per_token_cast;
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
 pub use per_channel_cast::per_channel_cast;
 pub use per_channel_cast_and_transpose::per_channel_cast_and_transpose;
 pub use per_channel_cast_fused::per_channel_cast_fused;
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
+pub use per_token_cast_and_cast_back::per_token_cast_and_cast_back;
+pub use swiglu_backward::{WeightGrad, swiglu_backward};
+pub use swiglu_backward_and_per_token_cast::swiglu_backward_and_per_token_cast;
 pub use swiglu_forward::swiglu_forward;
+pub use swiglu_forward_and_per_channel_cast_and_transpose::swiglu_forward_and_per_channel_cast_and_transpose;
 pub use swiglu_forward_and_per_token_cast::swiglu_forward_and_per_token_cast;
 
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};

@@ -14,8 +14,10 @@ pub struct Args<'a> {
     pub x: Input<'a>,
     /// Channels that share a scale: 16, 32, 64, 128, or `H` for one scale a row (plain input, `H % 64 == 0`).
     pub npc: u32,
-    /// Make every scale a power of two. Packed layouts need it.
+    /// Make every scale a power of two. Packed layouts need it, e4m3 layouts exclude it.
     pub round_sf: bool,
+    /// Round the data stochastically instead of to nearest. Not with one scale a row.
+    pub stochastic: bool,
     /// Quantised values: e4m3 `(T, H)` or e2m1x2 `(T, H / 2)`, contiguous.
     pub out: TensorMut<'a>,
     /// Scale factors, see [`sf_shape`](super::sf_shape) with the block `(1, npc)`.
@@ -31,7 +33,7 @@ pub struct SfOnlyArgs<'a> {
     pub format: Format,
     /// Channels that share a scale: 16, 32, 64 or 128.
     pub npc: u32,
-    /// Make every scale a power of two. Packed layouts need it.
+    /// Make every scale a power of two. Packed layouts need it, e4m3 layouts exclude it.
     pub round_sf: bool,
     /// Scale factors, see [`sf_shape`](super::sf_shape) with the block `(1, npc)`.
     pub sf: SfMut<'a>,
@@ -42,7 +44,7 @@ pub struct SfOnlyArgs<'a> {
 pub struct PrecomputedArgs<'a> {
     /// bf16 or f32 `(T, H)`; rows may lie any distance apart.
     pub x: TensorRef<'a>,
-    /// Scale factors, in the row-major layout.
+    /// Scale factors, f32 or e4m3, row-major or column-major.
     pub sf: Sf<'a>,
     /// Channels that share a scale: 16, 32, 64 or 128.
     pub npc: u32,
@@ -56,17 +58,24 @@ pub struct PrecomputedArgs<'a> {
 /// |---|---|---|---|
 /// | `x`, plain | bf16 or f32 | `(T, H)` | last stride 1, any row stride |
 /// | `x`, quantised | e4m3, or e2m1x2 with two values a byte | `(T, H)`, or `(T, H / 2)` | last stride 1, any row stride |
-/// | its scales | f32, or ue8m0x4 in a packed layout | one for each block of `x` | see [`SfLayout`], any pitch |
+/// | its scales | f32, e4m3, or ue8m0x4 in a packed layout | one for each block of `x` | see [`SfLayout`], any pitch |
 /// | `out` | e4m3, or e2m1x2 | `(T, H)`, or `(T, H / 2)` | contiguous |
-/// | `sf` | f32, or ue8m0x4 in a packed layout | `(T, K)`, or `(T, ceil(K / 4))`, with `K = ceil(H / npc)` | see [`SfLayout`] |
+/// | `sf` | f32, e4m3, or ue8m0x4 in a packed layout | `(T, K)`, or `(T, ceil(K / 4))`, with `K = ceil(H / npc)` | see [`SfLayout`] |
 ///
 /// With `amax` the largest magnitude of a group, `Q` the format's largest value and `c = max(amax, c_min)` (`c_min` 1e-4 for e4m3,
 /// `6 * 2^-126` for e2m1): `sf = c / Q` and `q = x * (Q / c)`; with `round_sf`, `sf` is the smallest power of two that is not below
-/// `c / Q` and `q = x / sf`. Each step is one f32 operation; `q` is rounded to nearest even and saturates. A last group of fewer than
-/// `npc` channels uses what there is. The sign of zero is kept. NaN does not count for a scale and becomes `0x7F` in e4m3, 6 or -6 in e2m1;
-/// infinities are the caller's mistake. Unused bytes of a last packed word are written as 0; padding between columns of scales is
-/// not touched. A quantised input stands for `x * x_sf`, and `q = x * (x_sf * (Q / c))`. Source: the specification's sections 1 to 4
-/// and 5.1, row-major packed scales from 6.1.
+/// `c / Q` and `q = x / sf`. In an e4m3 layout `c_min` is `Q / 512`, `sf` is the e4m3 nearest to `c / Q`, at most 448, and
+/// `q = x * (1 / sf)`, which saturates where `sf` was rounded down. Each step is one f32 operation; `q` is rounded to nearest even and
+/// saturates. A last group of fewer than `npc` channels uses what there is. The sign of zero is kept. NaN does not count for a scale
+/// and becomes `0x7F` in e4m3, 6 or -6 in e2m1; infinities are the caller's mistake (with e4m3 scales they become the largest
+/// value). Unused bytes of a last packed word are written as 0; padding between columns of scales is not touched. A quantised input
+/// stands for `x * x_sf`, and `q = x * (x_sf * (Q / c))`. Source: the specification's sections 1 to 4 and 5.1, what was added to
+/// that from 6.1.
+///
+/// With `stochastic`, `q` becomes one of its two neighbours, the farther from zero with the probability that its distance from the nearer
+/// says, to 16 bits; a value of the format stays itself, and NaN becomes `0x7F` or 6. The random bits are a hash of four
+/// consecutive products `q` and of their place in the row (not of the row), so equal input gives equal output; channels beyond the
+/// end of a row that is no multiple of 4 count as 0 in it. Source: 6.3.
 ///
 /// The block of a quantised input is a power of two of tokens, or all of them, by a power of two of at least 16 channels, or all.
 ///
@@ -75,8 +84,8 @@ pub struct PrecomputedArgs<'a> {
 ///
 /// # Errors
 /// [`Shape`](Error::Shape) when shapes do not belong together, [`DType`](Error::DType), [`Layout`](Error::Layout) for strides and
-/// alignment, [`Value`](Error::Value) for `npc`, the block of the input, packed scales that are not rounded, an odd `H` with e2m1, or sizes
-/// beyond 31 bits, [`DeviceMismatch`](Error::DeviceMismatch), [`Overlap`](Error::Overlap) of an output with another argument,
+/// alignment, [`Value`](Error::Value) for `npc`, the block of the input, packed scales that are not rounded, e4m3 scales that are, stochastic
+/// rounding with one scale a row, an odd `H` with e2m1, or sizes beyond 31 bits, [`DeviceMismatch`](Error::DeviceMismatch), [`Overlap`](Error::Overlap) of an output with another argument,
 /// [`Driver`](Error::Driver). The outputs are untouched then.
 ///
 /// ```
@@ -96,6 +105,7 @@ pub struct PrecomputedArgs<'a> {
 ///         x: Input::Plain(x.tensor(&[2, 64])?),
 ///         npc: 16,
 ///         round_sf: true,
+///         stochastic: false,
 ///         out: out.tensor_mut(&[2, 64])?,
 ///         sf: SfMut { tensor: sf.strided_mut(&layout.shape, &layout.strides, 0)?, layout: SfLayout::ColMajorPacked },
 ///     },
@@ -147,25 +157,24 @@ pub fn per_token_cast_with_sf_only(stream: &Stream, args: SfOnlyArgs<'_>) -> Res
     let rows = Rows::new(op, &args.x, &[DType::Bf16, DType::F32])?;
     rows.check_even(op, args.format)?;
     check::one_of(op, "npc", args.npc, &GROUPS)?;
-    let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
+    let group = rows.check_sf(op, &args.sf, SF_LAYOUTS, args.npc, args.round_sf)?;
     check::same_device(op, stream, &[("x", &args.x), ("sf", &args.sf.tensor)])?;
     check::no_overlap(op, ("x", &args.x), ("sf", &args.sf.tensor))?;
     if args.x.is_empty() {
         return Ok(());
     }
-    let group = Group { npc: args.npc, round_sf: args.round_sf, sf, packed: args.sf.layout.is_packed() };
-    launch_cast(op, stream, &rows, group, args.format, None, args.sf.tensor.output())
+    launch_cast(op, stream, &rows, group, args.format, None, args.sf.tensor.output(), false)
 }
 
 /// Quantise with given scale factors: `q = x * (1 / sf)`, the quotient and the product rounded to f32, then rounded and saturated as
 /// by [`per_token_cast`].
 ///
-/// With the scales that [`per_token_cast`] made, the data are the same if they are powers of two (`round_sf`); otherwise `1 / sf` may
-/// differ from `Q / c` in the last bit.
+/// With the scales that [`per_token_cast`] made, the data are the same if they are powers of two (`round_sf`) or e4m3; otherwise `1 / sf`
+/// may differ from `Q / c` in the last bit. A scale of 0 makes every value but 0 the largest, and 0 NaN.
 ///
 /// # Errors
-/// Those of [`per_token_cast`]; one scale for a whole row is not among the values of `npc` here; [`Layout`](Error::Layout) unless the
-/// scales are [`SfLayout::RowMajor`].
+/// Those of [`per_token_cast`]; one scale for a whole row is not among the values of `npc` here, and packed scales are a
+/// [`Layout`](Error::Layout).
 ///
 /// ```
 /// use ferrotile::quant::{Sf, SfLayout, per_token_cast};
@@ -193,11 +202,8 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
     let rows = Rows::new(op, &args.x, &[DType::Bf16, DType::F32])?;
     let format = rows.check_out(op, &args.out)?;
     check::one_of(op, "npc", args.npc, &GROUPS)?;
-    if args.sf.layout != SfLayout::RowMajor {
-        let (expected, got) = (SfLayout::RowMajor.to_string(), args.sf.layout.to_string());
-        return Err(Error::Layout { op, arg: "sf", expected, got });
-    }
-    let sf = args.sf.check(op, "sf", SfLayout::COMMON, (rows.num_tokens.into(), rows.num_groups(args.npc)))?;
+    let allowed = &[SfLayout::RowMajor, SfLayout::ColMajor, SfLayout::RowMajorE4m3, SfLayout::ColMajorE4m3];
+    let sf = args.sf.check(op, "sf", allowed, (rows.num_tokens.into(), rows.num_groups(args.npc)))?;
     check::same_device(op, stream, &[("x", &args.x), ("sf", &args.sf.tensor), ("out", &args.out)])?;
     check::no_overlaps(op, &[("x", &args.x), ("sf", &args.sf.tensor)], &[("out", &args.out)])?;
     if args.x.is_empty() {
@@ -225,6 +231,7 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
         npc_log2: args.npc.trailing_zeros(),
         sf_row_stride: sf.row,
         sf_col_stride: sf.col,
+        sf_e4m3: args.sf.layout.is_e4m3().into(),
     };
     let shape = if wide { k::APPLY_SHAPE } else { k::NARROW_SHAPE };
     stream.launch(op, entry, &rows.config(shape), &kernel_args)
@@ -233,11 +240,22 @@ pub fn per_token_cast_with_precomputed_sf(stream: &Stream, args: PrecomputedArgs
 /// Numbers of channels that may share a scale, besides a whole row.
 const GROUPS: [u32; 4] = [16, 32, 64, 128];
 
+/// What scales may be, of an output with groups of channels and of a quantised input.
+const SF_LAYOUTS: &[SfLayout] = &[
+    SfLayout::RowMajor,
+    SfLayout::ColMajor,
+    SfLayout::ColMajorPacked,
+    SfLayout::RowMajorPacked,
+    SfLayout::RowMajorE4m3,
+    SfLayout::ColMajorE4m3,
+];
+
 /// How the output is scaled.
 #[derive(Clone, Copy)]
 struct Group {
     npc: u32,
-    round_sf: bool,
+    /// One of the kernels' rules.
+    rule: u32,
     sf: SfStrides,
     packed: bool,
 }
@@ -249,21 +267,22 @@ fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'
     let whole_row = args.npc == rows.hidden && rows.hidden > 0 && !GROUPS.contains(&args.npc);
     if whole_row {
         check::divisible(op, "npc for a whole row", args.npc.into(), 64)?;
+        check::one_of(op, "stochastic with one scale a row", args.stochastic, &[false])?;
     } else if !GROUPS.contains(&args.npc) {
         let allowed = format!("16, 32, 64, 128, or hidden ({})", rows.hidden);
         return Err(Error::Value { op, arg: "npc", allowed, got: args.npc.to_string() });
     }
-    let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
+    let layouts = if whole_row { SfLayout::COMMON } else { SF_LAYOUTS };
+    let group = rows.check_sf(op, &args.sf, layouts, args.npc, args.round_sf)?;
     check::same_device(op, stream, &[("x", &x), ("out", &args.out), ("sf", &args.sf.tensor)])?;
     check::no_overlaps(op, &[("x", &x)], &[("out", &args.out), ("sf", &args.sf.tensor)])?;
     if x.is_empty() {
         return Ok(());
     }
-    let group = Group { npc: args.npc, round_sf: args.round_sf, sf, packed: args.sf.layout.is_packed() };
     if whole_row {
         launch_rows(op, stream, &rows, group, format, &args.out, args.sf.tensor.output())
     } else {
-        launch_cast(op, stream, &rows, group, format, Some(&args.out), args.sf.tensor.output())
+        launch_cast(op, stream, &rows, group, format, Some(&args.out), args.sf.tensor.output(), args.stochastic)
     }
 }
 
@@ -277,42 +296,71 @@ fn launch_cast(
     format: Format,
     out: Option<&TensorMut<'_>>,
     sf: Out<u8>,
+    stochastic: bool,
 ) -> Result<()> {
-    use k::cast as e;
     let wide = rows.is_wide(format, out.map(|out| &**out));
-    let entry: &'static Entry<e::Args> = match (rows.source, format, wide, group.round_sf) {
-        (Source::F32, Format::E4m3, true, false) => &e::f32_e4m3,
-        (Source::F32, Format::E4m3, true, true) => &e::f32_e4m3_round,
-        (Source::F32, Format::E2m1, true, false) => &e::f32_e2m1,
-        (Source::F32, Format::E2m1, true, true) => &e::f32_e2m1_round,
-        (Source::F32, Format::E4m3, false, _) => &e::f32_e4m3_narrow,
-        (Source::F32, Format::E2m1, false, _) => &e::f32_e2m1_narrow,
-        (_, Format::E4m3, true, false) => &e::bf16_e4m3,
-        (_, Format::E4m3, true, true) => &e::bf16_e4m3_round,
-        (_, Format::E2m1, true, false) => &e::bf16_e2m1,
-        (_, Format::E2m1, true, true) => &e::bf16_e2m1_round,
-        (_, Format::E4m3, false, _) => &e::bf16_e4m3_narrow,
-        (_, Format::E2m1, false, _) => &e::bf16_e2m1_narrow,
-    };
-    let shape = match (wide, rows.source) {
-        (false, _) => k::NARROW_SHAPE,
-        (true, Source::F32) => k::F32_SHAPE,
-        (true, _) => k::BF16_SHAPE,
+    let f32_input = rows.source == Source::F32;
+    let with_data = out.is_some().into();
+    let out = out.map_or(Out::null(), |out| out.output());
+    if wide && !stochastic {
+        use k::cast as e;
+        let entry: &'static Entry<e::Args> = match (f32_input, format, group.rule) {
+            (true, Format::E4m3, k::EXACT) => &e::f32_e4m3,
+            (true, Format::E4m3, k::POWERS) => &e::f32_e4m3_round,
+            (true, Format::E4m3, _) => &e::f32_e4m3_sf8,
+            (true, Format::E2m1, k::EXACT) => &e::f32_e2m1,
+            (true, Format::E2m1, k::POWERS) => &e::f32_e2m1_round,
+            (true, Format::E2m1, _) => &e::f32_e2m1_sf8,
+            (false, Format::E4m3, k::EXACT) => &e::bf16_e4m3,
+            (false, Format::E4m3, k::POWERS) => &e::bf16_e4m3_round,
+            (false, Format::E4m3, _) => &e::bf16_e4m3_sf8,
+            (false, Format::E2m1, k::EXACT) => &e::bf16_e2m1,
+            (false, Format::E2m1, k::POWERS) => &e::bf16_e2m1_round,
+            (false, Format::E2m1, _) => &e::bf16_e2m1_sf8,
+        };
+        let kernel_args = e::Args {
+            x: rows.view.input(),
+            out,
+            sf,
+            x_stride: rows.stride_bytes,
+            num_tokens: rows.num_tokens,
+            hidden: rows.hidden,
+            npc_log2: group.npc.trailing_zeros(),
+            with_data,
+            sf_row_stride: group.sf.row,
+            sf_col_stride: group.sf.col,
+            sf_packed: group.packed.into(),
+        };
+        let shape = if f32_input { k::F32_SHAPE } else { k::BF16_SHAPE };
+        return stream.launch(op, entry, &rows.config(shape), &kernel_args);
+    }
+    use k::cast_any as e;
+    let entry: &'static Entry<e::Args> = match (f32_input, format, stochastic) {
+        (true, Format::E4m3, false) => &e::f32_e4m3,
+        (true, Format::E4m3, true) => &e::f32_e4m3_stochastic,
+        (true, Format::E2m1, false) => &e::f32_e2m1,
+        (true, Format::E2m1, true) => &e::f32_e2m1_stochastic,
+        (false, Format::E4m3, false) => &e::bf16_e4m3,
+        (false, Format::E4m3, true) => &e::bf16_e4m3_stochastic,
+        (false, Format::E2m1, false) => &e::bf16_e2m1,
+        (false, Format::E2m1, true) => &e::bf16_e2m1_stochastic,
     };
     let kernel_args = e::Args {
         x: rows.view.input(),
-        out: out.map_or(Out::null(), |out| out.output()),
+        out,
         sf,
         x_stride: rows.stride_bytes,
         num_tokens: rows.num_tokens,
         hidden: rows.hidden,
         npc_log2: group.npc.trailing_zeros(),
-        round: group.round_sf.into(),
-        with_data: out.is_some().into(),
+        with_data,
         sf_row_stride: group.sf.row,
         sf_col_stride: group.sf.col,
         sf_packed: group.packed.into(),
+        rule: group.rule,
+        wide: wide.into(),
     };
+    let shape = if f32_input { k::ANY_F32_SHAPE } else { k::ANY_BF16_SHAPE };
     stream.launch(op, entry, &rows.config(shape), &kernel_args)
 }
 
@@ -327,7 +375,8 @@ fn launch_rows(
     sf: Out<u8>,
 ) -> Result<()> {
     use k::rows as e;
-    let entry: &'static Entry<e::Args> = match (rows.source, format, rows.is_wide(format, Some(out)), group.round_sf) {
+    let round = group.rule == k::POWERS;
+    let entry: &'static Entry<e::Args> = match (rows.source, format, rows.is_wide(format, Some(out)), round) {
         (Source::F32, Format::E4m3, true, false) => &e::f32_e4m3,
         (Source::F32, Format::E4m3, true, true) => &e::f32_e4m3_round,
         (Source::F32, Format::E2m1, true, false) => &e::f32_e2m1,
@@ -347,7 +396,7 @@ fn launch_rows(
         sf,
         x_stride: rows.stride_bytes,
         hidden: rows.hidden,
-        round: group.round_sf.into(),
+        round: group.rule,
         sf_row_stride: group.sf.row,
         sf_packed: group.packed.into(),
     };
@@ -371,39 +420,70 @@ fn cast_quantised(
     check::one_of(op, "npc with quantised input", args.npc, &GROUPS)?;
     let x_npt_log2 = block_log2(op, "npt of the input's block", block.0, 1, rows.num_tokens)?;
     let x_npc_log2 = block_log2(op, "npc of the input's block", block.1, 16, rows.hidden)?;
-    let x_strides =
-        x_sf.check(op, "x_sf", SfLayout::COMMON, (rows.num_tokens.div_ceil(block.0).into(), rows.num_groups(block.1)))?;
-    let sf = rows.check_sf(op, &args.sf, args.npc, args.round_sf)?;
+    let x_strides = x_sf.check(op, "x_sf", SF_LAYOUTS, (rows.num_tokens.div_ceil(block.0).into(), rows.num_groups(block.1)))?;
+    let group = rows.check_sf(op, &args.sf, SF_LAYOUTS, args.npc, args.round_sf)?;
     let (out, x_sf_tensor, sf_tensor) = (&args.out, &x_sf.tensor, &args.sf.tensor);
     check::same_device(op, stream, &[("x", &x), ("x_sf", x_sf_tensor), ("out", out), ("sf", sf_tensor)])?;
     check::no_overlaps(op, &[("x", &x), ("x_sf", x_sf_tensor)], &[("out", out), ("sf", sf_tensor)])?;
     if x.is_empty() {
         return Ok(());
     }
-    use k::recast as e;
     let wide = rows.is_wide(format, Some(out));
-    let entry: &'static Entry<e::Args> = match (rows.source, format, wide, args.round_sf) {
-        (Source::E2m1, Format::E4m3, true, false) => &e::e2m1_e4m3,
-        (Source::E2m1, Format::E4m3, true, true) => &e::e2m1_e4m3_round,
-        (Source::E2m1, Format::E2m1, true, false) => &e::e2m1_e2m1,
-        (Source::E2m1, Format::E2m1, true, true) => &e::e2m1_e2m1_round,
-        (Source::E2m1, Format::E4m3, false, _) => &e::e2m1_e4m3_narrow,
-        (Source::E2m1, Format::E2m1, false, _) => &e::e2m1_e2m1_narrow,
-        (_, Format::E4m3, true, false) => &e::e4m3_e4m3,
-        (_, Format::E4m3, true, true) => &e::e4m3_e4m3_round,
-        (_, Format::E2m1, true, false) => &e::e4m3_e2m1,
-        (_, Format::E2m1, true, true) => &e::e4m3_e2m1_round,
-        (_, Format::E4m3, false, _) => &e::e4m3_e4m3_narrow,
-        (_, Format::E2m1, false, _) => &e::e4m3_e2m1_narrow,
+    let from_e2m1 = rows.source == Source::E2m1;
+    if wide && !args.stochastic && !x_sf.layout.is_e4m3() && group.rule != k::E4M3_SF {
+        use k::recast as e;
+        let entry: &'static Entry<e::Args> = match (from_e2m1, format, args.round_sf) {
+            (true, Format::E4m3, false) => &e::e2m1_e4m3,
+            (true, Format::E4m3, true) => &e::e2m1_e4m3_round,
+            (true, Format::E2m1, false) => &e::e2m1_e2m1,
+            (true, Format::E2m1, true) => &e::e2m1_e2m1_round,
+            (false, Format::E4m3, false) => &e::e4m3_e4m3,
+            (false, Format::E4m3, true) => &e::e4m3_e4m3_round,
+            (false, Format::E2m1, false) => &e::e4m3_e2m1,
+            (false, Format::E2m1, true) => &e::e4m3_e2m1_round,
+        };
+        let wide_32 = rows.is_wide_in::<k::E2m1x32>(format, Some(out)) && args.npc >= 32 && x_npc_log2 >= 5;
+        let (entry, config) = if from_e2m1 && format == Format::E2m1 && wide_32 && args.round_sf {
+            let config = k::tile_config::<k::E2m1x32>(k::PAIRS_SHAPE, rows.num_tokens, rows.hidden);
+            (&e::e2m1x32_e2m1_round, config)
+        } else {
+            (entry, rows.config(k::QUANTISED_SHAPE))
+        };
+        let kernel_args = e::Args {
+            x: x.input(),
+            x_sf: x_sf_tensor.input(),
+            out: out.output(),
+            sf: sf_tensor.output(),
+            x_stride: rows.stride_bytes,
+            num_tokens: rows.num_tokens,
+            hidden: rows.hidden,
+            npc_log2: args.npc.trailing_zeros(),
+            x_sf_row_stride: x_strides.row,
+            x_sf_col_stride: x_strides.col,
+            x_sf_packed: x_sf.layout.is_packed().into(),
+            x_npt_log2,
+            x_npc_log2,
+            sf_row_stride: group.sf.row,
+            sf_col_stride: group.sf.col,
+            sf_packed: group.packed.into(),
+        };
+        return stream.launch(op, entry, &config, &kernel_args);
+    }
+    use k::recast_any as e;
+    let entry: &'static Entry<e::Args> = match (from_e2m1, format, args.stochastic) {
+        (true, Format::E4m3, false) => &e::e2m1_e4m3,
+        (true, Format::E4m3, true) => &e::e2m1_e4m3_stochastic,
+        (true, Format::E2m1, false) => &e::e2m1_e2m1,
+        (true, Format::E2m1, true) => &e::e2m1_e2m1_stochastic,
+        (false, Format::E4m3, false) => &e::e4m3_e4m3,
+        (false, Format::E4m3, true) => &e::e4m3_e4m3_stochastic,
+        (false, Format::E2m1, false) => &e::e4m3_e2m1,
+        (false, Format::E2m1, true) => &e::e4m3_e2m1_stochastic,
     };
-    let shape = if wide { k::QUANTISED_SHAPE } else { k::NARROW_SHAPE };
-    let wide_32 = rows.is_wide_in::<k::E2m1x32>(format, Some(out)) && args.npc >= 32 && x_npc_log2 >= 5;
-    let pairs_32 = rows.source == Source::E2m1 && format == Format::E2m1 && wide_32 && args.round_sf;
-    let (entry, config) = if pairs_32 {
-        let config = k::tile_config::<k::E2m1x32>(k::PAIRS_SHAPE, rows.num_tokens, rows.hidden);
-        (&e::e2m1x32_e2m1_round, config)
-    } else {
-        (entry, rows.config(shape))
+    let x_sf_kind = match (x_sf.layout.is_packed(), x_sf.layout.is_e4m3()) {
+        (true, _) => k::X_SF_PACKED,
+        (_, true) => k::X_SF_E4M3,
+        _ => k::X_SF_F32,
     };
     let kernel_args = e::Args {
         x: x.input(),
@@ -414,17 +494,18 @@ fn cast_quantised(
         num_tokens: rows.num_tokens,
         hidden: rows.hidden,
         npc_log2: args.npc.trailing_zeros(),
-        round: args.round_sf.into(),
         x_sf_row_stride: x_strides.row,
         x_sf_col_stride: x_strides.col,
-        x_sf_packed: x_sf.layout.is_packed().into(),
+        x_sf_kind,
         x_npt_log2,
         x_npc_log2,
-        sf_row_stride: sf.row,
-        sf_col_stride: sf.col,
-        sf_packed: args.sf.layout.is_packed().into(),
+        sf_row_stride: group.sf.row,
+        sf_col_stride: group.sf.col,
+        sf_packed: group.packed.into(),
+        rule: group.rule,
+        wide: wide.into(),
     };
-    stream.launch(op, entry, &config, &kernel_args)
+    stream.launch(op, entry, &rows.config(k::ANY_QUANTISED_SHAPE), &kernel_args)
 }
 
 /// Logarithm of one side of the input's block: a power of two from `least` on, or anything that covers all of `size`.
@@ -498,12 +579,21 @@ impl Rows {
         Ok(format)
     }
 
-    fn check_sf(&self, op: &'static str, sf: &SfMut<'_>, npc: u32, round_sf: bool) -> Result<SfStrides> {
-        if sf.layout.is_packed() && !round_sf {
-            let allowed = format!("true with {} scales", sf.layout);
-            return Err(Error::Value { op, arg: "round_sf", allowed, got: "false".to_owned() });
+    fn check_sf(&self, op: &'static str, sf: &SfMut<'_>, allowed: &[SfLayout], npc: u32, round_sf: bool) -> Result<Group> {
+        let (packed, e4m3) = (sf.layout.is_packed(), sf.layout.is_e4m3());
+        if (packed && !round_sf) || (e4m3 && round_sf) {
+            let allowed = format!("{} with {} scales", !round_sf, sf.layout);
+            return Err(Error::Value { op, arg: "round_sf", allowed, got: round_sf.to_string() });
         }
-        sf.check(op, "sf", SfLayout::COMMON, (self.num_tokens.into(), self.num_groups(npc)))
+        let strides = sf.check(op, "sf", allowed, (self.num_tokens.into(), self.num_groups(npc)))?;
+        let rule = if e4m3 {
+            k::E4M3_SF
+        } else if round_sf {
+            k::POWERS
+        } else {
+            k::EXACT
+        };
+        Ok(Group { npc, rule, sf: strides, packed })
     }
 
     /// Whether rows are whole numbers of aligned vectors, on both sides.

@@ -1,12 +1,11 @@
 //! Launcher of `swiglu_backward_and_per_token_cast`.
 
-use super::swiglu_backward::{Named, Routing, check_output, rows_and_hidden};
+use super::common_swiglu::{Tensors, check_clamp, check_memory, check_rows, check_weights, row_bytes};
+use super::swiglu_backward::{OfWeights, WeightGrad, check_grad, check_output};
 use super::{ExpertRows, RowWeights, Sf, SfLayout, SfMut};
-use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
+use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, check};
 use ferrotile_kernels::device::Out;
 use ferrotile_kernels::quant::swiglu_backward_and_per_token_cast as k;
-
-pub use super::swiglu_backward::WeightGrad;
 
 const OP: &str = "swiglu_backward_and_per_token_cast";
 
@@ -15,18 +14,18 @@ const OP: &str = "swiglu_backward_and_per_token_cast";
 pub struct Args<'a> {
     /// Input of the forward op, e4m3 `(P, 2H)`: gates, then what they are multiplied with. Rows may lie any distance apart.
     pub x: TensorRef<'a>,
-    /// Its scale factors, row-major, `(P, 2H / num_per_channels)`.
+    /// Its scale factors, row-major, `(P, 2H / npc)`.
     pub x_sf: Sf<'a>,
     /// Channels that share a scale, of `x` and of its gradient: 32 or 128, and a divisor of H.
-    pub num_per_channels: u32,
+    pub npc: u32,
     /// Gradient of the forward op's output, bf16 or f32 `(P, H)`; rows may lie any distance apart.
     pub act_x_grad: TensorRef<'a>,
     /// Which rows hold tokens.
     pub rows: ExpertRows<'a>,
     /// What the forward op multiplied rows by.
     pub weights: RowWeights<'a>,
-    /// The value that the forward op clamped `x` with.
-    pub clamp: Option<f32>,
+    /// What the forward op limited gates to, and the other half in magnitude. A positive number.
+    pub clamp_value: Option<f32>,
     /// Make every scale of the gradient a power of two. Packed layouts need it.
     pub round_sf: bool,
     /// Gradient of `x`: bf16 `(P, 2H)`, contiguous.
@@ -45,12 +44,12 @@ pub struct Args<'a> {
 ///
 /// | tensor | dtype | shape | layout |
 /// |---|---|---|---|
-/// | `x` | e4m3 | `(P, 2H)`, `H % num_per_channels == 0` | last stride 1, rows at multiples of 8 bytes |
-/// | `x_sf` | f32 | `(P, 2H / num_per_channels)` | row-major |
+/// | `x` | e4m3 | `(P, 2H)`, `H % npc == 0` | last stride 1, rows at multiples of 8 bytes |
+/// | `x_sf` | f32 | `(P, 2H / npc)` | row-major |
 /// | `act_x_grad` | bf16 or f32 | `(P, H)` | last stride 1, rows at multiples of 16 bytes |
 /// | `x_grad` | bf16 | `(P, 2H)` | contiguous, 16-byte aligned |
 /// | `x_grad_fp8` | e4m3 | `(P, 2H)` | contiguous, 16-byte aligned |
-/// | `x_grad_sf` | f32, or ue8m0x4 in a packed layout | `(P, K)` or `(P, ceil(K / 4))` with `K = 2H / num_per_channels` | see [`SfLayout`] |
+/// | `x_grad_sf` | f32, or ue8m0x4 in a packed layout | `(P, K)` or `(P, ceil(K / 4))` with `K = 2H / npc` | see [`SfLayout`] |
 /// | `act_out` | bf16 | `(P, H)` | contiguous, 16-byte aligned |
 /// | `weight_grad` | f32 | `(P,)` or `(N, k)` | contiguous |
 ///
@@ -72,7 +71,7 @@ pub struct Args<'a> {
 ///
 /// # Errors
 /// [`Shape`](Error::Shape) when shapes do not belong together, [`DType`](Error::DType), [`Layout`](Error::Layout) for strides and alignment,
-/// [`Value`](Error::Value) for `num_per_channels` and a H that is no multiple of it, a clamp that is negative or NaN, packed scales that are
+/// [`Value`](Error::Value) for `npc` and a H that is no multiple of it, a `clamp_value` that is not positive, packed scales that are
 /// not rounded, an alignment of 0, a `weight_grad` of another kind than `weights`, more than 49152 scales in a row, or sizes beyond 31 bits,
 /// [`DeviceMismatch`](Error::DeviceMismatch), [`Overlap`](Error::Overlap) of an output with another argument, [`Driver`](Error::Driver).
 /// The outputs are untouched then.
@@ -95,11 +94,11 @@ pub struct Args<'a> {
 ///     Args {
 ///         x: x.tensor(&[1, 64])?,
 ///         x_sf: Sf { tensor: x_sf.tensor(&[1, 2])?, layout: SfLayout::RowMajor },
-///         num_per_channels: 32,
+///         npc: 32,
 ///         act_x_grad: grad.tensor(&[1, 32])?,
 ///         rows: ExpertRows::All,
 ///         weights: RowWeights::None,
-///         clamp: None,
+///         clamp_value: None,
 ///         round_sf: true,
 ///         x_grad: x_grad.tensor_mut(&[1, 64])?,
 ///         x_grad_fp8: fp8.tensor_mut(&[1, 64])?,
@@ -122,22 +121,23 @@ pub fn swiglu_backward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Re
 #[doc(hidden)]
 pub fn with_threads(stream: &Stream, args: Args<'_>, threads: u32) -> Result<()> {
     let (x, grad, x_grad, fp8) = (&args.x, &args.act_x_grad, &args.x_grad, &args.x_grad_fp8);
-    check::one_of(OP, "num_per_channels", args.num_per_channels, &[32, 128])?;
+    check::one_of(OP, "npc", args.npc, &[32, 128])?;
+    check::rank(OP, "x", x, 2)?;
     check::dtype(OP, "x", x, &[DType::E4m3])?;
-    check::dtype(OP, "act_x_grad", grad, &[DType::Bf16, DType::F32])?;
-    let (num_rows, hidden) = rows_and_hidden(OP, x, args.num_per_channels.into())?;
-    let groups = 2 * (hidden / args.num_per_channels);
-    check::in_range(OP, "scales of a row", groups.into(), 0, k::MAX_GROUPS.into())?;
-    for (arg, t, bytes) in [("x", x, 8), ("act_x_grad", grad, 16)] {
-        check::last_stride_1(OP, arg, t)?;
-        check::aligned(OP, arg, t, bytes)?;
-    }
-    let (whole, half) = ([num_rows.into(), 2 * hidden as u64], [num_rows.into(), hidden.into()]);
-    check::shape(OP, "act_x_grad", grad, &half)?;
+    // Kernels count rows, and channels of both halves, with 32 bits.
+    check::in_range(OP, "num_rows", x.dim(0), 0, i32::MAX as u64)?;
+    check::divisible(OP, "columns of x", x.dim(1), 2 * args.npc as u64)?;
+    check::in_range(OP, "scales of a row", x.dim(1) / args.npc as u64, 0, k::MAX_GROUPS.into())?;
+    check::last_stride_1(OP, "x", x)?;
+    check::aligned(OP, "x", x, 8)?;
+    let (num_rows, hidden) = (x.dim(0) as u32, (x.dim(1) / 2) as u32);
+    let groups = 2 * (hidden / args.npc);
+    check_grad(OP, grad, &[DType::Bf16, DType::F32], (num_rows, hidden))?;
+    let whole = [num_rows.into(), 2 * hidden as u64];
     check_output(OP, "x_grad", x_grad, DType::Bf16, &whole)?;
     check_output(OP, "x_grad_fp8", fp8, DType::E4m3, &whole)?;
     if let Some(act_out) = &args.act_out {
-        check_output(OP, "act_out", act_out, DType::Bf16, &half)?;
+        check_output(OP, "act_out", act_out, DType::Bf16, &[num_rows.into(), hidden.into()])?;
     }
     let scales = (num_rows.into(), groups.into());
     let x_sf = args.x_sf.check(OP, "x_sf", &[SfLayout::RowMajor], scales)?;
@@ -147,55 +147,62 @@ pub fn with_threads(stream: &Stream, args: Args<'_>, threads: u32) -> Result<()>
         return Err(Error::Value { op: OP, arg: "round_sf", allowed, got: "false".to_owned() });
     }
     let sf = args.x_grad_sf.check(OP, "x_grad_sf", SfLayout::COMMON, scales)?;
-    let routing = Routing::new(OP, num_rows, &args.rows, &args.weights, args.weight_grad.as_ref(), args.clamp)?;
+    let rows = check_rows(OP, &args.rows, num_rows)?;
+    let weights = check_weights(OP, &args.weights, num_rows)?;
+    let of_weights = OfWeights::new(OP, num_rows, &args.weights, args.weight_grad.as_ref())?;
+    let clamp = check_clamp(OP, args.clamp_value, None)?.value;
 
-    let mut inputs = Named::new(("x", x));
-    inputs.push(Some(("x_sf", &args.x_sf.tensor)));
-    inputs.push(Some(("act_x_grad", grad)));
-    let mut outputs = Named::new(("x_grad", x_grad));
-    outputs.push(Some(("x_grad_fp8", fp8)));
-    outputs.push(Some(("x_grad_sf", &args.x_grad_sf.tensor)));
-    outputs.push(args.act_out.as_ref().map(|t| ("act_out", &**t)));
-    routing.check_memory(stream, inputs, outputs)?;
-    if x.is_empty() && routing.num_weights_to_write == 0 {
+    let mut inputs = Tensors::inputs(x, &args.rows, &args.weights);
+    let mut outputs = Tensors::new(("x_grad", x_grad));
+    inputs.push(("x_sf", &args.x_sf.tensor));
+    inputs.push(("act_x_grad", grad));
+    outputs.push(("x_grad_fp8", fp8));
+    outputs.push(("x_grad_sf", &args.x_grad_sf.tensor));
+    if let Some(act_out) = &args.act_out {
+        outputs.push(("act_out", act_out));
+    }
+    if let Some(weight_grad) = &args.weight_grad {
+        weight_grad.push(&mut inputs, &mut outputs);
+    }
+    check_memory(OP, stream, &inputs, &outputs)?;
+    if x.is_empty() && of_weights.is_empty {
         return Ok(());
     }
-    let bytes = |t: &View| if num_rows == 1 { 0 } else { t.stride(0) * t.dtype().size() };
     let with = |option, wanted| if wanted { option } else { 0 };
     let kernel_args = k::cast::Args {
         x: x.input(),
         x_sf: args.x_sf.tensor.input(),
         grad: grad.input(),
-        rows_map: routing.rows_map,
-        weights: routing.weights,
-        weights_map: routing.weights_map,
-        token_topk_to_pos: routing.token_topk_to_pos,
+        rows_map: rows.map,
+        weights: weights.weights,
+        weights_map: weights.map,
+        token_topk_to_pos: of_weights.token_topk_to_pos,
         x_grad: x_grad.output(),
         x_grad_fp8: fp8.output(),
         sf: args.x_grad_sf.tensor.output(),
-        weight_grad: routing.weight_grad,
+        weight_grad: of_weights.weight_grad,
         act_out: args.act_out.as_ref().map_or(Out::null(), |t| t.output()),
-        x_stride: bytes(x),
-        grad_stride: bytes(grad),
+        x_stride: row_bytes(x),
+        grad_stride: row_bytes(grad),
         x_sf_stride: x_sf.row,
         sf_row_stride: sf.row,
         sf_col_stride: sf.col,
         num_rows,
         hidden,
-        clamp: routing.clamp,
-        options: routing.options | with(k::PACKED, packed) | with(k::ACT_OUT, args.act_out.is_some()),
-        rows_kind: routing.rows_kind,
-        num_experts: routing.num_experts,
-        alignment: routing.alignment,
-        alignment_magic: routing.divisor.magic,
-        alignment_shift: routing.divisor.shift,
-        weights_kind: routing.weights_kind,
-        factor: routing.factor,
-        num_weights: routing.num_weights,
-        share: routing.share(num_rows),
+        clamp,
+        options: of_weights.options | with(k::PACKED, packed) | with(k::ACT_OUT, args.act_out.is_some()),
+        rows_kind: rows.kind,
+        num_experts: rows.num_experts,
+        alignment: rows.alignment,
+        alignment_magic: rows.divisor.magic,
+        alignment_shift: rows.divisor.shift,
+        weights_kind: weights.kind,
+        factor: weights.factor,
+        num_weights: of_weights.num_weights,
+        share: of_weights.share(num_rows),
     };
     use k::cast::{bf16_32, bf16_128, bf16_round_32, bf16_round_128, f32_32, f32_128, f32_round_32, f32_round_128};
-    let entry = match (grad.dtype(), args.round_sf, args.num_per_channels) {
+    let entry = match (grad.dtype(), args.round_sf, args.npc) {
         (DType::Bf16, false, 32) => &bf16_32,
         (DType::Bf16, false, _) => &bf16_128,
         (DType::Bf16, true, 32) => &bf16_round_32,
@@ -205,5 +212,5 @@ pub fn with_threads(stream: &Stream, args: Args<'_>, threads: u32) -> Result<()>
         (_, true, 32) => &f32_round_32,
         (_, true, _) => &f32_round_128,
     };
-    stream.launch(OP, entry, &k::config(num_rows, hidden, groups, routing.num_weights, threads), &kernel_args)
+    stream.launch(OP, entry, &k::config(num_rows, hidden, groups, of_weights.num_weights, threads), &kernel_args)
 }

@@ -1,6 +1,6 @@
 //! Launcher of `swiglu_forward`.
 
-use super::common_swiglu::{Inputs, check_clamp, check_rows, check_weights, check_x, row_bytes};
+use super::common_swiglu::{Tensors, check_clamp, check_rows, check_weights, check_x, row_bytes};
 use super::{ExpertRows, RowWeights};
 use crate::{DType, Result, Stream, TensorMut, TensorRef, check};
 use ferrotile_kernels::entry::Entry;
@@ -94,7 +94,7 @@ pub fn swiglu_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
     let pieces_of_row = ceil_div(hidden, k::PIECE);
     let num_pieces = num_rows as u64 * pieces_of_row as u64;
     check::in_range(OP, "rows times 256-channel pieces", num_pieces, 0, i32::MAX as u64)?;
-    let inputs = Inputs::new(&args.x, &args.rows, &args.weights);
+    let inputs = Tensors::inputs(&args.x, &args.rows, &args.weights);
     let outputs = [("out", &*args.out), ("clamped_count", counts.map_or(&*args.out, |t| &**t))];
     let outputs = if counts.is_some() { &outputs[..] } else { &outputs[..1] };
     check::same_device(OP, stream, inputs.list())?;

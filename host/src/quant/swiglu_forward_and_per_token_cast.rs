@@ -1,6 +1,6 @@
 //! Launcher of `swiglu_forward_and_per_token_cast`.
 
-use super::common_swiglu::{Inputs, check_clamp, check_rows, check_weights, check_x, row_bytes};
+use super::common_swiglu::{Tensors, check_clamp, check_rows, check_weights, check_x, row_bytes};
 use super::{ExpertRows, RowWeights, SfLayout, SfMut};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, check};
 use ferrotile_kernels::quant::swiglu_forward_and_per_token_cast as k;
@@ -132,7 +132,7 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
     }
     let groups = if hidden == 0 { 0 } else { u64::from(hidden).div_ceil(args.npc.into()) };
     let sf = args.sf.check(OP, "sf", SfLayout::COMMON, (num_rows.into(), groups))?;
-    let inputs = Inputs::new(&args.x, &args.rows, &args.weights);
+    let inputs = Tensors::inputs(&args.x, &args.rows, &args.weights);
     let outputs =
         [("out", &*args.out), ("sf", &*args.sf.tensor), ("clamped_count", counts.map_or(&*args.out, |counts| &**counts))];
     let outputs = if counts.is_some() { &outputs[..] } else { &outputs[..2] };
@@ -191,7 +191,8 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
         return stream.launch(OP, entry, &config, &kernel_args!(rows {}));
     }
     let npc_log2 = args.npc.trailing_zeros();
-    let vectors = if two && bf16 && !counting { k::TWO } else { k::VECTORS };
+    let wide = hidden.is_multiple_of(16) && args.out.ptr().is_multiple_of(16);
+    let vectors = if two && wide && bf16 && !counting { k::TWO } else { k::VECTORS };
     let config = k::tile_config(num_rows, hidden, vectors, counting);
     if counting {
         let entry = if bf16 { &k::cast_count::bf16 } else { &k::cast_count::f32 };

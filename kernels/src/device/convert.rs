@@ -140,6 +140,59 @@ pub fn f32x8_to_e2m1x8_packed(v: [f32; 8]) -> u32 {
     select(0x0F0F_0F0F, low, high)
 }
 
+/// Two f32 to bf16, rounded stochastically and saturating; `lo` in the low half. The low half of `random` serves `lo`, the high half
+/// `hi`. NaN gives `0x7FFF`.
+#[inline(always)]
+pub fn f32x2_to_bf16x2_sr(lo: f32, hi: f32, random: u32) -> u32 {
+    let [a, b] = num::sr_bits_x2(random);
+    num::f32_to_bf16_sr(lo, a) as u32 | (num::f32_to_bf16_sr(hi, b) as u32) << 16
+}
+
+/// Four f32 to e4m3, rounded stochastically and saturating at 448, first in the low byte. The low half of `random` serves `v[0]` and,
+/// bit-reversed, `v[1]`, the high half `v[2]` and, reversed, `v[3]`; so the x4 instruction of sm_100 is reported to do it. NaN
+/// gives `0x7F`.
+#[inline(always)]
+pub fn f32x4_to_e4m3x4_sr(v: [f32; 4], random: u32) -> u32 {
+    f32x4_to_e4m3x4(stochastic_neighbours::<3, 121, 135>(v, random))
+}
+
+/// Eight f32 to e2m1, rounded stochastically and saturating at 6, first in the low nibble. The first random word serves the first
+/// four values, in the way of [`f32x4_to_e4m3x4_sr`], the second the others. NaN gives +6.
+#[inline(always)]
+pub fn f32x8_to_e2m1x8_sr(v: [f32; 8], random: [u32; 2]) -> u32 {
+    let [a, b, c, d] = stochastic_neighbours::<1, 127, 129>([v[0], v[1], v[2], v[3]], random[0]);
+    let [e, f, g, h] = stochastic_neighbours::<1, 127, 129>([v[4], v[5], v[6], v[7]], random[1]);
+    f32x8_to_e2m1x8([a, b, c, d, e, f, g, h])
+}
+
+/// Four values rounded stochastically to a format of `MAN` mantissa bits whose binades have the biased f32 exponents `EMIN` (the
+/// smallest, which subnormals share) to `EMAX`: the ordinary conversion of the results is exact, or saturates.
+#[inline(always)]
+fn stochastic_neighbours<const MAN: u32, const EMIN: u32, const EMAX: u32>(v: [f32; 4], random: u32) -> [f32; 4] {
+    // Reversed as a whole, the halves change places.
+    let reversed = random.reverse_bits();
+    // 2^23 plus a half, as f32: the half below an exponent.
+    let (low, high) = (|word| byte_permute(word, 0x4B00_0000, 0x7610), |word| byte_permute(word, 0x4B00_0000, 0x7632));
+    let random = [low(random), high(reversed), high(random), low(reversed)].map(f32::from_bits);
+    core::array::from_fn(|i| stochastic_neighbour::<MAN, EMIN, EMAX>(v[i], random[i]))
+}
+
+/// One value, with `random` of 2^23 to 2^23 + 65535.
+///
+/// With `p` the power of two at or below `v` (that of a binade of the format) and `s = p / 2^MAN` the format's spacing there, the
+/// sum `|v| + random * s / 2^16` is `|v|` plus the random part of a spacing, on top of `2^7 s`. That puts it into one binade,
+/// where 16 bits of an f32 lie below `s`: the sum, rounded down, has the 16 bits that meet a random bit, and cutting them off
+/// leaves the neighbour.
+#[inline(always)]
+fn stochastic_neighbour<const MAN: u32, const EMIN: u32, const EMAX: u32>(v: f32, random: f32) -> f32 {
+    let power = |e: i32| f32::from_bits(((127 + e) as u32) << 23);
+    let p = f32::from_bits((v.to_bits() & 0x7f80_0000).max(EMIN << 23).min(EMAX << 23));
+    let sum = backend::fma_toward_minus_inf(random, p * power(-(MAN as i32) - 16), v.abs());
+    let kept = f32::from_bits(sum.to_bits() & 0xffff_0000);
+    let magnitude = backend::fma(p, -power(7 - MAN as i32), kept);
+    f32::from_bits(select_bits(0x8000_0000, v.to_bits(), magnitude.to_bits()))
+}
+
 /// The larger magnitude of two pairs of bf16, per half; NaN loses against a number. The sign bits of the result mean nothing.
 #[inline(always)]
 pub fn bf16x2_max_abs(a: u32, b: u32) -> u32 {
@@ -163,6 +216,12 @@ pub fn u16x2_max(a: u32, b: u32) -> u32 {
 pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
     // Adding -0.0 changes no product, not even the sign of a zero.
     backend::fma_bf16x2(a, b, 0x8000_8000)
+}
+
+/// Two sums of bf16, rounded to nearest even.
+#[inline(always)]
+pub fn bf16x2_add(a: u32, b: u32) -> u32 {
+    backend::fma_bf16x2(a, 0x3f80_3f80, b)
 }
 
 /// Eight bf16 times the power of two `scale` to e2m1, round to nearest even, first in the low nibble. No product may exceed 6 in

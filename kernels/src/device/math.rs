@@ -8,6 +8,13 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     backend::fma(a, b, c)
 }
 
+/// A result of arithmetic, with the bits of NaN that it has on NVIDIA hardware; the host that emulates may make others. For code that
+/// looks at the bits.
+#[inline(always)]
+pub fn canonical(v: f32) -> f32 {
+    backend::canonical(v)
+}
+
 /// The larger value; NaN loses against a number.
 #[inline(always)]
 pub fn max_total(a: f32, b: f32) -> f32 {

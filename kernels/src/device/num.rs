@@ -285,7 +285,9 @@ pub const fn f32_to_ue8m0_ceil(s: f32) -> u8 {
     (s.to_bits().wrapping_sub(1) >> 23).wrapping_add(1) as u8
 }
 
-// Stochastic rounding.
+// Stochastic rounding: 16 random bits are added just below the last bit that is kept, and the rest is cut off. So the neighbour
+// away from zero is taken with the probability that the distance from the one toward zero says, to 16 bits; a value of the
+// format stays itself. This is the definition; `convert` has what the kernels run, which is held to it for all inputs.
 
 /// f32 to bf16, rounded stochastically by 16 random bits, saturating (infinity becomes the largest finite bf16); NaN becomes
 /// `0x7FFF`. The result is a neighbour of `v`, or `v` itself where bf16 has it.
@@ -295,7 +297,7 @@ pub const fn f32_to_bf16_sr(v: f32, random: u16) -> u16 {
     let a = bits & MAGNITUDE;
     // bf16 has the exponents of f32, so the sum works across binades and for subnormals alike.
     let code = min((min(a, INFINITY) + random as u32) >> 16, 0x7F7F) | ((bits >> 16) & 0x8000);
-    if a > INFINITY { 0x7FFF } else { code as u16 }
+    nan_or(a, 0x7FFF, code) as u16
 }
 
 /// f32 to e4m3, rounded stochastically by 16 random bits, saturating to 448; NaN becomes `0x7F`. The result is a neighbour of `v`,
@@ -305,15 +307,16 @@ pub const fn f32_to_e4m3_sr(v: f32, random: u16) -> u8 {
     let bits = v.to_bits();
     let a = bits & MAGNITUDE;
     let code = round_stochastic::<3, 121>(min(a, 448f32.to_bits()), random) | ((bits >> 24) & 0x80);
-    if a > INFINITY { 0x7F } else { code as u8 }
+    nan_or(a, 0x7F, code) as u8
 }
 
-/// f32 to e2m1 in the low 4 bits, rounded stochastically by 16 random bits, saturating to 6; NaN becomes 6 with its sign. The result
-/// is a neighbour of `v`, or `v` itself where e2m1 has it.
+/// f32 to e2m1 in the low 4 bits, rounded stochastically by 16 random bits, saturating to 6; NaN becomes +6, as in [`f32_to_e2m1`].
+/// The result is a neighbour of `v`, or `v` itself where e2m1 has it.
 #[inline(always)]
 pub const fn f32_to_e2m1_sr(v: f32, random: u16) -> u8 {
     let bits = v.to_bits();
-    (round_stochastic::<1, 127>(min(bits & MAGNITUDE, 6f32.to_bits()), random) | ((bits >> 28) & 8)) as u8
+    let a = bits & MAGNITUDE;
+    nan_or(a, 7, round_stochastic::<1, 127>(min(a, 6f32.to_bits()), random) | ((bits >> 28) & 8)) as u8
 }
 
 /// The random words of four consecutive values: a pure hash of their f32 bits and of the quad's index. The first word serves all

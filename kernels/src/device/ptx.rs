@@ -617,6 +617,10 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     unsafe { llvm_fma(a, b, c) }
 }
 #[inline(always)]
+pub fn canonical(v: f32) -> f32 {
+    v
+}
+#[inline(always)]
 pub fn fma_toward_minus_inf(a: f32, b: f32, c: f32) -> f32 {
     pure!("fma.rm.f32 {0}, {1}, {2}, {3};", reg32 f32, reg32 a, reg32 b, reg32 c)
 }
@@ -628,6 +632,7 @@ pub fn max(a: f32, b: f32) -> f32 {
 pub fn min(a: f32, b: f32) -> f32 {
     pure!("min.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)
 }
+/// One instruction with two absolute values among its operands, which the compiler would make of two more.
 #[inline(always)]
 pub fn max_abs(a: f32, b: f32) -> f32 {
     pure!("max.xorsign.abs.f32 {0}, {1}, {2};", reg32 f32, reg32 a, reg32 b)

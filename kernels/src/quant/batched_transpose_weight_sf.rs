@@ -102,10 +102,7 @@ struct Side {
 /// Quotient and remainder; neither is used if `b` is 0.
 #[inline(always)]
 fn divide(a: u32, b: u32) -> (u32, u32) {
-    let quotient = match a.checked_div(b) {
-        Some(quotient) => quotient,
-        None => 0,
-    };
+    let quotient = a.checked_div(b).unwrap_or(0);
     (quotient, a - quotient * b)
 }
 

@@ -8,6 +8,8 @@ pub trait Target: Copy {
     const MAX: f32;
     /// `amax` counts as at least this.
     const AMAX_MIN: f32;
+    /// The same where scales are e4m3: its smallest value, 2^-9, is the smallest scale.
+    const AMAX_MIN_E4M3: f32 = Self::MAX / 512.0;
     /// Bits of one value.
     const BITS: u32;
 }
@@ -61,6 +63,26 @@ pub fn scale_at_least<T: Target, const ROUND: bool>(amax: f32, amax_min: f32) ->
     }
 }
 
+/// Scale that is stored as e4m3, for a block whose largest magnitude is `amax` (quant.md 2d): the quotient `amax / MAX` rounded to
+/// e4m3, and the inverse of that. Data can exceed `MAX` where the scale was rounded down, and saturate.
+#[inline(always)]
+pub fn scale_e4m3<T: Target>(amax: f32) -> Scale {
+    // An infinity would become NaN below.
+    let c = min_total(max_total(amax, T::AMAX_MIN_E4M3), f32::MAX);
+    // The product with the rounded reciprocal, corrected by its remainder, is the quotient rounded to nearest.
+    let reciprocal = 1.0 / T::MAX;
+    let quotient = c * reciprocal;
+    let quotient = fma(fma(-quotient, T::MAX, c), reciprocal, quotient);
+    let sf = e4m3x2_to_f32(f32x2_to_e4m3x2(quotient, 0.0))[0];
+    Scale { sf, inv: 1.0 / sf }
+}
+
+/// The code of a scale that is an e4m3.
+#[inline(always)]
+pub fn e4m3(sf: f32) -> u32 {
+    f32x2_to_e4m3x2(sf, 0.0) & 0xff
+}
+
 /// Biased exponent of the power of two at or above a positive normal `s`.
 #[inline(always)]
 pub fn exponent_ceil(s: f32) -> u32 {
@@ -73,9 +95,8 @@ pub fn ue8m0(sf: f32) -> u32 {
     sf.to_bits() >> 23
 }
 
-/// Scale factors in global memory: element `(m, k)` is the f32 at `m * row_stride + k * col_stride`, or packed the byte `k % 4`
-/// of the 32-bit word at `m * row_stride + k / 4 * col_stride`. Row-major, column-major and both packed forms differ only in
-/// the strides.
+/// Scale factors in global memory: element `(m, k)` is the f32 or e4m3 at `m * row_stride + k * col_stride`, or packed the byte
+/// `k % 4` of the 32-bit word at `m * row_stride + k / 4 * col_stride`. Row-major and column-major forms differ only in the strides.
 #[derive(Clone, Copy)]
 pub struct SfLayout {
     /// Elements from one block row to the next.

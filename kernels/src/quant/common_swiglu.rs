@@ -4,8 +4,8 @@
 use super::common::Divisor;
 use crate::device::*;
 
-/// Gates below this need operands of the division scaled: the reciprocal of `1 + e^87.4` is no normal number.
-const LOW_GATE: f32 = -87.0;
+/// Gates of larger magnitude may be too much for the short division: the reciprocal of `1 + e^87.4` is no normal number.
+const MODERATE: f32 = 87.0;
 
 /// `min(gate, clamp)`; NaN stays NaN.
 #[inline(always)]
@@ -21,23 +21,31 @@ pub fn clamp_up(up: f32, clamp: f32) -> f32 {
 
 /// `gate / (1 + e^-gate)` of eight gates, bit for bit the IEEE quotient, in fewer instructions and without a branch a value.
 ///
-/// This is what the hardware's division does for operands of moderate size: a reciprocal, two steps that correct it, the product and
-/// its remainder. Extreme gates get there by exact scaling. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
+/// This is what the hardware's division does for operands of moderate size: a reciprocal, a step that corrects it, the product and a
+/// step for its remainder. With `extreme`, which must be set if the magnitude of one exceeds [`MODERATE`], operands are scaled
+/// first. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
 #[inline(always)]
-pub fn silu8(gates: [f32; 8]) -> [f32; 8] {
+pub fn silu8(gates: [f32; 8], extreme: bool) -> [f32; 8] {
     let divisors = gates.map(|l| one_plus_exp(-l));
-    let lowest = gates.iter().fold(0.0, |m, l| min_total(m, *l));
-    let highest = gates.iter().fold(0.0, |m, l| max_total(m, *l));
-    if lowest >= LOW_GATE && highest < f32::INFINITY {
+    if !extreme {
         return core::array::from_fn(|i| quotient(gates[i], divisors[i]));
     }
-    core::array::from_fn(|i| {
-        let (l, d) = (gates[i], divisors[i]);
-        let scale = if l < LOW_GATE { 1.0 / 256.0 } else { 1.0 };
-        // An infinite divisor becomes a finite one with the same quotient, a zero.
-        let silu = quotient(l * scale, min_total(d * scale, f32::MAX));
-        if l == f32::INFINITY { l } else { silu }
-    })
+    core::array::from_fn(|i| any_quotient(gates[i], divisors[i]))
+}
+
+/// [`silu8`] of one gate, whatever its size.
+#[inline(always)]
+pub fn silu(gate: f32) -> f32 {
+    any_quotient(gate, one_plus_exp(-gate))
+}
+
+/// A gate divided by its `1 + e^-gate`.
+#[inline(always)]
+fn any_quotient(l: f32, d: f32) -> f32 {
+    let scale = if l < -MODERATE { 1.0 / 256.0 } else { 1.0 };
+    // An infinite divisor becomes a finite one with the same quotient, a zero.
+    let silu = quotient(l * scale, min_total(d * scale, f32::MAX));
+    if l == f32::INFINITY { l } else { silu }
 }
 
 /// `a / d` for operands of which no step below leaves the normal numbers, or is exact.
@@ -65,6 +73,9 @@ pub trait Source: Copy {
 
     /// Their values.
     fn values(raw: Self::Raw) -> [f32; 8];
+
+    /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
+    fn is_extreme(raw: Self::Raw) -> bool;
 }
 
 /// bf16 input.
@@ -90,6 +101,12 @@ impl Source for Bf16 {
         let [a, b, c, d] = raw.map(bf16x2_to_f32);
         [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
     }
+
+    #[inline(always)]
+    fn is_extreme([a, b, c, d]: [u32; 4]) -> bool {
+        let [low, high] = bf16x2_to_f32(bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d)));
+        max_abs(low, high).abs() > MODERATE
+    }
 }
 
 impl Source for F32 {
@@ -107,6 +124,17 @@ impl Source for F32 {
     fn values(raw: [[u32; 4]; 2]) -> [f32; 8] {
         core::array::from_fn(|i| f32::from_bits(raw[i / 4][i % 4]))
     }
+
+    #[inline(always)]
+    fn is_extreme(raw: [[u32; 4]; 2]) -> bool {
+        amax(Self::values(raw)) > MODERATE
+    }
+}
+
+/// Largest magnitude; NaN does not count unless all are NaN.
+#[inline(always)]
+pub fn amax([a, b, c, d, e, f, g, h]: [f32; 8]) -> f32 {
+    max_abs(max_abs(max_abs(a, b), max_abs(c, d)), max_abs(max_abs(e, f), max_abs(g, h))).abs()
 }
 
 /// How an entry treats the clamp of gate and up, as a constant.
@@ -121,9 +149,10 @@ impl Clamp {
     pub const COUNT: u32 = 2;
 }
 
-/// `silu(gate) * up * weight` of eight channels, and if `MODE` (one of [`Clamp`]'s) says so what [`Counters::count`] takes.
+/// `silu(gate) * up`, times the weight if there is one, of eight channels, and if `MODE` (one of [`Clamp`]'s) says so what
+/// [`Counters::count`] takes.
 #[inline(always)]
-pub fn activate<S: Source, const MODE: u32>(gate: S::Raw, up: S::Raw, clamp: f32, weight: f32) -> ([f32; 8], u32) {
+pub fn activate<S: Source, const MODE: u32>(gate: S::Raw, up: S::Raw, clamp: f32, weight: Option<f32>) -> ([f32; 8], u32) {
     let (mut gates, mut ups) = (S::values(gate), S::values(up));
     let mut clamped = 0;
     if MODE == Clamp::COUNT {
@@ -136,8 +165,12 @@ pub fn activate<S: Source, const MODE: u32>(gate: S::Raw, up: S::Raw, clamp: f32
         gates = gates.map(|l| clamp_gate(l, clamp));
         ups = ups.map(|r| clamp_up(r, clamp));
     }
-    let silu = silu8(gates);
-    (core::array::from_fn(|i| silu[i] * ups[i] * weight), clamped)
+    let silu = silu8(gates, S::is_extreme(gate));
+    let mut v = core::array::from_fn(|i| silu[i] * ups[i]);
+    if let Some(weight) = weight {
+        v = v.map(|v| v * weight);
+    }
+    (v, clamped)
 }
 
 /// Counts of a block: gates above the clamp, other values above it, other values below its negative, and all values.
@@ -163,10 +196,12 @@ impl Counters {
         block_sync();
     }
 
-    /// Add what the warp clamped among `values` values, 256 at most; `clamped` holds a lane's counts in 10 bits each.
+    /// Add what the lanes of a warp clamped among eight values each, in 10 bits each of `clamped`, and those eight of the lanes that
+    /// are `inside` of the row; what the others read are zeros, which are not clamped.
     #[inline(always)]
     #[track_caller]
-    pub fn count(self, clamped: u32, values: u32) {
+    pub fn count(self, clamped: u32, inside: bool) {
+        let values = 8 * warp_ballot(inside).count_ones();
         let clamped = warp_sum_u32(clamped);
         let lane = lane_id();
         if lane < 4 {
@@ -264,14 +299,14 @@ impl Weights {
     /// The weight of a row.
     #[inline(always)]
     #[track_caller]
-    pub fn of(self, row: u32) -> f32 {
+    pub fn of(self, row: u32) -> Option<f32> {
         if self.kind == Self::PER_ROW {
-            self.weights.get(row) * self.factor
+            Some(self.weights.get(row) * self.factor)
         } else if self.kind == Self::PER_TOKEN_TOPK {
             let number = self.map.get(row);
-            if number < 0 { 0.0 } else { self.weights.get(number as u32) }
+            Some(if number < 0 { 0.0 } else { self.weights.get(number as u32) })
         } else {
-            1.0
+            None
         }
     }
 }

@@ -146,11 +146,10 @@ fn store<const WIDE: bool>(out: Out<u8>, words: [u32; 3], number: u32, count: u3
         let [d, e, f] = words.map(|w| warp_shuffle_down(w, 1));
         let [a, b, c] = words;
         let lane = number % 4;
-        let pick = |first: u32, second: u32, third: u32| match lane {
-            0 => first,
-            1 => second,
-            _ => third,
-        };
+        // By masks: a `match` becomes jumps.
+        let all_if = |condition: bool| 0u32.wrapping_sub(condition as u32);
+        let (zero, one) = (all_if(lane == 0), all_if(lane == 1));
+        let pick = |first: u32, second: u32, third: u32| select_bits(zero, first, select_bits(one, second, third));
         if lane < 3 && number < count {
             let to = out.at((number / 4) as u64 * (4 * BYTES) as u64 + (lane * 16) as u64);
             to.store16(0, [pick(a, b, c), pick(b, c, d), pick(c, d, e), pick(d, e, f)]);

@@ -177,7 +177,7 @@ impl RowWeight {
     #[inline(always)]
     #[track_caller]
     pub fn new(holds_token: bool, weights: Weights, row: u32) -> Self {
-        let weight = if holds_token { weights.of(row) } else { 0.0 };
+        let weight = if holds_token { weights.of(row).unwrap_or(1.0) } else { 0.0 };
         let slot = match weights.kind {
             Weights::PER_ROW => row,
             Weights::PER_TOKEN_TOPK => weights.map.get(row) as u32,
@@ -293,6 +293,6 @@ kernel! {
 }
 
 /// Grid and block for rows that take `vectors` steps of a lane.
-pub fn config(num_rows: u32, vectors: u32, num_weights: u32, most_threads: u32) -> LaunchConfig {
-    LaunchConfig::new(blocks(num_rows, num_weights), row_threads(vectors, most_threads)).shared(&row_shared().0)
+pub fn config(num_rows: u32, vectors: u32, num_weights: u32) -> LaunchConfig {
+    LaunchConfig::new(blocks(num_rows, num_weights), row_threads(vectors, THREADS)).shared(&row_shared().0)
 }

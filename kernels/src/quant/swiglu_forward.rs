@@ -3,7 +3,7 @@
 //! In    x bf16, f32 [p, 2 h], gate left and up right    Out  bf16, f32 [p, h]
 //! Exact bitwise the specification's (quant.md 6.8): each step one f32 operation, `exp` is CUDA's, one rounding to the output.
 //! Map   a warp takes 256 channels of a row, a lane 8 neighbouring ones.  Padding rows cost what it takes to see that they are.
-//! Cost  4 h bytes read and 2 h written a row (bf16); about 19 instructions a value: memory bound.
+//! Cost  4 h bytes read and 2 h written a row (bf16); about 30 instructions a value: memory bound.
 
 use super::common::Divisor;
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
@@ -90,9 +90,8 @@ kernel! {
                 let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
                 let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
                 let (v, clamped) = activate::<S, MODE>(gate, up, clamp, weights.of(row));
-                // Zeros behind the row are not clamped.
                 if MODE == Clamp::COUNT {
-                    shared.count(clamped, (hidden - first).min(PIECE));
+                    shared.count(clamped, inside);
                 }
                 if inside {
                     T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);

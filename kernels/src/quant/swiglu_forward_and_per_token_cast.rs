@@ -3,15 +3,15 @@
 //!
 //! In    x bf16, f32 [p, 2 h], gate left and up right    Out  data e4m3 [p, h], sf [p, ceil(h/npc)]
 //! Exact bitwise the specification's (quant.md 5.10, 6.8): each step one f32 operation, `exp` is CUDA's.  NaN never is the amax.
-//! Map   a block takes 8 rows of 512 channels, a warp a row of them, a lane 8 channels at a time (`cast`); or it takes a row (`rows`).
+//! Map   a block takes 4 rows of 512 channels, two warps a row, a lane 8 neighbouring channels (`cast`); or it takes a row (`rows`).
 //!       Padding rows cost what it takes to see that they are.
-//! Cost  4 h bytes read (bf16) and h written a row; about 23 instructions a value: memory bound.
+//! Cost  4 h bytes read (bf16) and h written a row; 38 instructions a value, 17 of which are once for 8: memory bound.
 //!
 //! Scales of a block meet in shared memory and leave last, so that column-major ones fill sectors of 32 bytes.
 
 use super::common::{Divisor, E4m3, Scale, scale_at_least, ue8m0};
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
-use super::common_swiglu::{Counters, Rows, Weights, activate};
+use super::common_swiglu::{Counters, Rows, Weights, activate, amax};
 use crate::device::*;
 use crate::{kernel, unroll};
 
@@ -96,18 +96,11 @@ fn scale_of(amax: f32, amax_min: f32, round: bool) -> Scale {
     if round { scale_at_least::<E4m3, true>(amax, amax_min) } else { scale_at_least::<E4m3, false>(amax, amax_min) }
 }
 
-/// Largest magnitude; NaN does not count.
+/// Codes of eight values.
 #[inline(always)]
-fn amax_of(v: [f32; 8]) -> f32 {
-    v.iter().fold(0.0, |max, v| max_total(max, v.abs()))
-}
-
-/// Quantise and write eight values.
-#[inline(always)]
-#[track_caller]
-fn store(out: Out<u8>, v: [f32; 8], inv: f32) {
+fn quantise(v: [f32; 8], inv: f32) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = v.map(|v| v * inv);
-    out.store8(0, [f32x4_to_e4m3x4([a, b, c, d]), f32x4_to_e4m3x4([e, f, g, h])]);
+    [f32x4_to_e4m3x4([a, b, c, d]), f32x4_to_e4m3x4([e, f, g, h])]
 }
 
 /// The body of `cast`.
@@ -131,11 +124,12 @@ fn cast_tiles<S: Source, const MODE: u32, const N: usize>(
 ) {
     let num_tile_rows = tile_rows(N);
     let (_, shared) = TileShared::new(num_tile_rows);
+    // Lanes are numbered row by row and have `8 N` neighbouring channels each.
+    let lane_channels = 8 * N as u32;
+    let row_in_tile = thread_idx() / (TILE / lane_channels);
+    let in_tile = thread_idx() % (TILE / lane_channels) * lane_channels;
     let tile_channel = block_idx_x() * TILE;
-    // Vectors are numbered row by row, `N * 32` neighbours a warp.
-    let first = warp_id() * N as u32 * WARP_SIZE;
-    let row_in_tile = first / (TILE / 8);
-    let in_tile: [u32; N] = core::array::from_fn(|i| (first + i as u32 * WARP_SIZE) % (TILE / 8) * 8 + lane_id() * 8);
+    let channel = tile_channel + in_tile;
     if MODE == Clamp::COUNT {
         shared.counters.start();
     }
@@ -143,7 +137,7 @@ fn cast_tiles<S: Source, const MODE: u32, const N: usize>(
     while strip * num_tile_rows < num_rows {
         let row = strip * num_tile_rows + row_in_tile;
         let used = row < num_rows && rows.holds_token(row);
-        if in_tile[0] == 0 {
+        if in_tile == 0 {
             shared.used.set(row_in_tile, used as u32);
         }
         if used {
@@ -152,46 +146,47 @@ fn cast_tiles<S: Source, const MODE: u32, const N: usize>(
                 let at = half as u64 * hidden as u64 + channel as u64;
                 if channel < hidden { S::load(x.at(at * S::BYTES as u64)) } else { S::ZERO }
             };
-            let gates: [S::Raw; N] = core::array::from_fn(|i| load(0, tile_channel + in_tile[i]));
-            let ups: [S::Raw; N] = core::array::from_fn(|i| load(1, tile_channel + in_tile[i]));
+            let gates: [S::Raw; N] = core::array::from_fn(|i| load(0, channel + 8 * i as u32));
+            let ups: [S::Raw; N] = core::array::from_fn(|i| load(1, channel + 8 * i as u32));
             let weight = weights.of(row);
             let mut v = [[0.0; 8]; N];
-            let mut amax = [0.0; N];
+            let mut largest = 0.0;
             unroll!(i in N {
                 let (values, clamped) = activate::<S, MODE>(gates[i], ups[i], clamp, weight);
                 v[i] = values;
-                amax[i] = amax_of(values);
-                // Zeros behind the row are not clamped.
-                let first = tile_channel + in_tile[i] - 8 * lane_id();
-                if MODE == Clamp::COUNT && first < hidden {
-                    shared.counters.count(clamped, (hidden - first).min(8 * WARP_SIZE));
+                largest = max_total(largest, amax(values));
+                if MODE == Clamp::COUNT {
+                    shared.counters.count(clamped, channel + 8 * (i as u32) < hidden);
                 }
             });
-            // Over the lanes of a group, which are 4 or 16.
+            // Over the lanes of a group.
             let mut mask = 1;
-            while mask < 16 {
-                if mask < 4 || npc_log2 == 7 {
-                    amax = amax.map(|m| max_total(m, warp_shuffle_xor(m, mask)));
+            while mask < 128 / lane_channels {
+                if mask < 32 / lane_channels || npc_log2 == 7 {
+                    largest = max_total(largest, warp_shuffle_xor(largest, mask));
                 }
                 mask *= 2;
             }
-            unroll!(i in N {
-                let channel = tile_channel + in_tile[i];
-                let Scale { sf, inv } = scale_of(amax[i], scales.amax_min, scales.round);
-                if in_tile[i] & ((1 << npc_log2) - 1) == 0 {
-                    let group = in_tile[i] >> npc_log2;
-                    if scales.packed {
-                        // Groups that do not exist count as 0.
-                        let exponent = if channel < hidden { ue8m0(sf) } else { 0 };
-                        shared.scales.cast::<u8>().set((group / 4 * num_tile_rows + row_in_tile) * 4 + group % 4, exponent as u8);
-                    } else {
-                        shared.scales.set(group * num_tile_rows + row_in_tile, sf.to_bits());
-                    }
+            let Scale { sf, inv } = scale_of(largest, scales.amax_min, scales.round);
+            if in_tile & ((1 << npc_log2) - 1) == 0 {
+                let group = in_tile >> npc_log2;
+                if scales.packed {
+                    // Groups that do not exist count as 0.
+                    let exponent = if channel < hidden { ue8m0(sf) } else { 0 };
+                    shared.scales.cast::<u8>().set((group / 4 * num_tile_rows + row_in_tile) * 4 + group % 4, exponent as u8);
+                } else {
+                    shared.scales.set(group * num_tile_rows + row_in_tile, sf.to_bits());
                 }
-                if channel < hidden {
-                    store(out.at(row as u64 * hidden as u64 + channel as u64), v[i], inv);
+            }
+            if channel < hidden {
+                let out = out.at(row as u64 * hidden as u64 + channel as u64);
+                let codes = v.map(|v| quantise(v, inv));
+                if N == 2 {
+                    out.store16(0, [codes[0][0], codes[0][1], codes[N - 1][0], codes[N - 1][1]]);
+                } else {
+                    out.store8(0, codes[0]);
                 }
-            });
+            }
         }
         block_sync();
         // Channels and columns of a tile that a word of scales stands for.
@@ -199,12 +194,14 @@ fn cast_tiles<S: Source, const MODE: u32, const N: usize>(
         let columns_log2 = TILE.trailing_zeros() - word_log2;
         // A thread for each word at most; neighbours write neighbouring words.
         let i = thread_idx();
-        let by_rows = (i >> columns_log2, i & ((1 << columns_log2) - 1));
-        let (row, column) = if scales.col_stride == 1 { by_rows } else { (i % num_tile_rows, i / num_tile_rows) };
-        let to = (tile_channel >> word_log2) + column;
-        if i < num_tile_rows << columns_log2 && shared.used.get(row) != 0 && to << word_log2 < hidden {
-            let at = (strip * num_tile_rows + row) * scales.row_stride + to * scales.col_stride;
-            sf.set(at, shared.scales.get(column * num_tile_rows + row));
+        if i < num_tile_rows << columns_log2 {
+            let by_rows = (i >> columns_log2, i & ((1 << columns_log2) - 1));
+            let (row, column) = if scales.col_stride == 1 { by_rows } else { (i % num_tile_rows, i / num_tile_rows) };
+            let to = (tile_channel >> word_log2) + column;
+            if shared.used.get(row) != 0 && to << word_log2 < hidden {
+                let at = (strip * num_tile_rows + row) * scales.row_stride + to * scales.col_stride;
+                sf.set(at, shared.scales.get(column * num_tile_rows + row));
+            }
         }
         if MODE != Clamp::COUNT {
             return;
@@ -257,13 +254,13 @@ macro_rules! tiles {
 }
 tiles! {
     /// Tiles of rows and channels.
-    cast(6, VECTORS) {
+    cast(8, VECTORS) {
         bf16[Bf16, { Clamp::NONE }], bf16_clamp[Bf16, { Clamp::CLAMP }], f32[F32, { Clamp::NONE }], f32_clamp[F32, { Clamp::CLAMP }],
     }
     /// The same, and counts of what was clamped.
-    cast_count(4, VECTORS) { bf16[Bf16, { Clamp::COUNT }], f32[F32, { Clamp::COUNT }] }
+    cast_count(5, VECTORS) { bf16[Bf16, { Clamp::COUNT }], f32[F32, { Clamp::COUNT }] }
     /// Twice as many rows.
-    cast_two(4, TWO) { bf16[Bf16, { Clamp::NONE }], bf16_clamp[Bf16, { Clamp::CLAMP }] }
+    cast_two(6, TWO) { bf16[Bf16, { Clamp::NONE }], bf16_clamp[Bf16, { Clamp::CLAMP }] }
 }
 
 /// The body of `rows`.
@@ -305,25 +302,25 @@ fn cast_rows<S: Source, const MODE: u32>(
             // The warp's channels; the last ones stay in registers. A row longer than what the threads can hold is worked out
             // twice, the second time backwards and from L2.
             let mut first = thread_idx() / WARP_SIZE * (8 * WARP_SIZE);
-            let mut amax = 0.0;
+            let mut largest = 0.0;
             let mut v;
             loop {
                 let (values, clamped) = work(first + 8 * lane_id());
                 v = values;
-                amax = max_total(amax, amax_of(v));
-                if MODE == Clamp::COUNT && first < hidden {
-                    shared.counters.count(clamped, (hidden - first).min(8 * WARP_SIZE));
+                largest = max_total(largest, amax(v));
+                if MODE == Clamp::COUNT {
+                    shared.counters.count(clamped, first + 8 * lane_id() < hidden);
                 }
                 if first + step >= hidden {
                     break;
                 }
                 first += step;
             }
-            let Scale { sf: value, inv } = scale_of(block_max(amax, shared.scratch), scales.amax_min, scales.round);
+            let Scale { sf: value, inv } = scale_of(block_max(largest, shared.scratch), scales.amax_min, scales.round);
             loop {
                 let channel = first + 8 * lane_id();
                 if channel < hidden {
-                    store(out.at(channel as u64), v, inv);
+                    out.at(channel as u64).store8(0, quantise(v, inv));
                 }
                 if first < step {
                     break;

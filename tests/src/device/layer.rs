@@ -18,7 +18,7 @@ const THREADS: usize = k::THREADS as usize;
 fn run(ctx: &Ctx) -> Result<Report, String> {
     device_math::register();
     type Check = fn(&Run) -> Result<(), String>;
-    let checks: [(&str, Check); 17] = [
+    let checks: [(&str, Check); 19] = [
         ("scan", scan),
         ("warp_ops", warp_ops),
         ("block_ops", block_ops),
@@ -28,10 +28,12 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         ("mma", mma),
         ("conversions", conversions),
         ("conversion_sweep", conversion_sweep),
+        ("stochastic_sweep", stochastic_sweep),
         ("packed", packed),
         ("decode", decode),
         ("math", math),
         ("silu_sweep", silu_sweep),
+        ("short_silu", short_silu),
         ("widths", widths),
         ("grid", grid),
         ("large_shared", large_shared),
@@ -444,6 +446,7 @@ fn packed(r: &Run) -> Result<(), String> {
                 halves(&larger(0x7C00)),
                 halves(&|a, b| a.max(b)),
                 (a & b) | (!a & !b),
+                halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) + num::bf16_to_f32(b))),
             ];
             for (j, expected) in expected.into_iter().enumerate() {
                 let got = if j == 0 { got[0] & mask } else { got[j] };
@@ -469,6 +472,22 @@ fn conversion_sweep(r: &Run) -> Result<(), String> {
     ensure(differ.iter().all(|n| *n == 0), || {
         format!("instruction and integer code differ: counts {differ:?}, first patterns {first:#x?}")
     })
+}
+
+/// On a GPU all 2^32 patterns, each with three pairs of random words.
+fn stochastic_sweep(r: &Run) -> Result<(), String> {
+    let (stride, n, blocks) = if r.device.is_emulator() { (65_521 * 4, 1u64 << 14, 16) } else { (1, 1 << 32, 132 * 8) };
+    let per = k::STOCHASTIC as usize;
+    for seed in 0..3 {
+        let (differ, first) = (r.upload(&vec![0u32; per])?, r.upload(&vec![u32::MAX; per])?);
+        let args = k::stochastic_sweep::Args { start: 0, stride, n, seed, differ: output(&differ), first: output(&first) };
+        r.launch(&k::stochastic_sweep::ENTRY, LaunchConfig::new(blocks, k::THREADS), args)?;
+        let (differ, first) = (read(&differ)?, read(&first)?);
+        ensure(differ.iter().all(|n| *n == 0), || {
+            format!("stochastic rounding, seed {seed}: counts {differ:?}, first patterns {first:#x?}")
+        })?;
+    }
+    Ok(())
 }
 
 fn decode(r: &Run) -> Result<(), String> {
@@ -550,12 +569,30 @@ fn math(r: &Run) -> Result<(), String> {
             ("max_nan", 11, if v.is_nan() { *v } else { v.max(0.5) }),
             ("min_nan", 12, if v.is_nan() { *v } else { v.min(0.5) }),
             ("one_plus_exp", 13, got[14]),
+            ("max_abs", 15, v.abs().max(0.5)),
         ];
         for (name, i, expected) in exact {
             ensure(got[i].to_bits() == expected.to_bits() || (got[i].is_nan() && expected.is_nan()), || {
                 format!("{name}({v:e}): got {:e}, expected {expected:e}", got[i])
             })?;
         }
+    }
+    Ok(())
+}
+
+/// With the shortest division of SwiGLU, every product of a bf16 with `silu` of a bf16 is rounded to the same bf16 as with the IEEE one.
+fn short_silu(r: &Run) -> Result<(), String> {
+    let y = r.alloc::<f32>(1 << 16)?;
+    let args = k::short_silu::Args { y: output(&y) };
+    r.launch(&k::short_silu::ENTRY, LaunchConfig::new((1 << 16) / k::THREADS, k::THREADS), args)?;
+    let exp = device_math::bf16_table(&r.device, k::Function::Exp)?;
+    for (i, got) in read(&y)?.iter().enumerate() {
+        let l = num::bf16_to_f32(i as u16);
+        // The gate's negative is another entry of the table.
+        let expected = l / (1.0 + exp[i ^ 0x8000]);
+        let product = |silu: f32, m: u16| num::f32_to_bf16(silu * num::bf16_to_f32(0x3F80 + m));
+        let same = got.to_bits() == expected.to_bits() || (0..128).all(|m| product(*got, m) == product(expected, m));
+        ensure(same, || format!("silu({l:e}): got {got:e}, expected {expected:e}"))?;
     }
     Ok(())
 }

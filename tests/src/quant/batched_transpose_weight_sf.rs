@@ -7,6 +7,8 @@ use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::batched_transpose_weight_sf::{Args, Weight, batched_transpose_weight_sf};
 use ferrotile::{Buffer, DType, Device, Stream, Ue8m0x4};
+use rayon::prelude::*;
+use std::cell::OnceCell;
 
 /// What the `check` binary runs.
 pub const SUITE: Suite = Suite { op: "batched_transpose_weight_sf", run };
@@ -41,16 +43,16 @@ struct Packed {
 /// From the definition, word by word. `sf` are f32 bits.
 fn reference(sf: &[u32], Shape { groups, n, k }: Shape, b: u64) -> Packed {
     let exponent = |g: u64, i: u64, j: u64| if i < n && j < k { sf[((g * n + i) * k + j) as usize] >> 23 & 255 } else { 0 };
-    let four = |e: &dyn Fn(u64) -> u32| (0..4).fold(0, |word, q| word | e(q) << (8 * q));
-    let (mut sf0, mut sf1) = (Vec::new(), Vec::new());
-    for g in 0..groups.max(1) {
-        for p in 0..k.div_ceil(4) {
-            sf0.extend((0..n * b).map(|r| four(&|q| exponent(g, r / b, 4 * p + q))));
-        }
-        for p in 0..n.div_ceil(4) {
-            sf1.extend((0..k * b).map(|c| four(&|q| exponent(g, 4 * p + q, c / b))));
-        }
-    }
+    // Words `(p, r)` of all groups, with `along` of them for each `p`.
+    let words = |along: u64, packs: u64, e: &(dyn Fn(u64, u64, u64) -> u32 + Sync)| -> Vec<u32> {
+        let word = |i: u64| {
+            let (g, p, r) = (i / along / packs, i / along % packs, i % along);
+            (0..4).fold(0, |word, q| word | e(g, 4 * p + q, r / b) << (8 * q))
+        };
+        (0..groups.max(1) * packs * along).into_par_iter().map(word).collect()
+    };
+    let sf0 = words(n * b, k.div_ceil(4), &|g, j, i| exponent(g, i, j));
+    let sf1 = words(k * b, n.div_ceil(4), &|g, i, j| exponent(g, i, j));
     let bad = sf.iter().filter(|v| **v & 0x807F_FFFF != 0).count() as i32;
     Packed { sf0, sf1, bad }
 }
@@ -70,6 +72,7 @@ struct Uploaded {
     sf1: Buffer<u32>,
     /// `sf1` is passed as rows of words.
     turned: bool,
+    expected: OnceCell<Packed>,
 }
 
 impl Uploaded {
@@ -90,6 +93,7 @@ impl Uploaded {
             sf0: device.alloc(words(shape.n, shape.k) + GUARD).map_err(text)?,
             sf1: device.alloc(words(shape.k, shape.n) + GUARD).map_err(text)?,
             turned: number % 2 == 1,
+            expected: OnceCell::new(),
         };
         uploaded.reset()?;
         Ok(uploaded)
@@ -156,8 +160,8 @@ impl List {
     fn check(&self, name: &str, counts: bool) -> Result<(), String> {
         let mut bad = vec![BEFORE; self.bad.len()];
         for (i, w) in self.weights.iter().enumerate() {
-            let expected = reference(&w.scales, w.shape, self.b);
-            w.check(&format!("{name},weight={i} {:?}", w.shape), &expected)?;
+            let expected = w.expected.get_or_init(|| reference(&w.scales, w.shape, self.b));
+            w.check(&format!("{name},weight={i} {:?}", w.shape), expected)?;
             bad[i] += if counts { expected.bad } else { 0 };
         }
         compare::equal("bad", name, &[bad.len() as u64], &self.bad.to_vec().map_err(text)?, &bad)
@@ -402,7 +406,7 @@ mod tests {
         );
         refuses(&|c| c.bad = Some(view(&c.weights[1].sf0, 0, DType::I32, &[2], &[1])), "sf0 and bad overlap");
         let elsewhere = Device::emulator().checked().zeros::<f32>(15).unwrap();
-        let error = call(|c| c.weights[0].sf = read(&*elsewhere.tensor(&[1]).unwrap(), 0, DType::F32, &[3, 5], &[5, 1]));
+        let error = call(|c| c.weights[0].sf = read(&elsewhere.tensor(&[1]).unwrap(), 0, DType::F32, &[3, 5], &[5, 1]));
         assert!(matches!(error, Err(Error::DeviceMismatch { arg: "sf", .. })), "{error:?}");
     }
 

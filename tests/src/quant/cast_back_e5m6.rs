@@ -9,7 +9,7 @@ use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::cast_back_e5m6::{self as op, Args};
 use ferrotile::quant::{Sf, SfLayout};
-use ferrotile::{Buffer, DType, Device, Element, Stream};
+use ferrotile::{Buffer, Device, Element, Stream};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -89,15 +89,11 @@ fn e5m6(code: u16) -> f32 {
 /// An element type of the output.
 trait Output: Element + Bits + PartialEq + Send {
     fn of(v: f32) -> Self;
-    fn value(self) -> f32;
 }
 
 impl Output for f32 {
     fn of(v: f32) -> Self {
         v
-    }
-    fn value(self) -> f32 {
-        self
     }
 }
 
@@ -105,9 +101,6 @@ impl Output for bf16 {
     fn of(v: f32) -> Self {
         // The conversion's NaN has no sign and all mantissa bits.
         if v.is_nan() { bf16::from_bits(0x7FFF) } else { bf16::from_f32(v) }
-    }
-    fn value(self) -> f32 {
-        self.to_f32()
     }
 }
 
@@ -407,7 +400,7 @@ pub fn bench() -> Vec<Row> {
 mod tests {
     use super::*;
     use crate::support::golden::Golden;
-    use ferrotile::{Error, Result, TensorMut, TensorRef, View};
+    use ferrotile::{DType, Error, Result, TensorMut, TensorRef, View};
     use proptest::prelude::{ProptestConfig, proptest};
 
     #[test]
@@ -453,7 +446,7 @@ mod tests {
         let p = Problem { t: 1, h: 8, block: (1, 8), x, scales: vec![0.5] };
         let mut u = Uploaded::<bf16>::new(&device, &p, SfLayout::RowMajor, Placement::default()).unwrap();
         u.call(op::cast_back_e5m6, &device.stream().unwrap()).unwrap();
-        let out: Vec<f32> = u.out.to_vec().unwrap()[..8].iter().map(|v| v.value()).collect();
+        let out: Vec<f32> = u.out.to_vec().unwrap()[..8].iter().map(|v| v.to_f32()).collect();
         assert_eq!((out[0], out[1], out[5]), (f32::INFINITY, f32::NEG_INFINITY, 0.5));
         assert!(out[2..5].iter().all(|v| v.is_nan()));
     }

@@ -8,7 +8,7 @@ use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_token_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
 use ferrotile::quant::{Format, Input, Sf, SfLayout, SfMut, SfShape, sf_shape};
-use ferrotile::{Buffer, DType, Device, E2m1x2, E4m3, Stream, TensorRef, Ue8m0x4};
+use ferrotile::{Buffer, DType, Device, E2m1x2, E4m3, Stream, TensorMut, TensorRef, Ue8m0x4};
 use half::bf16;
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -22,39 +22,62 @@ pub const SUITE: Suite = Suite { op: "per_token_cast", run };
 
 /// Values on their way into a cast: `value * scale`, with one scale for a block `(npt, npc)`; 1 for plain input.
 #[derive(Clone, Debug)]
-struct Values {
-    values: Vec<f32>,
-    hidden: usize,
+pub(super) struct Values {
+    pub(super) values: Vec<f32>,
+    pub(super) hidden: usize,
     scales: Option<BlockScales>,
 }
 
 #[derive(Clone, Debug)]
-struct BlockScales {
+pub(super) struct BlockScales {
     sf: Vec<f32>,
     block: (u32, u32),
 }
 
 /// Data as bytes, row by row, and scales `(T, K)`.
 #[derive(Clone, Debug, PartialEq)]
-struct Quantised {
-    data: Vec<u8>,
-    sf: Vec<f32>,
+pub(super) struct Quantised {
+    pub(super) data: Vec<u8>,
+    pub(super) sf: Vec<f32>,
 }
 
 /// Largest value of a format, and the smallest `amax`.
-fn limits(format: Format) -> (f32, f32) {
+pub(super) fn limits(format: Format) -> (f32, f32) {
     match format {
         Format::E4m3 => (448.0, f32::from_bits(0x38D1_B717)),
         Format::E2m1 => (6.0, f32::from_bits(0x01C0_0000)),
     }
 }
 
+/// How scales are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Rule {
+    Exact,
+    Powers,
+    E4m3,
+}
+
+impl Rule {
+    fn of(round_sf: bool, layout: SfLayout) -> Self {
+        match (round_sf, layout.is_e4m3()) {
+            (_, true) => Rule::E4m3,
+            (true, _) => Rule::Powers,
+            (false, _) => Rule::Exact,
+        }
+    }
+}
+
 /// The stored scale, and what the data are multiplied by.
-fn scale(amax: f32, format: Format, round: bool) -> (f32, f32) {
+fn scale(amax: f32, format: Format, rule: Rule) -> (f32, f32) {
     let (largest, amax_min) = limits(format);
+    if rule == Rule::E4m3 {
+        // 0.875 for e4m3, 0.01171875 for e2m1.
+        let sf = decode_e4m3(encode_e4m3(amax.max(largest * 2f32.powi(-9)) / largest));
+        return (sf, 1.0 / sf);
+    }
     let c = amax.max(amax_min);
     let s = c / largest;
-    if !round {
+    if rule == Rule::Exact {
         return (s, largest / c);
     }
     // The next power of two, by the exponent field: positive normal numbers only come here.
@@ -64,7 +87,7 @@ fn scale(amax: f32, format: Format, round: bool) -> (f32, f32) {
 }
 
 /// e4m3 by counting steps: 2^-9 below 2^-6, else an eighth of the binade.
-fn encode_e4m3(v: f32) -> u8 {
+pub(super) fn encode_e4m3(v: f32) -> u8 {
     if v.is_nan() {
         return 0x7F;
     }
@@ -73,7 +96,9 @@ fn encode_e4m3(v: f32) -> u8 {
         return sign | 0x7E;
     }
     let binade = ((v.to_bits() >> 23 & 0xFF) as i32 - 127).max(-6);
-    let steps = (v.abs() * 2f32.powi(3 - binade)).round_ties_even() as i32;
+    // `powi` is slow, and the grids have billions of values.
+    let per_unit = f32::from_bits(((127 + 3 - binade) as u32) << 23);
+    let steps = (v.abs() * per_unit).round_ties_even() as i32;
     sign | ((binade + 6) * 8 + steps) as u8
 }
 
@@ -93,7 +118,49 @@ fn encode_e2m1(v: f32) -> u8 {
     code | if v.is_sign_negative() { 8 } else { 0 }
 }
 
-fn decode_e4m3(code: u8) -> f32 {
+/// Products of NaN have these bits on a GPU.
+fn bits_of_product(v: f32) -> u32 {
+    if v.is_nan() { 0x7FFF_FFFF } else { v.to_bits() }
+}
+
+/// The two random words of four values, given by their bits: the hash of quant.md 6.3.
+pub(super) fn random_words(v: [u32; 4], quad: u32) -> [u32; 2] {
+    let factors = [0x5671_D42Bu32, 0x9995_E499, 0xACE1_B8A5, 0xE153_538D];
+    let mut h = factors.iter().zip(v).fold(quad, |h, (f, v)| h.wrapping_add(f.wrapping_mul(v)));
+    h ^= h >> 23;
+    h = h.wrapping_mul(0x7FEB_352D);
+    h ^= h >> 16;
+    [0x846C_A68Bu32, 0xD35A_2D97].map(|f| h.wrapping_mul(f)).map(|r| r ^ (r >> 11))
+}
+
+/// The neighbour of `v` that 16 random bits choose, in a format whose binades from `2^smallest_binade` on have `steps` values: a random
+/// part of a spacing is added, and the rest cut off. May be the first value beyond `largest`.
+pub(super) fn neighbour(v: f32, bits: u16, largest: f32, smallest_binade: i32, steps: f64) -> f32 {
+    if v.is_nan() {
+        return v;
+    }
+    let a = v.abs().min(largest);
+    let binade = ((a.to_bits() >> 23) as i32 - 127).max(smallest_binade);
+    let spacing = 2f64.powi(binade) / steps;
+    (((a as f64 / spacing + bits as f64 / 65536.0).floor() * spacing) as f32).copysign(v)
+}
+
+/// Codes of four values, rounded stochastically.
+pub(super) fn round_stochastically(v: &[f32], quad: u32, format: Format) -> [u8; 4] {
+    let r = random_words(std::array::from_fn(|i| bits_of_product(v[i])), quad)[0];
+    let bits = [r as u16, (r as u16).reverse_bits(), (r >> 16) as u16, ((r >> 16) as u16).reverse_bits()];
+    let (largest, smallest_binade, steps) = match format {
+        Format::E4m3 => (448.0, -6, 8.0),
+        Format::E2m1 => (6.0, 0, 2.0),
+    };
+    std::array::from_fn(|i| {
+        let value = neighbour(v[i], bits[i], largest, smallest_binade, steps);
+        // A value of the format by now, or the first one beyond it, so there is nothing to round.
+        if format == Format::E4m3 { encode_e4m3(value) } else { encode_e2m1(value) }
+    })
+}
+
+pub(super) fn decode_e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = ((code >> 3 & 15) as i32, (code & 7) as f32);
     let magnitude = match (exponent, code & 0x7F) {
         (_, 0x7F) => f32::NAN,
@@ -109,19 +176,22 @@ fn decode_e2m1(code: u8) -> f32 {
 }
 
 /// The values that data of a format stand for, without their scales.
-fn decode(data: &[u8], format: Format) -> Vec<f32> {
+pub(super) fn decode(data: &[u8], format: Format) -> Vec<f32> {
     match format {
-        Format::E4m3 => data.par_iter().map(|c| decode_e4m3(*c)).collect(),
+        Format::E4m3 => {
+            let values: [f32; 256] = std::array::from_fn(|code| decode_e4m3(code as u8));
+            data.par_iter().map(|c| values[*c as usize]).collect()
+        }
         Format::E2m1 => data.par_iter().flat_map_iter(|c| [decode_e2m1(c & 15), decode_e2m1(c >> 4)]).collect(),
     }
 }
 
 impl Values {
-    fn plain(values: Vec<f32>, hidden: u64) -> Self {
+    pub(super) fn plain(values: Vec<f32>, hidden: u64) -> Self {
         Self { values, hidden: hidden as usize, scales: None }
     }
 
-    fn num_tokens(&self) -> usize {
+    pub(super) fn num_tokens(&self) -> usize {
         self.values.len().checked_div(self.hidden).unwrap_or(0)
     }
 
@@ -148,7 +218,11 @@ impl Values {
     }
 
     /// The cast, with `given` scales `(T, K)` instead of computed ones.
-    fn cast(&self, format: Format, npc: usize, round: bool, given: Option<&[f32]>) -> Quantised {
+    pub(super) fn cast(&self, format: Format, npc: usize, rule: Rule, given: Option<&[f32]>) -> Quantised {
+        self.cast_rounded(format, npc, rule, given, false)
+    }
+
+    fn cast_rounded(&self, format: Format, npc: usize, rule: Rule, given: Option<&[f32]>, stochastic: bool) -> Quantised {
         let columns = self.hidden.div_ceil(npc);
         let row_bytes = format.columns(self.hidden as u64) as usize;
         let mut data = vec![0u8; self.num_tokens() * row_bytes];
@@ -159,7 +233,7 @@ impl Values {
         let rows = data.par_chunks_mut(row_bytes).zip(sf.par_chunks_mut(columns)).zip(self.values.par_chunks(self.hidden));
         rows.enumerate().for_each(|(row, ((data, sf), values))| {
             let scales = self.row_scales(row);
-            let mut codes = vec![0u8; self.hidden];
+            let mut scaled = vec![0f32; self.hidden.next_multiple_of(4)];
             for k in 0..columns {
                 let group = k * npc..self.hidden.min((k + 1) * npc);
                 let inverse = match given {
@@ -167,19 +241,23 @@ impl Values {
                     None => {
                         // `max` ignores NaN.
                         let amax = group.clone().fold(0f32, |max, i| max.max(values[i].abs() * scales[i]));
-                        let (stored, inverse) = scale(amax, format, round);
+                        let (stored, inverse) = scale(amax, format, rule);
                         sf[k] = stored;
                         inverse
                     }
                 };
                 for i in group {
                     // A zero stays one, also where the factor is infinite: a group of zeros in a block with a large scale.
-                    let scaled = if values[i] == 0.0 { values[i] } else { values[i] * (scales[i] * inverse) };
-                    codes[i] = if format == Format::E4m3 { encode_e4m3(scaled) } else { encode_e2m1(scaled) };
+                    scaled[i] = if values[i] == 0.0 { values[i] } else { values[i] * (scales[i] * inverse) };
                 }
             }
+            let codes: Vec<u8> = if stochastic {
+                scaled.chunks_exact(4).enumerate().flat_map(|(i, quad)| round_stochastically(quad, i as u32, format)).collect()
+            } else {
+                scaled.iter().map(|v| if format == Format::E4m3 { encode_e4m3(*v) } else { encode_e2m1(*v) }).collect()
+            };
             match format {
-                Format::E4m3 => data.copy_from_slice(&codes),
+                Format::E4m3 => data.copy_from_slice(&codes[..self.hidden]),
                 Format::E2m1 => data.iter_mut().zip(codes.chunks(2)).for_each(|(byte, pair)| *byte = pair[0] | pair[1] << 4),
             }
         });
@@ -190,7 +268,8 @@ impl Values {
 /// Values and what casts of them give, made once for all inputs and layouts that share them.
 struct Reference {
     values: Values,
-    made: RefCell<HashMap<(Format, u32, bool), Rc<Quantised>>>,
+    #[allow(clippy::type_complexity)]
+    made: RefCell<HashMap<(Format, u32, Rule, bool), Rc<Quantised>>>,
 }
 
 impl Reference {
@@ -198,14 +277,18 @@ impl Reference {
         Rc::new(Self { values, made: RefCell::default() })
     }
 
-    fn cast(&self, format: Format, npc: u32, round: bool) -> Rc<Quantised> {
-        let make = || Rc::new(self.values.cast(format, npc as usize, round, None));
-        self.made.borrow_mut().entry((format, npc, round)).or_insert_with(make).clone()
+    fn cast(&self, format: Format, npc: u32, rule: Rule) -> Rc<Quantised> {
+        self.cast_rounded(format, npc, rule, false)
+    }
+
+    fn cast_rounded(&self, format: Format, npc: u32, rule: Rule, stochastic: bool) -> Rc<Quantised> {
+        let make = || Rc::new(self.values.cast_rounded(format, npc as usize, rule, None, stochastic));
+        self.made.borrow_mut().entry((format, npc, rule, stochastic)).or_insert_with(make).clone()
     }
 }
 
-/// A quantised tensor with power-of-two scales of a block, which later is an input.
-fn quantise_blocks(values: &Values, format: Format, (npt, npc): (u32, u32)) -> (Vec<u8>, BlockScales) {
+/// A quantised tensor with scales of a block, which later is an input.
+fn quantise_blocks(values: &Values, format: Format, (npt, npc): (u32, u32), rule: Rule) -> (Vec<u8>, BlockScales) {
     let (hidden, rows, strip) = (values.hidden, values.num_tokens(), npt as usize);
     let columns = hidden.div_ceil(npc as usize);
     let mut sf = vec![0f32; rows.div_ceil(strip) * columns];
@@ -213,7 +296,7 @@ fn quantise_blocks(values: &Values, format: Format, (npt, npc): (u32, u32)) -> (
         sf.par_chunks_mut(columns).zip(values.values.par_chunks(strip * hidden)).for_each(|(sf, values)| {
             for (k, sf) in sf.iter_mut().enumerate() {
                 let block = values.chunks(hidden).flat_map(|row| row[k * npc as usize..].iter().take(npc as usize));
-                *sf = scale(block.fold(0f32, |max, v| max.max(v.abs())), format, true).0;
+                *sf = scale(block.fold(0f32, |max, v| max.max(v.abs())), format, rule).0;
             }
         });
     }
@@ -232,8 +315,12 @@ fn quantise_blocks(values: &Values, format: Format, (npt, npc): (u32, u32)) -> (
     (data, BlockScales { sf, block: (npt, npc) })
 }
 
-/// Words of a scale tensor, contiguous in its logical shape: f32 bits, or four exponents, 0 for groups that do not exist.
+/// Words of a scale tensor, contiguous in its logical shape: f32 bits, or four exponents, 0 for groups that do not exist, or four e4m3.
 fn sf_words(sf: &[f32], columns: usize, layout: SfLayout) -> Vec<u32> {
+    if layout.is_e4m3() {
+        let word = |four: &[f32]| four.iter().enumerate().fold(0, |word, (i, v)| word | (encode_e4m3(*v) as u32) << (8 * i));
+        return sf.chunks(4).map(word).collect();
+    }
     if !layout.is_packed() {
         return sf.iter().map(|v| v.to_bits()).collect();
     }
@@ -328,16 +415,23 @@ impl Scales {
         let words = sf_words(&scales.sf, columns as usize, layout);
         let shape = [(scales.sf.len() as u64).checked_div(columns).unwrap_or(0), layout.columns(columns)];
         let strides = if layout.is_col_major() { [1, shape[0] + pad] } else { [shape[1] + pad, 1] };
-        let mut all = vec![0x7FC0_0000u32; (shape[0] * strides[0]).max(shape[1] * strides[1]) as usize];
-        for (i, word) in words.into_iter().enumerate() {
+        let size = layout.dtype().size() as usize;
+        let elements = (shape[0] * strides[0]).max(shape[1] * strides[1]) as usize;
+        // What nobody may read is NaN in every layout.
+        let mut all = vec![0x7FFF_FFFFu32; (elements * size).div_ceil(4)];
+        let (from, to): (&[u8], &mut [u8]) = (bytemuck::cast_slice(&words), bytemuck::cast_slice_mut(&mut all));
+        for i in 0..(shape[0] * shape[1]) as usize {
             let (row, column) = (i as u64 / shape[1], i as u64 % shape[1]);
-            all[(row * strides[0] + column * strides[1]) as usize] = word;
+            let at = (row * strides[0] + column * strides[1]) as usize * size;
+            to[at..at + size].copy_from_slice(&from[i * size..(i + 1) * size]);
         }
         Ok(Self { words: device.upload(&all).map_err(text)?, shape, strides, layout })
     }
 
     fn sf(&self) -> ferrotile::Result<Sf<'_>> {
-        let tensor = self.words.strided(&self.shape, &self.strides, 0)?.reinterpret(self.layout.dtype())?;
+        let dtype = self.layout.dtype();
+        // SAFETY: `new` made the buffer large enough for these elements, and it outlives the result.
+        let tensor = unsafe { TensorRef::from_raw(self.words.device(), self.words.as_ptr(), dtype, &self.shape, &self.strides)? };
         Ok(Sf { tensor, layout: self.layout })
     }
 }
@@ -372,7 +466,7 @@ impl Source {
         Ok(self)
     }
 
-    /// The quantised form of `values`, its scales in `layout`, and rows of bytes at `at`.
+    /// The quantised form of `values`, its scales powers of two unless they are e4m3, in `layout`, and rows of bytes at `at`.
     fn quantised(
         device: &Device,
         values: &Values,
@@ -382,7 +476,7 @@ impl Source {
         at: (u64, u64),
         kind: &'static str,
     ) -> Result<Self, String> {
-        let (data, scales) = quantise_blocks(values, format, block);
+        let (data, scales) = quantise_blocks(values, format, block, Rule::of(true, layout));
         Self::from_codes(device, data, values.hidden as u64, scales, format, layout, at, kind)
     }
 
@@ -436,7 +530,7 @@ impl Source {
 }
 
 /// Standard normal values, such that `dtype` holds them.
-fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
+pub(super) fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
     let mut values = Rng::named(name).normal_f32((t * h) as usize);
     if dtype == DType::Bf16 {
         values.par_iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
@@ -446,7 +540,7 @@ fn normal(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
 
 /// Values with all that is hard: rows and groups of zeros, negative zeros, subnormals, halfway points of both formats and their
 /// neighbours, one huge value in a group, the largest finite value, NaN.
-fn awkward(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
+pub(super) fn awkward(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
     let mut values = normal(dtype, (t, h), name);
     let rng = Rng::named(name).stream(1);
     let ties = [0.25f32, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 1.0625, 1.1875, 2f32.powi(-10), 1.5 * 2f32.powi(-9), 440.0];
@@ -480,12 +574,13 @@ fn awkward(dtype: DType, (t, h): (u64, u64), name: &str) -> Values {
     values
 }
 
-/// Codes of a quantised input with all bit patterns (NaN only on request), and scales that are powers of two far apart, or any.
+/// Codes of a quantised input with all bit patterns (NaN only on request), and scales that are powers of two far apart, or any, or all that
+/// e4m3 has but NaN, 0 too.
 fn awkward_codes(
     format: Format,
     (t, h): (u64, u64),
     block: (u32, u32),
-    powers: bool,
+    rule: Rule,
     nan: bool,
     name: &str,
 ) -> (Vec<u8>, BlockScales) {
@@ -504,7 +599,11 @@ fn awkward_codes(
     let scales = rng.stream(2);
     let sf = (0..blocks).map(|i| {
         let power = 2f32.powi(scales.below(i, 24) as i32 - 12);
-        if powers { power } else { power * (1.0 + scales.unit(blocks + i)) }
+        match rule {
+            Rule::Powers => power,
+            Rule::Exact => power * (1.0 + scales.unit(blocks + i)),
+            Rule::E4m3 => decode_e4m3(scales.below(i, 0x7F) as u8),
+        }
     });
     (data, BlockScales { sf: sf.collect(), block })
 }
@@ -532,22 +631,41 @@ impl Outputs {
         let sf_shape = sf_shape(shape.0, shape.1, (1, npc), layout);
         let shape = [shape.0, format.columns(shape.1)];
         let mut data = device.alloc::<u8>((shape[0] * shape[1]) as usize + GUARD).map_err(text)?;
-        let mut sf = device.alloc::<u32>(sf_shape.elements as usize + GUARD).map_err(text)?;
+        let sf_words = (sf_shape.elements * sf_shape.dtype.size()).div_ceil(4) as usize;
+        let mut sf = device.alloc::<u32>(sf_words + GUARD).map_err(text)?;
         data.fill_bytes(FILL).map_err(text)?;
         sf.fill_bytes(FILL).map_err(text)?;
         Ok(Self { format, shape, offset: 0, data, sf_shape, layout, sf })
     }
 
     fn cast(&mut self, stream: &Stream, x: Input<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
+        self.cast_rounded(stream, x, npc, round_sf, false)
+    }
+
+    fn cast_rounded(
+        &mut self,
+        stream: &Stream,
+        x: Input<'_>,
+        npc: u32,
+        round_sf: bool,
+        stochastic: bool,
+    ) -> ferrotile::Result<()> {
+        let sf = self.sf_mut()?;
         let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?.reinterpret(self.format.dtype())?;
-        let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
-        let args = Args { x, npc, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } };
-        op::per_token_cast(stream, args)
+        op::per_token_cast(stream, Args { x, npc, round_sf, stochastic, out, sf })
+    }
+
+    /// The scales; only one of them may be in use.
+    fn sf_mut<'a>(&self) -> ferrotile::Result<SfMut<'a>> {
+        let SfShape { dtype, shape, strides, .. } = &self.sf_shape;
+        // SAFETY: the buffer has room for these elements. It outlives the call that the scales are made for, which uses nothing
+        // else of it.
+        let tensor = unsafe { TensorMut::from_raw(self.sf.device(), self.sf.as_ptr(), *dtype, shape, strides)? };
+        Ok(SfMut { tensor, layout: self.layout })
     }
 
     fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, npc: u32, round_sf: bool) -> ferrotile::Result<()> {
-        let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
-        let sf = SfMut { tensor: sf, layout: self.layout };
+        let sf = self.sf_mut()?;
         op::per_token_cast_with_sf_only(stream, SfOnlyArgs { x, format: self.format, npc, round_sf, sf })
     }
 
@@ -576,6 +694,12 @@ impl Outputs {
     fn check_sf(&self, name: &str, expected: &[u32]) -> Result<(), String> {
         let SfShape { shape, strides, .. } = &self.sf_shape;
         let sf = self.sf.to_vec().map_err(text)?;
+        if self.layout.is_e4m3() {
+            let (got, expected): (&[E4m3], &[E4m3]) = (bytemuck::cast_slice(&sf), bytemuck::cast_slice(expected));
+            let expected = &expected[..(shape[0] * shape[1]) as usize];
+            compare::equal_strided::<E4m3>("sf", name, shape, strides, got, expected)?;
+            return compare::untouched::<E4m3>("sf", name, shape, strides, got, FILL);
+        }
         if self.layout.is_packed() {
             let (got, expected) = (bytemuck::cast_slice(&sf), bytemuck::cast_slice(expected));
             compare::equal_strided::<Ue8m0x4>("sf", name, shape, strides, got, expected)?;
@@ -588,18 +712,32 @@ impl Outputs {
 }
 
 const FORMATS: [Format; 2] = [Format::E4m3, Format::E2m1];
-const GROUPS: [u32; 4] = [16, 32, 64, 128];
+pub(super) const GROUPS: [u32; 4] = [16, 32, 64, 128];
 /// Rounded scales, layout.
-const CONFIGS: [(bool, SfLayout); 6] = [
+const CONFIGS: [(bool, SfLayout); 8] = [
     (true, SfLayout::ColMajorPacked),
     (true, SfLayout::RowMajor),
     (true, SfLayout::RowMajorPacked),
     (true, SfLayout::ColMajor),
     (false, SfLayout::RowMajor),
     (false, SfLayout::ColMajor),
+    (false, SfLayout::RowMajorE4m3),
+    (false, SfLayout::ColMajorE4m3),
+];
+/// Layouts of the scales of a quantised input.
+const LAYOUTS: [SfLayout; 6] = [
+    SfLayout::RowMajor,
+    SfLayout::ColMajor,
+    SfLayout::ColMajorPacked,
+    SfLayout::RowMajorPacked,
+    SfLayout::RowMajorE4m3,
+    SfLayout::ColMajorE4m3,
 ];
 /// The configurations of the published grid.
 const PUBLISHED: &[(bool, SfLayout)] = CONFIGS.split_at(2).0;
+
+/// Those, and one with e4m3 scales.
+const EXTENDED: [(bool, SfLayout); 3] = [CONFIGS[0], CONFIGS[1], CONFIGS[6]];
 
 /// What to do with an input.
 struct Plan<'a> {
@@ -607,6 +745,8 @@ struct Plan<'a> {
     configs: &'a [(bool, SfLayout)],
     /// sf-only and precomputed too.
     variants: bool,
+    /// Rounded stochastically too.
+    stochastic: bool,
     /// The floats that the cast approximates: check that errors go both ways.
     bias: Option<&'a [f32]>,
     /// Where the output starts in its buffer.
@@ -615,7 +755,7 @@ struct Plan<'a> {
 
 impl Default for Plan<'_> {
     fn default() -> Self {
-        Self { npcs: &GROUPS, configs: &CONFIGS, variants: false, bias: None, out_offset: 0 }
+        Self { npcs: &GROUPS, configs: &CONFIGS, variants: false, stochastic: false, bias: None, out_offset: 0 }
     }
 }
 
@@ -628,27 +768,33 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
     for &format in formats {
         for &npc in plan.npcs {
             let columns = hidden.div_ceil(npc.into()) as usize;
-            let reference = |round| source.reference.cast(format, npc, round);
-            for &(round, layout) in plan.configs {
-                let name = source.case("cast", format, npc, round, layout);
-                if ctx.case(&name) {
-                    let expected = reference(round);
+            let reference = |rule| source.reference.cast(format, npc, rule);
+            let whole_row = npc as u64 == hidden && !GROUPS.contains(&npc);
+            for &(round, layout) in plan.configs.iter().filter(|(_, layout)| !(whole_row && layout.is_e4m3())) {
+                let rule = Rule::of(round, layout);
+                for stochastic in [false, true] {
+                    let variant = if stochastic { "stochastic" } else { "cast" };
+                    let name = source.case(variant, format, npc, round, layout);
+                    if (stochastic && (!plan.stochastic || whole_row)) || !ctx.case(&name) {
+                        continue;
+                    }
+                    let expected = source.reference.cast_rounded(format, npc, rule, stochastic);
                     let words = sf_words(&expected.sf, columns, layout);
                     let mut out = Outputs::new(device, shape, format, npc, layout)?;
                     out.offset = plan.out_offset;
                     // Twice, the second time over its own results, which must be the same.
                     for _ in 0..if ctx.depth == Depth::Small { 1 } else { 2 } {
-                        out.cast(&stream, source.input().map_err(text)?, npc, round).map_err(text)?;
+                        let input = source.input().map_err(text)?;
+                        out.cast_rounded(&stream, input, npc, round, stochastic).map_err(text)?;
                     }
                     out.check_sf(&name, &words)?;
                     out.check_data(&name, &expected.data)?;
-                    if let Some(exact) = plan.bias.filter(|_| layout == SfLayout::RowMajor) {
+                    if let Some(exact) = plan.bias.filter(|_| !layout.is_packed()) {
                         let scales = Some(BlockScales { sf: expected.sf.clone(), block: (1, npc) });
                         let back = Values { values: decode(&expected.data, format), hidden: hidden as usize, scales };
                         compare::check_bias("data", &name, &back.product(), exact)?;
                     }
                 }
-                let whole_row = npc as u64 == hidden && !GROUPS.contains(&npc);
                 if !plan.variants || whole_row {
                     continue;
                 }
@@ -657,21 +803,22 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
                 if ctx.case(&name) {
                     let mut out = Outputs::new(device, shape, format, npc, layout)?;
                     out.sf_only(&stream, x, npc, round).map_err(text)?;
-                    out.check_sf(&name, &sf_words(&reference(round).sf, columns, layout))?;
+                    out.check_sf(&name, &sf_words(&reference(rule).sf, columns, layout))?;
                 }
-                if layout != SfLayout::RowMajor {
+                if layout.is_packed() {
                     continue;
                 }
                 let name = source.case("precomputed", format, npc, round, layout);
                 if ctx.case(&name) {
-                    let computed = reference(round);
-                    // Powers of two have exact inverses, so the data are those of the cast; seen once on the small shapes.
-                    let expected = if round && ctx.depth == Depth::Full && source.kind == "normal" {
+                    let computed = reference(rule);
+                    // Powers of two have exact inverses, and with e4m3 scales it is the inverse anyhow, so the data are those of the cast;
+                    // seen once on the small shapes.
+                    let expected = if rule != Rule::Exact && ctx.depth == Depth::Full && source.kind == "normal" {
                         computed.clone()
                     } else {
-                        Rc::new(source.reference.values.cast(format, npc as usize, round, Some(&computed.sf)))
+                        Rc::new(source.reference.values.cast(format, npc as usize, rule, Some(&computed.sf)))
                     };
-                    ensure(!round || expected.data == computed.data, || format!("the references disagree; {name}"))?;
+                    ensure(rule == Rule::Exact || expected.data == computed.data, || format!("the references disagree; {name}"))?;
                     let given = BlockScales { sf: computed.sf.clone(), block: (1, npc) };
                     let sf = Scales::new(device, &given, hidden, layout, 3)?;
                     let mut out = Outputs::new(device, shape, format, npc, layout)?;
@@ -692,6 +839,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     check_quantised_edges(ctx)?;
     if ctx.depth == Depth::Full {
         check_grid(ctx)?;
+        check_additions(ctx)?;
     }
     if !ctx.device.is_emulator() {
         check_graphs(ctx)?;
@@ -709,10 +857,6 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     let format = if case.param::<String>("fmt")? == "e4m3" { Format::E4m3 } else { Format::E2m1 };
     let npc: u32 = case.param("num_per_channels")?;
     let (layout, round) = case.sf_options()?;
-    if layout.is_e4m3() {
-        // No output of ours yet.
-        return Ok(());
-    }
     let x = golden.tensor(case, "in/x")?;
     let shape = (x.shape[0], x.shape[1]);
     let (dtype, values) = if x.bytes.len() as u64 == 2 * shape.0 * shape.1 {
@@ -728,7 +872,15 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     out.check_data(&name, golden.tensor(case, "out/0")?.bytes)?;
     let sf = golden.tensor(case, "out/1")?;
     sf.check_place(&name, &out.sf_shape)?;
-    let words = if layout.is_packed() { sf.packed_words(shape.1.div_ceil(npc.into()))? } else { sf.to_vec()? };
+    let words = match layout {
+        _ if layout.is_packed() => sf.packed_words(shape.1.div_ceil(npc.into()))?,
+        // Four codes in a word, as in our references.
+        _ if layout.is_e4m3() => {
+            let codes = sf.to_vec::<u8>()?;
+            codes.chunks(4).map(|c| c.iter().rev().fold(0, |word, code| word << 8 | *code as u32)).collect()
+        }
+        _ => sf.to_vec()?,
+    };
     out.check_sf(&name, &words)
 }
 
@@ -743,19 +895,19 @@ fn check_plain_edges(ctx: &Ctx) -> Result<(), String> {
         };
         let all = |extra: &[u32]| GROUPS.iter().chain(extra).copied().collect::<Vec<u32>>();
         // Ragged last group (576 = 4.5 * 128), whole rows, all layouts.
-        let plan = Plan { npcs: &all(&[576]), variants: true, ..Plan::default() };
+        let plan = Plan { npcs: &all(&[576]), variants: true, stochastic: true, ..Plan::default() };
         check_source(ctx, &source("awkward", (19, 576), (576, 0))?, &FORMATS, &plan)?;
         // Several warp tiles a row, the last one cut; rows apart but aligned.
-        let plan = Plan { npcs: &[32, 128, 2176], configs: PUBLISHED, ..Plan::default() };
+        let plan = Plan { npcs: &[32, 128, 2176], configs: &EXTENDED, stochastic: true, ..Plan::default() };
         check_source(ctx, &source("normal", (3, 2176), (4352, 8))?, &FORMATS, &plan)?;
         // Channel by channel: unaligned rows, and rows that are no whole number of vectors. An odd number only for e4m3.
-        let plan = Plan { npcs: &[16, 128], variants: true, ..Plan::default() };
+        let plan = Plan { npcs: &[16, 128], variants: true, stochastic: true, ..Plan::default() };
         check_source(ctx, &source("awkward", (5, 102), (107, 1))?, &FORMATS, &plan)?;
         check_source(ctx, &source("awkward", (3, 37), (37, 0))?, &FORMATS[..1], &plan)?;
-        let plan = Plan { npcs: &[64, 320], configs: &CONFIGS[..5], out_offset: 1, variants: true, ..Plan::default() };
+        let plan = Plan { npcs: &[64, 320], configs: &CONFIGS[2..7], out_offset: 1, variants: true, ..Plan::default() };
         check_source(ctx, &source("awkward", (3, 320), (320, 0))?, &FORMATS, &plan)?;
         // Nothing to do.
-        let plan = Plan { npcs: &[32, 384], variants: true, ..Plan::default() };
+        let plan = Plan { npcs: &[32, 384], variants: true, stochastic: true, ..Plan::default() };
         check_source(ctx, &source("normal", (0, 384), (384, 0))?, &FORMATS, &plan)?;
         check_source(ctx, &source("normal", (0, 0), (0, 0))?, &FORMATS, &Plan { npcs: &[32], ..Plan::default() })?;
         // One token, and a row longer than the threads of a block can hold.
@@ -771,33 +923,34 @@ fn check_plain_edges(ctx: &Ctx) -> Result<(), String> {
 /// Quantised input of small and awkward shapes and values.
 fn check_quantised_edges(ctx: &Ctx) -> Result<(), String> {
     let device = &ctx.device;
-    let layouts = [SfLayout::RowMajor, SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked];
     for format in FORMATS {
         let make = |shape: (u64, u64), block, layout: SfLayout, powers: bool, at: (u64, u64)| {
-            let name = format!("per_token_cast {format} {shape:?} {block:?} {powers}");
+            let rule = Rule::of(powers, layout);
+            let name = format!("per_token_cast {format} {shape:?} {block:?} {rule:?}");
             // In e2m1 a NaN has no code of its own, so only casts to e4m3 get some.
-            let (data, scales) = awkward_codes(format, shape, block, powers, false, &name);
-            let kind = if powers { "codes" } else { "codes, any scale" };
+            let (data, scales) = awkward_codes(format, shape, block, rule, false, &name);
+            let kind = if rule == Rule::Exact { "codes, any scale" } else { "codes" };
             Source::from_codes(device, data, shape.1, scales, format, layout, at, kind)
         };
         let columns = |h: u64| format.columns(h);
         // Blocks larger than the groups, smaller, and rows of their own; every layout of the input's scales with some pitch.
         for (i, block) in [(128, 128), (32, 32), (1, 16), (1, 64), (2, 2048)].into_iter().enumerate() {
-            for (j, layout) in layouts.into_iter().enumerate() {
+            for (j, layout) in LAYOUTS.into_iter().enumerate() {
                 let source = make((19, 576), block, layout, true, (columns(576) + 16 * i as u64, 0))?;
-                let configs = [CONFIGS[(i + j) % 6], CONFIGS[(i + j + 3) % 6]];
-                let npcs: &[u32] = if i == j { &GROUPS } else { &[32, 128] };
-                check_source(ctx, &source, &FORMATS, &Plan { npcs, configs: &configs, ..Plan::default() })?;
+                let configs = [CONFIGS[(i + j) % 8], CONFIGS[(i + j + 3) % 8]];
+                let (npcs, stochastic): (&[u32], _) = (if i == j { &GROUPS } else { &[32, 128] }, (i + j) % 3 == 0);
+                check_source(ctx, &source, &FORMATS, &Plan { npcs, configs: &configs, stochastic, ..Plan::default() })?;
             }
         }
         // Scales that are no powers of two: the order of the factors shows.
-        for layout in &layouts[..2] {
-            let source = make((6, 576), (2, 32), *layout, false, (columns(576), 0))?;
+        for layout in [SfLayout::RowMajor, SfLayout::ColMajor] {
+            let source = make((6, 576), (2, 32), layout, false, (columns(576), 0))?;
             check_source(ctx, &source, &FORMATS, &Plan { npcs: &[16, 128], configs: &CONFIGS[3..], ..Plan::default() })?;
         }
         // Channel by channel, a block that covers all, and an output that is not aligned.
-        let plan = Plan { npcs: &[16, 64], configs: &CONFIGS[1..5], ..Plan::default() };
+        let plan = Plan { npcs: &[16, 64], configs: &CONFIGS[1..7], stochastic: true, ..Plan::default() };
         check_source(ctx, &make((5, 102), (5, 102), SfLayout::ColMajor, true, (columns(102) + 3, 1))?, &FORMATS, &plan)?;
+        check_source(ctx, &make((5, 102), (1, 16), SfLayout::RowMajorE4m3, true, (columns(102) + 3, 1))?, &FORMATS, &plan)?;
         let plan = Plan { npcs: &[32], configs: &CONFIGS[..4], out_offset: 1, ..Plan::default() };
         check_source(ctx, &make((5, 160), (7, 32), SfLayout::RowMajorPacked, true, (columns(160), 0))?, &FORMATS, &plan)?;
         // Several warp tiles a row.
@@ -806,9 +959,10 @@ fn check_quantised_edges(ctx: &Ctx) -> Result<(), String> {
         check_source(ctx, &make((0, 384), (128, 128), SfLayout::RowMajor, true, (columns(384), 0))?, &FORMATS, &plan)?;
     }
     // NaN codes: not part of the maximum, and NaN again.
-    let (data, scales) = awkward_codes(Format::E4m3, (7, 192), (32, 32), true, true, "per_token_cast nan");
+    let (data, scales) = awkward_codes(Format::E4m3, (7, 192), (32, 32), Rule::Powers, true, "per_token_cast nan");
     let source = Source::from_codes(device, data, 192, scales, Format::E4m3, SfLayout::RowMajor, (192, 0), "codes, nan")?;
-    check_source(ctx, &source, &FORMATS[..1], &Plan { npcs: &[32, 128], configs: PUBLISHED, ..Plan::default() })
+    let plan = Plan { npcs: &[32, 128], configs: &EXTENDED, stochastic: true, ..Plan::default() };
+    check_source(ctx, &source, &FORMATS[..1], &plan)
 }
 
 /// The published grid: 4001 and 8001 tokens, seven hidden sizes, all inputs and formats; and all layouts where rows are ragged.
@@ -822,7 +976,7 @@ fn check_grid(ctx: &Ctx) -> Result<(), String> {
                 let source = Source::plain(device, dtype, reference.clone(), (h, 0), "normal")?;
                 let npcs = [32, 64, 128, h as u32];
                 let configs = if h == 576 { &CONFIGS[..] } else { PUBLISHED };
-                let plan = Plan { npcs: &npcs, configs, variants: true, bias: Some(&values.values), out_offset: 0 };
+                let plan = Plan { npcs: &npcs, configs, variants: true, bias: Some(&values.values), ..Plan::default() };
                 check_source(ctx, &source, &FORMATS, &plan)?;
                 // The same as a view of rows twice as long.
                 let view = Source::plain(device, dtype, reference.clone(), (2 * h, 0), "normal")?;
@@ -848,6 +1002,34 @@ fn check_grid(ctx: &Ctx) -> Result<(), String> {
     Ok(())
 }
 
+/// What 2.1.0 added, on its numbers of tokens and channels: every layout, e4m3 scales on both sides, stochastic rounding.
+fn check_additions(ctx: &Ctx) -> Result<(), String> {
+    let device = &ctx.device;
+    for (t, h) in [(512, 128), (512, 192), (512, 384), (512, 768), (512, 2048), (512, 7168), (2001, 7168)] {
+        for dtype in DTYPES {
+            let values = normal(dtype, (t, h), &format!("per_token_cast {dtype} {t} {h}"));
+            let reference = Reference::new(values);
+            let source = Source::plain(device, dtype, reference.clone(), (h, 0), "normal")?;
+            // The large one in e4m3 layouts.
+            let (npcs, configs): (&[u32], _) = if t == 512 { (&GROUPS, &CONFIGS[..]) } else { (&[16, 32], &CONFIGS[6..]) };
+            let bias = Some(&reference.values.values[..]);
+            check_source(ctx, &source, &FORMATS, &Plan { npcs, configs, stochastic: true, bias, ..Plan::default() })?;
+            if dtype == DType::F32 {
+                continue;
+            }
+            for (format, block) in [(Format::E2m1, (1, 16)), (Format::E4m3, (1, 32)), (Format::E4m3, (128, 128))] {
+                for layout in [SfLayout::RowMajorE4m3, SfLayout::ColMajorE4m3] {
+                    let at = (format.columns(h), 0);
+                    let source = Source::quantised(device, &reference.values, format, block, layout, at, "normal")?;
+                    let plan = Plan { npcs: &[32, 128], configs: &EXTENDED, stochastic: t == 512, ..Plan::default() };
+                    check_source(ctx, &source, &FORMATS, &plan)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Every launcher recorded in a graph and replayed.
 fn check_graphs(ctx: &Ctx) -> Result<(), String> {
     let name = "kind=graph,h=576,t=133";
@@ -859,8 +1041,8 @@ fn check_graphs(ctx: &Ctx) -> Result<(), String> {
     let reference = Reference::new(normal(DType::Bf16, shape, name));
     let plain = Source::plain(device, DType::Bf16, reference.clone(), (576, 0), "graph")?;
     let pair = Source::quantised(device, &reference.values, Format::E2m1, (32, 32), SfLayout::ColMajorPacked, (288, 0), "graph")?;
-    let (expected, of_rows) = (reference.cast(format, npc, true), reference.cast(format, 576, true));
-    let of_pair = pair.reference.cast(format, npc, true);
+    let (expected, of_rows) = (reference.cast(format, npc, Rule::Powers), reference.cast(format, 576, Rule::Powers));
+    let of_pair = pair.reference.cast(format, npc, Rule::Powers);
     let given = Scales::new(device, &BlockScales { sf: expected.sf.clone(), block: (1, npc) }, 576, layout, 0)?;
     let outputs = |npc| Outputs::new(device, shape, format, npc, layout);
     let (mut all, mut scales, mut data) = (outputs(npc)?, outputs(npc)?, outputs(npc)?);
@@ -906,7 +1088,7 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
     let name = "kind=large output,h=7168,t=600001";
     if ctx.case(name) {
         let row = normal(DType::Bf16, (1, h), name);
-        let expected = row.cast(Format::E4m3, 128, true, None);
+        let expected = row.cast(Format::E4m3, 128, Rule::Powers, None);
         let mut rows = Rows::plain(device, DType::Bf16, &row.values, [1, h], (h, 0))?;
         (rows.shape, rows.stride) = ([t, h], 0);
         let mut out = Outputs::new(device, (t, h), Format::E4m3, 128, SfLayout::ColMajorPacked)?;
@@ -923,7 +1105,7 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
     let name = "kind=large input,h=576,t=130";
     if ctx.case(name) {
         let values = normal(DType::Bf16, (t, h), name);
-        let expected = values.cast(Format::E2m1, 32, true, None);
+        let expected = values.cast(Format::E2m1, 32, Rule::Powers, None);
         let compact = Rows::plain(device, DType::Bf16, &values.values, [t, h], (h, 0))?;
         let Elements::Bf16(compact) = &compact.elements else { return Err(format!("no bf16; {name}")) };
         let mut wide = device.alloc::<bf16>(((t - 1) * stride + h) as usize).map_err(text)?;
@@ -952,21 +1134,37 @@ fn row(
     layout: SfLayout,
     block: Option<(u32, u32)>,
 ) -> Row {
-    let sf = sf_shape(t, h, (1, npc), layout);
-    let x_sf = block.map_or(0, |block| sf_shape(t, h, block, SfLayout::ColMajorPacked).shape.iter().product());
+    row_rounded(case, input, (t, h), format, npc, layout, block.map(|block| (block, SfLayout::ColMajorPacked)), false)
+}
+
+/// A row with any layout of the input's scales, and stochastic rounding or not.
+#[allow(clippy::too_many_arguments)]
+fn row_rounded(
+    case: String,
+    input: DType,
+    (t, h): (u64, u64),
+    format: Format,
+    npc: u32,
+    layout: SfLayout,
+    block: Option<((u32, u32), SfLayout)>,
+    stochastic: bool,
+) -> Row {
+    let sf_bytes = |sf: SfShape| sf.shape[0] * sf.shape[1] * sf.dtype.size();
+    let x_sf = block.map_or(0, |(block, layout)| sf_bytes(sf_shape(t, h, block, layout)));
     let x_columns = if input == DType::E2m1x2 { h / 2 } else { h };
-    let bytes = t * x_columns * input.size() + 4 * x_sf + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
+    let bytes = t * x_columns * input.size() + x_sf + t * format.columns(h) + sf_bytes(sf_shape(t, h, (1, npc), layout));
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let name = format!("per_token_cast benchmark {t} {h}");
         let source = match (block, Format::of(input)) {
-            (Some(block), Some(from)) => {
+            (Some((block, layout)), Some(from)) => {
                 let values = normal(DType::Bf16, (t, h), &name);
-                Source::quantised(device, &values, from, block, SfLayout::ColMajorPacked, (x_columns, 0), "benchmark")?
+                Source::quantised(device, &values, from, block, layout, (x_columns, 0), "benchmark")?
             }
             _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
         };
         let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
-        Ok(Box::new(move |stream| out.cast(stream, source.input()?, npc, true)))
+        let round = !layout.is_e4m3();
+        Ok(Box::new(move |stream| out.cast_rounded(stream, source.input()?, npc, round, stochastic)))
     };
     Row { op: "per_token_cast", case, bytes, build: Box::new(build) }
 }
@@ -999,6 +1197,7 @@ pub fn bench() -> Vec<Row> {
             }
         }
     }
+    rows.extend(bench_additions());
     for t in [1, 16, 128] {
         for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
             rows.push(row(case(Format::E4m3, 7168, input, 128, t), dtype, (t, 7168), Format::E4m3, 128, packed, None));
@@ -1018,10 +1217,31 @@ pub fn bench() -> Vec<Row> {
     rows
 }
 
+/// e4m3 scales and stochastic rounding, which no published benchmark has.
+fn bench_additions() -> Vec<Row> {
+    let mut rows = Vec::new();
+    let (shape, row_major, col_major) = ((8064, 7168), SfLayout::RowMajorE4m3, SfLayout::ColMajorE4m3);
+    for (format, npc) in [(Format::E2m1, 16), (Format::E4m3, 32)] {
+        for (layout, sf) in [(row_major, "e4m3"), (col_major, "e4m3 col-major")] {
+            let case = format!("fmt={format},h=7168,input=bf16,npc={npc},sf={sf},t=8064");
+            rows.push(row(case, DType::Bf16, shape, format, npc, layout, None));
+        }
+        for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
+            let case = format!("fmt={format},h=7168,input={input},npc=32,rounding=stochastic,sf=packed,t=8064");
+            rows.push(row_rounded(case, dtype, shape, format, 32, SfLayout::ColMajorPacked, None, true));
+        }
+        let case = format!("fmt={format},h=7168,input=e2m1,1x16,e4m3,npc=32,sf=packed,t=8064");
+        let block = Some(((1, 16), row_major));
+        rows.push(row_rounded(case, DType::E2m1x2, shape, format, 32, SfLayout::ColMajorPacked, block, false));
+    }
+    rows
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotile::{Error, Result, TensorMut};
+    use ferrotile::{Error, Result};
+    use ferrotile_kernels::quant::common;
     use proptest::prelude::{Just, ProptestConfig, any, prop_oneof, proptest};
 
     #[test]
@@ -1033,7 +1253,8 @@ mod tests {
     #[test]
     fn the_reference_reproduces_the_published_vectors() {
         let check = |x: [f32; 8], format, round, sf: u32, data: &[u8]| {
-            let got = Values::plain(x.to_vec(), 8).cast(format, 16, round, None);
+            let rule = if round { Rule::Powers } else { Rule::Exact };
+            let got = Values::plain(x.to_vec(), 8).cast(format, 16, rule, None);
             assert_eq!((got.sf[0].to_bits(), &got.data[..]), (sf, data), "{x:?} {format} {round}");
         };
         let x = [0.1, -0.25, 1.0, 3.0, -7.5, 0.0, -0.0, 100.0];
@@ -1051,6 +1272,62 @@ mod tests {
         let sf: Vec<f32> = (0..25).map(|i| f32::from_bits((100 + i) << 23)).collect();
         let words = sf_words(&sf, 5, SfLayout::ColMajorPacked);
         assert_eq!((words[3 * 2 + 1], sf_shape(5, 576, (1, 128), SfLayout::ColMajorPacked).strides), (100 + 3 * 5 + 4, [1, 8]));
+    }
+
+    /// The kernels' scales are made without a division. Around every magnitude from which on the specification's quotient becomes another
+    /// e4m3, and for others, they are the same.
+    #[test]
+    fn e4m3_scales_are_those_of_the_quotient() {
+        for (format, largest) in [(Format::E4m3, 448f32), (Format::E2m1, 6.0)] {
+            let check = |c: f32| {
+                let got = match format {
+                    Format::E4m3 => common::scale_e4m3::<common::E4m3>(c),
+                    Format::E2m1 => common::scale_e4m3::<common::E2m1>(c),
+                };
+                let expected = scale(c, format, Rule::E4m3);
+                assert_eq!((got.sf, got.inv), expected, "{c:e} for {format}");
+            };
+            for code in 1..=0x7E {
+                let (mut low, mut high) = ((largest / 512.0).to_bits(), f32::MAX.to_bits());
+                while low < high {
+                    let middle = low + (high - low) / 2;
+                    if encode_e4m3(f32::from_bits(middle) / largest) >= code { high = middle } else { low = middle + 1 }
+                }
+                (low.saturating_sub(1000)..low + 1000).for_each(|bits| check(f32::from_bits(bits)));
+            }
+            (0..1 << 16).for_each(|i: u32| check(f32::from_bits(i.wrapping_mul(0x7FF1)).abs()));
+            [0.0, f32::MAX, f32::INFINITY, f32::MIN_POSITIVE, f32::NAN].into_iter().for_each(check);
+        }
+    }
+
+    /// The errors of stochastic rounding average to zero for every distance from a neighbour: their sum stays within what that many
+    /// independent choices deviate by. Rows of one value, so that the exact answer is known.
+    #[test]
+    fn stochastic_rounding_is_unbiased() {
+        let device = Device::emulator();
+        let stream = device.stream().unwrap();
+        let (t, h) = (64u64, 256u64);
+        for (format, largest) in [(Format::E4m3, 448f32), (Format::E2m1, 6.0)] {
+            // Every group starts with the largest value, so that its scale is 1; the others have a random last bit, for the hash.
+            let rng = Rng::named("unbiased");
+            let fraction = |row: u64| 1.0 + (row as f32 + 0.5) / t as f32 * if format == Format::E4m3 { 0.125 } else { 0.5 };
+            let value = |i: u64| f32::from_bits(fraction(i / h).to_bits() ^ (rng.bits(i) & 15) as u32);
+            let x: Vec<f32> = (0..t * h).map(|i| if i % 32 == 0 { largest } else { value(i) }).collect();
+            let source = Source::plain(&device, DType::F32, Reference::new(Values::plain(x.clone(), h)), (h, 0), "one").unwrap();
+            let mut out = Outputs::new(&device, (t, h), format, 32, SfLayout::RowMajor).unwrap();
+            out.cast_rounded(&stream, source.input().unwrap(), 32, true, true).unwrap();
+            let data = out.data.to_vec().unwrap();
+            let got = decode(&data[..(t * format.columns(h)) as usize], format);
+            let spacing = if format == Format::E4m3 { 0.125f64 } else { 0.5 };
+            for row in 0..t {
+                let at = (row * h) as usize..((row + 1) * h) as usize;
+                let errors: Vec<f64> = at.map(|i| (got[i] as f64 - x[i] as f64) / spacing).collect();
+                let p = (row as f64 + 0.5) / t as f64;
+                let bound = 5.0 * (h as f64 * p * (1.0 - p)).sqrt() + 1.0;
+                let sum: f64 = errors.iter().sum();
+                assert!(errors.iter().all(|e| e.abs() < 1.0) && sum.abs() < bound, "{format}, row {row}: {sum}, allowed {bound}");
+            }
+        }
     }
 
     /// Buffers from which good and bad arguments are made.
@@ -1084,7 +1361,14 @@ mod tests {
                 let twin = unsafe { &*(self as *const Self) };
                 let out = self.out.tensor_mut(&[4, 128]).unwrap().reinterpret(DType::E4m3).unwrap();
                 let sf = SfMut { tensor: self.sf.tensor_mut(&[4, 4]).unwrap(), layout: SfLayout::RowMajor };
-                let mut args = Args { x: Input::Plain(twin.x.tensor(&[4, 128]).unwrap()), npc: 32, round_sf: true, out, sf };
+                let mut args = Args {
+                    x: Input::Plain(twin.x.tensor(&[4, 128]).unwrap()),
+                    npc: 32,
+                    round_sf: true,
+                    stochastic: false,
+                    out,
+                    sf,
+                };
                 edit(&mut args, twin);
                 op::per_token_cast(&twin.device.stream().unwrap(), args).expect_err("this call must be refused")
             };
@@ -1153,6 +1437,36 @@ mod tests {
         refused!(bad, |a, b| a.sf = b.sf(&[4, 4], &[4, 1], SfLayout::ColMajor), Error::Layout { arg: "sf", .. });
         refused!(bad, |a, b| a.sf = b.sf(&[4, 4], &[1, 5], SfLayout::ColMajor), Error::Layout { arg: "sf", .. });
         // Values.
+        refused!(
+            bad,
+            |a, b| {
+                // Rounded to powers of two and e4m3 exclude each other.
+                a.sf = b.sf(&[4, 4], &[4, 1], SfLayout::RowMajorE4m3);
+                a.round_sf = true;
+            },
+            Error::Value { arg: "round_sf", .. }
+        );
+        refused!(bad, |a, b| a.sf = b.sf(&[4, 4], &[4, 1], SfLayout::PerChannelPacked), Error::Layout { arg: "sf", .. });
+        refused!(
+            bad,
+            |a, b| {
+                a.sf = b.sf(&[4, 4], &[1, 20], SfLayout::ColMajorE4m3);
+                a.round_sf = false;
+            },
+            Error::Layout { arg: "sf", .. }
+        );
+        for (layout, stochastic) in [(SfLayout::RowMajor, true), (SfLayout::RowMajorE4m3, false)] {
+            let error = bad.refused(|a, b| {
+                a.x = Input::Plain(b.x.tensor(&[4, 192]).unwrap());
+                a.out = b.out(&[4, 192], &[192, 1], DType::E4m3);
+                a.sf = b.sf(&[4, 1], &[1, 1], layout);
+                (a.npc, a.round_sf, a.stochastic) = (192, false, stochastic);
+            });
+            match stochastic {
+                true => assert!(matches!(error, Error::Value { arg: "stochastic with one scale a row", .. }), "{error:?}"),
+                false => assert!(matches!(error, Error::Layout { arg: "sf", .. }), "{error:?}"),
+            }
+        }
         for npc in [0, 8, 48, 256] {
             refused!(bad, |a, _b| a.npc = npc, Error::Value { arg: "npc", .. });
         }
@@ -1296,7 +1610,8 @@ mod tests {
             op::per_token_cast_with_precomputed_sf(&stream, args)
         };
         given(128, SfLayout::RowMajor).unwrap();
-        for layout in [SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked] {
+        given(128, SfLayout::ColMajor).unwrap();
+        for layout in [SfLayout::ColMajorPacked, SfLayout::RowMajorPacked, SfLayout::PerChannelPacked] {
             assert!(matches!(given(128, layout), Err(Error::Layout { arg: "sf", .. })));
         }
         assert!(matches!(given(96, SfLayout::RowMajor), Err(Error::Value { arg: "npc", .. })));
@@ -1310,8 +1625,8 @@ mod tests {
         #[test]
         fn any_plain_input(
             t in 0u64..9, h in 1u64..300, gap in 0u64..20, offset in 0u64..9, out_offset in 0u64..9, f32_input in any::<bool>(),
-            e2m1 in any::<bool>(), npc in prop_oneof![Just(16u32), Just(32), Just(64), Just(128)], config in 0usize..6,
-            exponent in -120i32..120, seed in any::<u32>(),
+            e2m1 in any::<bool>(), npc in prop_oneof![Just(16u32), Just(32), Just(64), Just(128)], config in 0usize..8,
+            stochastic in any::<bool>(), exponent in -120i32..120, seed in any::<u32>(),
         ) {
             let h = if e2m1 { h + h % 2 } else { h };
             let dtype = if f32_input { DType::F32 } else { DType::Bf16 };
@@ -1319,7 +1634,7 @@ mod tests {
             values.values.iter_mut().for_each(|v| *v *= 2f32.powi(exponent));
             let ctx = Ctx::new(Device::emulator().checked(), Depth::Small);
             let source = Source::plain(&ctx.device, dtype, Reference::new(values), (h + gap, offset), "any").unwrap();
-            let plan = Plan { npcs: &[npc], configs: &CONFIGS[config..config + 1], variants: true, bias: None, out_offset };
+            let plan = Plan { npcs: &[npc], configs: &CONFIGS[config..config + 1], variants: true, stochastic, bias: None, out_offset };
             check_source(&ctx, &source, &FORMATS[e2m1 as usize..e2m1 as usize + 1], &plan).unwrap();
         }
 
@@ -1327,18 +1642,19 @@ mod tests {
         #[test]
         fn any_quantised_input(
             t in 0u64..9, h in 1u64..150, gap in 0u64..20, offset in 0u64..9, out_offset in 0u64..9, from_e2m1 in any::<bool>(),
-            e2m1 in any::<bool>(), npc in prop_oneof![Just(16u32), Just(32), Just(64), Just(128)], config in 0usize..6,
-            npt_log2 in 0u32..4, npc_log2 in 4u32..8, layout in 0usize..4, seed in any::<u32>(),
+            e2m1 in any::<bool>(), npc in prop_oneof![Just(16u32), Just(32), Just(64), Just(128)], config in 0usize..8,
+            stochastic in any::<bool>(), npt_log2 in 0u32..4, npc_log2 in 4u32..8, layout in 0usize..6, seed in any::<u32>(),
         ) {
             let format = FORMATS[from_e2m1 as usize];
             let (h, columns) = (2 * h, format.columns(2 * h));
             let block = (1 << npt_log2, 1 << npc_log2);
-            let layouts = [SfLayout::RowMajor, SfLayout::ColMajor, SfLayout::ColMajorPacked, SfLayout::RowMajorPacked];
-            let (data, scales) = awkward_codes(format, (t, h), block, layout > 1 || seed % 2 == 0, false, &format!("{seed}"));
+            let layout = LAYOUTS[layout];
+            let rule = Rule::of(layout.is_packed() || seed % 2 == 0, layout);
+            let (data, scales) = awkward_codes(format, (t, h), block, rule, false, &format!("{seed}"));
             let ctx = Ctx::new(Device::emulator().checked(), Depth::Small);
             let at = (columns + gap, offset);
-            let source = Source::from_codes(&ctx.device, data, h, scales, format, layouts[layout], at, "any").unwrap();
-            let plan = Plan { npcs: &[npc], configs: &CONFIGS[config..config + 1], variants: false, bias: None, out_offset };
+            let source = Source::from_codes(&ctx.device, data, h, scales, format, layout, at, "any").unwrap();
+            let plan = Plan { npcs: &[npc], configs: &CONFIGS[config..config + 1], variants: false, stochastic, bias: None, out_offset };
             check_source(&ctx, &source, &FORMATS[e2m1 as usize..e2m1 as usize + 1], &plan).unwrap();
         }
     }

@@ -70,7 +70,7 @@ fn reference_scale(amax: f32, round: bool) -> (f32, f32) {
 
 /// The cast of `x`, `(t, h)`.
 pub(super) fn reference(x: &[f32], h: usize, round: bool) -> Quantised {
-    let t = if h == 0 { 0 } else { x.len() / h };
+    let t = x.len().checked_div(h).unwrap_or(0);
     let (mut data, mut sf) = (vec![0u8; t * h / 2 * 3], vec![0f32; t]);
     let rows = data.par_chunks_mut((h / 2 * 3).max(1)).zip(&mut sf).zip(x.par_chunks(h.max(1)));
     rows.for_each(|((data, sf), x)| {
@@ -200,7 +200,7 @@ fn awkward(rng: &Rng, dtype: DType, (row, col, h): (u64, u64, u64), i: u64) -> f
             let value = if exponent == 0 { man * 2f32.powi(-14) } else { (1.0 + man) * 2f32.powi(exponent - 15) };
             sign * f32::from_bits(value.to_bits().wrapping_add_signed((draw >> 40) as i32 % 3))
         }
-        4 => sign * f32::from_bits(((draw >> 8) % 115 << 23 | (draw >> 20) & 0x7F_FFFF) as u32),
+        4 => sign * f32::from_bits((((draw >> 8) % 115) << 23 | ((draw >> 20) & 0x7F_FFFF)) as u32),
         // The largest quotient next to a power of two: a product with the reciprocal would miss the next exponent.
         5 if last => 65024f32.next_up() * 2f32.powi((row % 30) as i32),
         6 if last => f32::MAX,

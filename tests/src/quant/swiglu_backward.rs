@@ -569,7 +569,7 @@ impl Outputs {
                 act_x_grad: inputs.grad.tensor(&[p, h], &[h + gap, 1], offset)?,
                 rows: inputs.routing.rows(options.rows)?,
                 weights: inputs.routing.weights(options.weights)?,
-                clamp: options.clamp,
+                clamp_value: options.clamp,
                 x_grad: self.x_grad.tensor_mut(&[p, 2 * h])?,
                 weight_grad: inputs.routing.weight_grad(options, &mut self.weight_grad)?,
                 act_out: if options.act_out { Some(self.act_out.tensor_mut(&[p, h])?) } else { None },
@@ -998,7 +998,7 @@ mod tests {
                     act_x_grad,
                     rows: ExpertRows::PosToExpert(map.tensor(&[4]).unwrap()),
                     weights,
-                    clamp,
+                    clamp_value: clamp,
                     x_grad: out.0.tensor_mut(x_grad).unwrap(),
                     weight_grad: Some(WeightGrad::PerRow(out.1.tensor_mut(weight_grad).unwrap())),
                     act_out: None,
@@ -1018,7 +1018,7 @@ mod tests {
             "columns of x is 24, allowed: multiples of 16",
             call(x.tensor(&[4, 24]).unwrap(), fine_grad, shapes, by_row(), None),
         );
-        refuses("clamp is -2, allowed: 0 or more", call(fine_x, fine_grad, shapes, by_row(), Some(-2.0)));
+        refuses("clamp_value is 0, allowed: positive numbers", call(fine_x, fine_grad, shapes, by_row(), Some(0.0)));
         refuses("act_x_grad is bf16, allowed: f32", call(fine_x, bf16s.tensor(&[4, 16]).unwrap(), shapes, by_row(), None));
         refuses(
             "act_x_grad has shape [2, 32], expected [4, 16]",
@@ -1028,7 +1028,7 @@ mod tests {
         refuses("x_grad has shape [2, 64], expected [4, 32]", call(fine_x, fine_grad, (&[2, 64], &[4]), by_row(), None));
         refuses("weight_grad has shape [3], expected [4]", call(fine_x, fine_grad, (&[4, 32], &[3]), by_row(), None));
         refuses("weight_grad is by row, allowed: none", call(fine_x, fine_grad, shapes, RowWeights::None, None));
-        let (result, untouched) = call(fine_x, fine_grad, shapes, by_row(), Some(0.0));
+        let (result, untouched) = call(fine_x, fine_grad, shapes, by_row(), Some(0.1));
         assert!(result.is_ok() && !untouched);
     }
 

@@ -173,11 +173,11 @@ impl Outputs {
             Args {
                 x: inputs.x.strided(&[p, 2 * h], &[2 * h + gap, 1], offset)?.reinterpret(DType::E4m3)?,
                 x_sf: Sf { tensor: inputs.x_sf.strided(&[p, groups], &[groups + gap, 1], offset)?, layout: SfLayout::RowMajor },
-                num_per_channels: inputs.npc as u32,
+                npc: inputs.npc as u32,
                 act_x_grad: inputs.grad.tensor(&[p, h], &[h + gap, 1], offset)?,
                 rows: inputs.routing.rows(options.rows)?,
                 weights: inputs.routing.weights(options.weights)?,
-                clamp: options.clamp,
+                clamp_value: options.clamp,
                 round_sf,
                 x_grad: self.x_grad.tensor_mut(&[p, 2 * h])?,
                 x_grad_fp8: self.fp8.tensor_mut(&[p, 2 * h])?.reinterpret(DType::E4m3)?,
@@ -442,11 +442,11 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
         let args = Args {
             x: codes.strided(&[p, 2 * h], &[0, 1], 0)?.reinterpret(DType::E4m3)?,
             x_sf: Sf { tensor: x_sf.tensor(&[p, groups])?, layout: SfLayout::RowMajor },
-            num_per_channels: npc as u32,
+            npc: npc as u32,
             act_x_grad: grad.tensor(&[p, h], &[0, 1], 0)?,
             rows: ExpertRows::All,
             weights: RowWeights::None,
-            clamp: None,
+            clamp_value: None,
             round_sf: true,
             x_grad: x_grad.tensor_mut(&[p, 2 * h])?,
             x_grad_fp8: data.tensor_mut(&[p, 2 * h])?.reinterpret(DType::E4m3)?,
@@ -521,6 +521,11 @@ fn check_golden(ctx: &Ctx, golden: &Golden) -> Result<(), String> {
 
 // The benchmark.
 
+/// The values again and again, up to `len`.
+fn repeated<T: Copy>(values: &[T], len: u64) -> Vec<T> {
+    values.iter().copied().cycle().take(len as usize).collect()
+}
+
 type Launcher = fn(&Stream, Args<'_>) -> ferrotile::Result<()>;
 
 fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Options, launcher: Launcher) -> Row {
@@ -536,7 +541,10 @@ fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Opti
     let bytes = rows * (12 * h + 16 * h / npc) + weights;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let name = "swiglu_backward_and_per_token_cast benchmark";
-        let (problem, x) = problem(layout(), h, npc, DType::Bf16, "normal", name);
+        // Some rows, over and over.
+        let (some, x) = problem(plain_layout(rows.min(256)), h, npc, DType::Bf16, "normal", name);
+        let problem = Problem::new(layout(), h, Vec::new(), repeated(&some.grad, rows * h), name);
+        let x = Quantised { codes: repeated(&x.codes, rows * 2 * h), sf: repeated(&x.sf, rows * 2 * h / npc) };
         let inputs = Inputs::new(device, &problem, &x, npc, DType::Bf16, (0, 0))?;
         let mut outputs = Outputs::new(device, &inputs, &options, SfLayout::RowMajor)?;
         Ok(Box::new(move |stream| outputs.run_by(launcher, stream, &inputs, &options, true)))
@@ -676,11 +684,11 @@ mod tests {
             let mut args = Args {
                 x: self.x.tensor(&[4, 128])?,
                 x_sf: Sf { tensor: self.x_sf.tensor(&[4, 4])?, layout: SfLayout::RowMajor },
-                num_per_channels: 32,
+                npc: 32,
                 act_x_grad: self.grad.tensor(&[4, 64])?,
                 rows: ExpertRows::All,
                 weights: RowWeights::PerTokenTopk { topk_weights: self.weights.tensor(&[2, 2])?, pos_to_token_topk: map },
-                clamp: Some(10.0),
+                clamp_value: Some(10.0),
                 round_sf: true,
                 x_grad: out(self.x_grad.as_ptr(), DType::Bf16, &[4, 128]),
                 x_grad_fp8: out(self.fp8.as_ptr(), DType::E4m3, &[4, 128]),
@@ -717,12 +725,12 @@ mod tests {
         use DType::{Bf16, E4m3, F16, F32, I32, I64, Ue8m0x4};
         let f = Fixture::new();
         // Numbers.
-        f.refuses("num_per_channels is 64, allowed: 32, 128", |a, _| a.num_per_channels = 64);
-        f.refuses("columns of x is 128, allowed: multiples of 256", |a, _| a.num_per_channels = 128);
+        f.refuses("npc is 64, allowed: 32, 128", |a, _| a.npc = 64);
+        f.refuses("columns of x is 128, allowed: multiples of 256", |a, _| a.npc = 128);
         f.refuses("columns of x is 96, allowed: multiples of 64", |a, f| a.x = f.spare(E4m3, &[4, 96], &[96, 1], 0));
-        f.refuses("clamp is -1, allowed: 0 or more", |a, _| a.clamp = Some(-1.0));
-        f.refuses("clamp is NaN, allowed: 0 or more", |a, _| a.clamp = Some(f32::NAN));
-        f.refuses("rows of x is 2147483648, allowed", |a, f| a.x = f.spare(E4m3, &[1 << 31, 128], &[0, 1], 0));
+        f.refuses("clamp_value is -1, allowed: positive numbers", |a, _| a.clamp_value = Some(-1.0));
+        f.refuses("clamp_value is NaN, allowed: positive numbers", |a, _| a.clamp_value = Some(f32::NAN));
+        f.refuses("num_rows is 2147483648, allowed", |a, f| a.x = f.spare(E4m3, &[1 << 31, 128], &[0, 1], 0));
         f.refuses("scales of a row is 49154, allowed: 0 to 49152", |a, f| {
             a.x = f.spare(E4m3, &[1, 32 * 49154], &[0, 1], 0);
         });

@@ -109,7 +109,7 @@ impl Codec {
     fn cast(&self, x: TensorRef<'_>, out: TensorMut<'_>, sf: SfMut<'_>) -> Result<()> {
         let (block, round_sf) = (self.block, false);
         if block.0 == 1 {
-            let args = per_token_cast::Args { x: Input::Plain(x), npc: block.1, round_sf, out, sf };
+            let args = per_token_cast::Args { x: Input::Plain(x), npc: block.1, round_sf, stochastic: false, out, sf };
             Ok(per_token_cast::per_token_cast(&self.stream, args)?)
         } else {
             Ok(per_block_cast::per_block_cast(&self.stream, per_block_cast::Args { x, block, round_sf, out, sf })?)

@@ -1,0 +1,406 @@
+//! swiglu_forward_and_per_channel_cast_and_transpose: `silu(gate) * up` in bf16, quantised to e4m3 with one scale for each `npt` tokens
+//! of a channel.
+//!
+//! In   x  bf16 [t, 2h], gate in the left half, any row stride      Out  out  e4m3 [h, t] or [t, h];  sf  f32 [ceil(t/npt), h]
+//! Exact  bit for bit, quant.md 5.11, as far as [`exp`] is; a last block takes the tokens there are; NaN does not count for a scale.
+//! Map   a block per tile of whole scaling blocks; a thread has 4 tokens by 8 channels in registers, from the load to the store. The
+//!       maxima of a channel meet in shared memory; four tokens of a channel are a word of the transposed tile, which goes through
+//!       shared memory too.
+//! Cost  4 bytes read and 1 written a value, 4/npt for its scale; about 22 instructions a value: memory bound, but not by far.
+
+use super::common::{E4m3, Scale, Target, scale};
+use super::common_swiglu::{clamp_gate, clamp_up, silu};
+use crate::device::*;
+use crate::{kernel, unroll};
+
+/// Threads of a block.
+pub const THREADS: u32 = 256;
+/// Tokens of a thread, one after the other: as e4m3 a word of a transposed row.
+const TOKENS: u32 = 4;
+/// Channels of a thread: 16 bytes of bf16.
+const CHANNELS: u32 = 8;
+/// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
+const GRID_Y: u32 = 1 << 15;
+
+/// Tokens and channels of a tile with `lanes` threads across.
+pub const fn tile(threads: u32, lanes: u32) -> (u32, u32) {
+    (threads / lanes * TOKENS, lanes * CHANNELS)
+}
+
+/// One block a tile, channels first: neighbours in x share DRAM pages of `x`. `turned`: tokens first, at most 65535 tiles of channels.
+pub const fn config(num_tokens: u32, hidden: u32, threads: u32, lanes: u32, turned: bool) -> LaunchConfig {
+    let (tokens, channels) = tile(threads, lanes);
+    let (rows, columns) = (ceil_div(num_tokens, tokens), ceil_div(hidden, channels));
+    let y = if rows < GRID_Y { rows } else { GRID_Y };
+    let z = if y == 0 { 0 } else { ceil_div(rows, y) };
+    let grid = if turned { [rows, columns, 1] } else { [columns, y, z] };
+    LaunchConfig::grid(grid, threads).shared(&Scratch::new(threads, lanes).0)
+}
+
+/// What a block keeps in shared memory.
+struct Scratch {
+    /// Largest magnitude of each channel in the tokens of a warp, as bf16.
+    maxima: Shared<u16>,
+    /// What the values of each scaling block are multiplied by.
+    inverses: Shared<f32>,
+    /// The transposed tile.
+    tile: Shared<u8>,
+}
+
+impl Scratch {
+    #[inline(always)]
+    const fn new(threads: u32, lanes: u32) -> (SharedLayout, Self) {
+        let (tokens, channels) = tile(threads, lanes);
+        let mut layout = SharedLayout::new();
+        let maxima = layout.array(threads / WARP_SIZE * channels);
+        let inverses = layout.array(tokens / 32 * channels);
+        let tile = layout.array(tokens * channels);
+        (layout, Self { maxima, inverses, tile })
+    }
+}
+
+/// Gate and up of four tokens.
+type Held = [[[u32; 4]; 2]; TOKENS as usize];
+
+/// Load what a thread needs. Tokens and channels outside of the tensor are replaced by its last ones: those are in the same scaling
+/// block, or in one that does not exist, so the maxima stay right and no load needs a condition.
+#[inline(always)]
+fn load<const ALIGNED: bool>(x: In<u16>, stride: u32, (token, channel): (u32, u32), (t, h): (u32, u32)) -> Held {
+    let mut held = [[[0; 4]; 2]; TOKENS as usize];
+    if ALIGNED {
+        let (token, channel) = (min(token, t - TOKENS), min(channel, h - CHANNELS));
+        let mut gate = x.at(token as u64 * stride as u64 + channel as u64);
+        unroll!(i in (TOKENS as usize) {
+            gate = if i == 0 { gate } else { gate.at(stride as u64) };
+            held[i] = [gate.load16(0), gate.at(h as u64).load16(0)];
+        });
+    } else {
+        unroll!(i in (TOKENS as usize) {
+            let row = x.at(min(token + i as u32, t - 1) as u64 * stride as u64);
+            held[i] = [gather(row, channel, h), gather(row.at(h as u64), channel, h)];
+        });
+    }
+    held
+}
+
+/// Eight channels from `channel` on, one by one; those beyond the last are the last.
+#[inline(always)]
+fn gather(row: In<u16>, channel: u32, h: u32) -> [u32; 4] {
+    let value = |c: u32| row.at(min(channel + c, h - 1) as u64).get(0) as u32;
+    [value(0) | value(1) << 16, value(2) | value(3) << 16, value(4) | value(5) << 16, value(6) | value(7) << 16]
+}
+
+/// How `silu` is computed. What comes of it is the same once its product with a bf16 is rounded to bf16.
+trait Silu {
+    fn silu(gate: f32) -> f32;
+}
+
+/// For gates that bf16 can hold, of a magnitude of at most [`LARGE_GATE`].
+struct Short;
+/// For gates that bf16 can hold.
+struct Careful;
+/// For all gates.
+struct Any;
+
+/// Larger gates may have a divisor so large that its approximate reciprocal is 0. As bf16.
+const LARGE_GATE: u32 = 87f32.to_bits() >> 16;
+
+impl Silu for Short {
+    #[inline(always)]
+    fn silu(gate: f32) -> f32 {
+        let divisor = one_plus_exp(-gate);
+        short_quotient(gate, divisor, fast_rcp(divisor))
+    }
+}
+
+impl Silu for Careful {
+    #[inline(always)]
+    fn silu(gate: f32) -> f32 {
+        let divisor = one_plus_exp(-gate);
+        // The reciprocal may be subnormal, which it is good enough as.
+        let reciprocal = fast_rcp(divisor * 0.25) * 0.25;
+        let quotient = short_quotient(gate, divisor, reciprocal);
+        // Where a divisor or a gate is infinite there is no remainder, and no need of one.
+        if quotient.is_nan() { gate * reciprocal } else { quotient }
+    }
+}
+
+impl Silu for Any {
+    #[inline(always)]
+    fn silu(gate: f32) -> f32 {
+        silu(gate)
+    }
+}
+
+/// `silu` of a gate that bf16 can hold, the way the kernel takes: for the device layer's own tests.
+#[doc(hidden)]
+#[inline(always)]
+pub fn silu_of_bf16(gate: f32) -> f32 {
+    if gate.abs().to_bits() >> 16 > LARGE_GATE { Careful::silu(gate) } else { Short::silu(gate) }
+}
+
+/// `a / d`, given the reciprocal of `d` but for its last bits. One step of correction leaves an error of 2^-44, so this is the IEEE quotient
+/// unless that is as close to a halfway point. For the numbers that come here it is not, but next to a divisor of 2 with gates around 2^-23;
+/// tests run all of them.
+#[doc(hidden)]
+#[inline(always)]
+pub fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
+    let q = a * reciprocal;
+    // The negative of the remainder, which is exact: if it is zero, the sum below keeps the sign of a zero quotient.
+    let excess = fma(d, q, -a);
+    fma(-excess, reciprocal, q)
+}
+
+/// Whether a finite or infinite gate is beyond [`LARGE_GATE`].
+#[inline(always)]
+fn has_large_gate(held: &Held) -> bool {
+    let max = held.iter().fold([0; 4], |max, [gate, _]| core::array::from_fn(|w| bf16x2_max_abs(max[w], gate[w])));
+    let max = bf16x2_max_abs(bf16x2_max_abs(max[0], max[1]), bf16x2_max_abs(max[2], max[3]));
+    max & 0x7FFF > LARGE_GATE || max >> 16 & 0x7FFF > LARGE_GATE
+}
+
+/// `silu(gate) * up` of two channels, rounded to bf16.
+#[inline(always)]
+fn activate<S: Silu, const CLAMP: bool>(gate: u32, up: u32, clamp: f32) -> u32 {
+    let value = |l: f32, r: f32| {
+        let (l, r) = if CLAMP { (clamp_gate(l, clamp), clamp_up(r, clamp)) } else { (l, r) };
+        S::silu(l) * r
+    };
+    let (l, r) = (bf16x2_to_f32(gate), bf16x2_to_f32(up));
+    f32x2_to_bf16x2(value(l[0], r[0]), value(l[1], r[1]))
+}
+
+/// Pairs of channels of a thread.
+const PAIRS: usize = (TOKENS * CHANNELS / 2) as usize;
+
+/// [`activate`] of all that a thread holds, `N` pairs at a time: a loop that turns everything round, because registers have no index.
+/// Written out, the code would be longer than the driver compiles in good time before the first launch.
+#[inline(always)]
+fn activate_all<S: Silu, const CLAMP: bool, const N: usize>(held: &Held, clamp: f32) -> [[u32; 4]; TOKENS as usize] {
+    let mut pairs: [[u32; 2]; PAIRS] = core::array::from_fn(|i| [held[i / 4][0][i % 4], held[i / 4][1][i % 4]]);
+    for _ in 0..PAIRS / N {
+        rolled();
+        let mut done = [0; N];
+        unroll!(i in N {
+            let [gate, up] = pairs[i];
+            done[i] = activate::<S, CLAMP>(gate, up, clamp);
+        });
+        // Results take the place of the gates.
+        let before = pairs;
+        unroll!(i in PAIRS {
+            let from = (i + N) % PAIRS;
+            pairs[i] = if i + N < PAIRS { before[from] } else { [done[from % N], before[from][1]] };
+        });
+    }
+    core::array::from_fn(|i| core::array::from_fn(|w| pairs[4 * i + w][0]))
+}
+
+/// [`scale`] without rounding, for a bf16: the exact quotients without the tests of IEEE division.
+#[doc(hidden)]
+#[inline(always)]
+pub fn plain_scale(amax: f32) -> Scale {
+    let amax = max_total(amax, E4m3::AMAX_MIN);
+    // Both scaled, so that the reciprocal of a huge number is not 0.
+    let (largest, scaled) = (E4m3::MAX / 256.0, amax / 256.0);
+    Scale { sf: short_quotient(amax, E4m3::MAX, 1.0 / E4m3::MAX), inv: short_quotient(largest, scaled, fast_rcp(scaled)) }
+}
+
+/// The first `exist` of eight bytes, one by one.
+#[inline(always)]
+fn store_bytes(to: Out<u8>, bytes: [u32; 2], exist: u32) {
+    unroll!(c in (CHANNELS as usize) {
+        if (c as u32) < exist {
+            to.set(c as u32, (bytes[c / 4] >> (8 * (c % 4))) as u8);
+        }
+    });
+}
+
+/// Arguments of a launch.
+#[derive(Clone, Copy)]
+struct Call {
+    x: In<u16>,
+    out: Out<u8>,
+    sf: Out<f32>,
+    t: u32,
+    h: u32,
+    x_stride: u32,
+    sf_stride: u32,
+    clamp: f32,
+    round: u32,
+}
+
+/// What a block does.
+#[inline(always)]
+fn cast_tile<
+    const THREADS: u32,
+    const LANES: u32,
+    const NPT: u32,
+    const TRANSPOSE: bool,
+    const CLAMP: bool,
+    const ALIGNED: bool,
+    const TURNED: bool,
+>(
+    call: Call,
+) {
+    let Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round } = call;
+    let (_, Scratch { maxima, inverses, tile: shared }) = Scratch::new(THREADS, LANES);
+    let (tokens, channels) = tile(THREADS, LANES);
+    let (row, column) =
+        if TURNED { (block_idx_x(), block_idx_y()) } else { (block_idx_z() * grid_dim_y() + block_idx_y(), block_idx_x()) };
+    let (tile_token, tile_channel) = (row * tokens, column * channels);
+    // Blocks of the last z that have no tokens: all threads of a block leave together.
+    if tile_token >= t {
+        return;
+    }
+    let thread = thread_idx() % THREADS;
+    let (lane, group) = (thread % LANES, thread / LANES);
+    let (token, channel) = (tile_token + group * TOKENS, tile_channel + lane * CHANNELS);
+
+    let held = load::<ALIGNED>(x, x_stride, (token, channel), (t, h));
+    let acts = if !ALIGNED {
+        activate_all::<Any, CLAMP, 1>(&held, clamp)
+    } else if has_large_gate(&held) {
+        activate_all::<Careful, CLAMP, 1>(&held, clamp)
+    } else if CLAMP {
+        activate_all::<Short, CLAMP, 8>(&held, clamp)
+    } else {
+        activate_all::<Short, CLAMP, 16>(&held, clamp)
+    };
+
+    // Maxima of the channels: of the thread, of the warp, of the tile. They start from a number, so no NaN is left.
+    let mut own: [u32; 4] = acts.iter().fold([0; 4], |own, v| core::array::from_fn(|w| bf16x2_max_abs(own[w], v[w])));
+    if LANES <= 16 {
+        own = own.map(|m| bf16x2_max_abs(m, warp_shuffle_xor(m, 16)));
+    }
+    if LANES <= 8 {
+        own = own.map(|m| bf16x2_max_abs(m, warp_shuffle_xor(m, 8)));
+    }
+    if lane_id() < LANES {
+        maxima.store16(warp_id() * channels + lane * CHANNELS, own);
+    }
+    block_sync();
+    // A thread for each scale of the tile.
+    let blocks = tokens / NPT;
+    let warps = THREADS / WARP_SIZE / blocks;
+    if thread < blocks * channels {
+        let (block, c) = (thread / channels, thread % channels);
+        let mut amax = 0;
+        unroll!(i in 16 {
+            if (i as u32) < warps {
+                // Without the sign, which means nothing, bf16 order like integers.
+                amax = max(amax, maxima.get((block * warps + i as u32) * channels + c) as u32 & 0x7FFF);
+            }
+        });
+        // An infinite activation counts as the largest finite one.
+        let amax = f32::from_bits(min(amax, 0x7F7F) << 16);
+        let scale = if round != 0 { scale::<E4m3, true>(amax) } else { plain_scale(amax) };
+        inverses.set(thread, scale.inv);
+        let (m, c) = (tile_token / NPT + block, tile_channel + c);
+        if c < h && (blocks == 1 || m * NPT < t) {
+            sf.at(m as u64 * sf_stride as u64 + c as u64).set(0, scale.sf);
+        }
+    }
+    block_sync();
+
+    let first = group * TOKENS / NPT * channels + lane * CHANNELS;
+    let (a, b) = (inverses.load16(first), inverses.load16(first + 4));
+    let inv = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
+    let value = |i: usize, c: usize| bf16x2_to_f32(acts[i][c / 2])[c % 2] * inv[c];
+    if !TRANSPOSE {
+        let word = |i: usize, w: usize| f32x4_to_e4m3x4([value(i, w), value(i, w + 1), value(i, w + 2), value(i, w + 3)]);
+        let mut to = out.at(token as u64 * h as u64 + channel as u64);
+        unroll!(i in (TOKENS as usize) {
+            let codes = [word(i, 0), word(i, 4)];
+            to = if i == 0 { to } else { to.at(h as u64) };
+            if ALIGNED {
+                // All of a thread's tokens exist, or none.
+                if token < t && channel < h {
+                    to.store8(0, codes);
+                }
+            } else {
+                let exist = if token + (i as u32) < t { h.saturating_sub(channel) } else { 0 };
+                store_bytes(to, codes, exist);
+            }
+        });
+        return;
+    }
+
+    // Row `c` of the shared tile is a channel, with its chunks of 16 tokens swizzled by the lane that writes it: the words of a warp
+    // then lie in 32 banks, and a quarter warp reads all chunks of a row.
+    let chunks = tokens / 16;
+    let chunk = (group / 4) ^ (lane % chunks);
+    unroll!(c in (CHANNELS as usize) {
+        let word = f32x4_to_e4m3x4([value(0, c), value(1, c), value(2, c), value(3, c)]);
+        shared.store4((lane * CHANNELS + c as u32) * tokens + chunk * 16 + group % 4 * 4, word);
+    });
+    block_sync();
+    if ALIGNED {
+        unroll!(i in 2 {
+            let item = thread + i as u32 * THREADS;
+            let (c, chunk) = (item / chunks, item % chunks);
+            let swizzled = chunk ^ (c / CHANNELS % chunks);
+            let codes = shared.load16(c * tokens + swizzled * 16);
+            let (channel, token) = (tile_channel + c, tile_token + chunk * 16);
+            if channel < h && token < t {
+                out.at(channel as u64 * t as u64 + token as u64).store16(0, codes);
+            }
+        });
+    } else {
+        // One byte a step: neighbouring threads write neighbouring tokens.
+        let mut item = thread;
+        while item < tokens * channels {
+            let (c, token) = (item / tokens, item % tokens);
+            let swizzled = (token / 16) ^ (c / CHANNELS % chunks);
+            let code = shared.get(c * tokens + swizzled * 16 + token % 16);
+            if tile_channel + c < h && tile_token + token < t {
+                out.at((tile_channel + c) as u64 * t as u64 + (tile_token + token) as u64).set(0, code);
+            }
+            item += THREADS;
+        }
+    }
+}
+
+kernel! {
+    op = swiglu_forward_and_per_channel_cast_and_transpose;
+    threads = 256;
+    /// `x_stride` and `sf_stride` count elements. `ALIGNED`: rows of `x` and `out` start at multiples of 16 bytes, `h` is a multiple of 8
+    /// and `t` one of 4; transposed `t` is a multiple of 16.
+    pub fn cast[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool, const TURNED: bool](
+        x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
+    ) {
+        let call = Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round };
+        cast_tile::<256, LANES, NPT, TRANSPOSE, CLAMP, ALIGNED, TURNED>(call);
+    }
+    entries {
+        t32[8, 32, true, false, true, false], t128[8, 128, true, false, true, false],
+        t32_clamp[8, 32, true, true, true, false], t128_clamp[8, 128, true, true, true, false],
+        n32[16, 32, false, false, true, false], n128[8, 128, false, false, true, false],
+        n32_clamp[16, 32, false, true, true, false], n128_clamp[8, 128, false, true, true, false],
+        t32_any[8, 32, true, true, false, false], t128_any[8, 128, true, true, false, false],
+        n32_any[16, 32, false, true, false, false], n128_any[8, 128, false, true, false, false],
+        t32_turned[8, 32, true, false, true, true], t128_turned[8, 128, true, false, true, true],
+    }
+}
+
+kernel! {
+    op = swiglu_forward_and_per_channel_cast_and_transpose;
+    threads = 512;
+    /// [`cast`] in tiles of 128 channels, to be measured.
+    pub fn cast_wide[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool](
+        x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
+    ) {
+        let call = Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round };
+        cast_tile::<512, LANES, NPT, TRANSPOSE, CLAMP, ALIGNED, false>(call);
+    }
+    entries { t128[16, 128, true, false, true], n128[16, 128, false, false, true] }
+}
+
+/// `u32::min` and `max` as plain functions, which leave a single instruction.
+#[inline(always)]
+fn min(a: u32, b: u32) -> u32 {
+    if a < b { a } else { b }
+}
+#[inline(always)]
+fn max(a: u32, b: u32) -> u32 {
+    if a > b { a } else { b }
+}
