@@ -50,12 +50,9 @@ pub fn suites() -> Vec<Suite> {
         quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
         quant::swiglu_forward::SUITE,
         quant::swiglu_forward_and_per_token_cast::SUITE,
-        quant::per_block_cast_lossless::SUITE,
         quant::per_token_cast_to_e5m6::SUITE,
         quant::swiglu_backward::SUITE,
         quant::swiglu_backward_and_per_token_cast::SUITE,
-        quant::swiglu_forward::SUITE,
-        quant::swiglu_forward_and_per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -91,12 +88,9 @@ pub fn benches() -> Vec<Row> {
         quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
         quant::swiglu_forward::bench(),
         quant::swiglu_forward_and_per_token_cast::bench(),
-        quant::per_block_cast_lossless::bench(),
         quant::per_token_cast_to_e5m6::bench(),
         quant::swiglu_backward::bench(),
         quant::swiglu_backward_and_per_token_cast::bench(),
-        quant::swiglu_forward::bench(),
-        quant::swiglu_forward_and_per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()
