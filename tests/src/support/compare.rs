@@ -108,6 +108,11 @@ fn report<T: Bits>(
 pub fn equal<T: Bits>(what: &str, params: &str, shape: &[u64], got: &[T], expected: &[T]) -> Result<(), String> {
     same_length(what, params, got.len(), expected.len())?;
     same_length(what, params, got.len(), numel(shape))?;
+    // Whole chunks, which the compiler makes vector instructions of; where they differ is looked for only if they do.
+    let same = |(a, b): (&[T], &[T])| a.iter().zip(b).fold(0, |all, (a, b)| all | (a.bits() ^ b.bits())) == 0;
+    if got.par_chunks(CHUNK).zip(expected.par_chunks(CHUNK)).all(same) {
+        return Ok(());
+    }
     let differ: Vec<usize> = (0..got.len()).into_par_iter().filter(|&i| got[i].bits() != expected[i].bits()).collect();
     report(what, params, shape, &differ, |i| (got[i], expected[i]))
 }
