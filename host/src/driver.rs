@@ -504,15 +504,6 @@ impl Context {
         config: &LaunchConfig,
         params: &mut Params,
     ) -> Result<()> {
-        let (block, mut bytes) = params.block();
-        // One block of memory is less work for the driver than a pointer to each parameter.
-        let mut extra = [
-            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_POINTER),
-            block,
-            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_SIZE),
-            ptr::from_mut(&mut bytes).cast(),
-            ptr::without_provenance_mut(LAUNCH_PARAM_END),
-        ];
         let mut cooperative = Attribute { id: ATTRIBUTE_COOPERATIVE, value: [1, 0, 0, 0, 0, 0, 0, 0] };
         let config = ExConfig {
             grid: config.grid,
@@ -524,7 +515,7 @@ impl Context {
         };
         self.bind(op)?;
         // SAFETY: by the caller; the driver has copied everything when it returns.
-        check(op, unsafe { (self.launch_ex)(&config, function, ptr::null_mut(), extra.as_mut_ptr()) })
+        check(op, unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) })
     }
 
     /// The kernel of an entry, compiled if it is not yet.

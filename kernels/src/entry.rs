@@ -68,16 +68,21 @@ impl<A> Entry<A> {
     }
 }
 
-/// Kernel arguments as the block of memory that the kernel sees: one after the other, each at a multiple of its size.
+/// Kernel arguments, and a pointer to each as the driver wants them.
 pub struct Params {
     // Most kernels have few, so the others are not even zeroed.
-    block: [MaybeUninit<u64>; Self::MAX],
-    bytes: usize,
+    values: [MaybeUninit<u64>; Self::MAX],
+    pointers: [MaybeUninit<*mut c_void>; Self::MAX],
+    count: usize,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { block: [const { MaybeUninit::uninit() }; Self::MAX], bytes: 0 }
+        Self {
+            values: [const { MaybeUninit::uninit() }; Self::MAX],
+            pointers: [const { MaybeUninit::uninit() }; Self::MAX],
+            count: 0,
+        }
     }
 }
 
@@ -89,23 +94,18 @@ impl Params {
     // Inlined with all its neighbours, so that places are constants and nothing is left to check.
     #[inline(always)]
     pub fn push<P: KernelParam>(&mut self, p: P) {
-        let at = self.bytes.next_multiple_of(P::BYTES);
-        assert!(at + P::BYTES <= size_of_val(&self.block), "a kernel has more than Params::MAX arguments");
-        // SAFETY: within the block, and aligned as the block is to 8 bytes.
-        unsafe {
-            let place = self.block.as_mut_ptr().cast::<u8>().add(at);
-            if P::BYTES == 8 {
-                place.cast::<u64>().write(p.to_bits());
-            } else {
-                place.cast::<u32>().write(p.to_bits() as u32);
-            }
-        }
-        self.bytes = at + P::BYTES;
+        assert!(self.count < Self::MAX, "a kernel has more than Params::MAX arguments");
+        // The kernel takes as many bytes from there as its parameter has; the low ones come first.
+        self.values[self.count].write(p.to_bits().to_le());
+        self.count += 1;
     }
 
-    /// The block and its size in bytes. Gaps between arguments are not initialised.
-    pub fn block(&mut self) -> (*mut c_void, usize) {
-        (self.block.as_mut_ptr().cast(), self.bytes)
+    /// A pointer to each argument, valid until this is moved.
+    pub fn pointers(&mut self) -> *mut *mut c_void {
+        for (pointer, value) in self.pointers.iter_mut().zip(&mut self.values).take(self.count) {
+            pointer.write(value.as_mut_ptr().cast());
+        }
+        self.pointers.as_mut_ptr().cast()
     }
 }
 
@@ -162,21 +162,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arguments_lie_at_multiples_of_their_size() {
+    fn pointers_lead_to_the_arguments() {
         let mut params = Params::default();
         params.push(1u32);
         params.push(2.5f32);
         params.push(-3i32);
         params.push(-4i64);
-        params.push(5u32);
-        let (block, bytes) = params.block();
-        assert_eq!(bytes, 28);
-        let word = |at: usize| {
-            // SAFETY: none of these is in the gap before the 64-bit argument.
-            unsafe { block.cast::<u32>().add(at).read() }
-        };
-        let words = [0, 1, 2, 4, 5, 6].map(word);
-        assert_eq!(words, [1, 2.5f32.to_bits(), -3i32 as u32, -4i32 as u32, u32::MAX, 5]);
+        let pointers = params.pointers();
+        // SAFETY: four arguments, each with at least four bytes.
+        let words = [0, 1, 2, 3].map(|i| unsafe { (*pointers.add(i)).cast::<u32>().read() });
+        assert_eq!(words, [1, 2.5f32.to_bits(), -3i32 as u32, -4i32 as u32]);
+        // SAFETY: the last has eight.
+        assert_eq!(unsafe { (*pointers.add(3)).cast::<i64>().read() }, -4);
     }
 
     #[test]
