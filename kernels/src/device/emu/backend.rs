@@ -592,7 +592,9 @@ pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
 }
 
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
-    a.mul_add(b, c)
+    let sum = a.mul_add(b, c);
+    // The only NaN that the instruction returns.
+    if sum.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { sum }
 }
 pub fn canonical(v: f32) -> f32 {
     if v.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { v }
