@@ -95,8 +95,8 @@ pub trait Source: Copy {
     /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
     fn is_extreme<const N: usize>(raw: [Self::Raw; N]) -> bool;
 
-    /// How many gates are above a positive clamp, and how many other values are above it or below its negative, in 10 bits each.
-    fn count<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], clamp: f32) -> u32;
+    /// How many gates are above a positive clamp, and how many other values are above it or below its negative.
+    fn count<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], clamp: f32) -> Clamped;
 }
 
 /// bf16 input.
@@ -165,7 +165,7 @@ impl Source for Bf16 {
     }
 
     #[inline(always)]
-    fn count<const N: usize>(gates: [[u32; 4]; N], ups: [[u32; 4]; N], clamp: f32) -> u32 {
+    fn count<const N: usize>(gates: [[u32; 4]; N], ups: [[u32; 4]; N], clamp: f32) -> Clamped {
         // Above the clamp is above the largest bf16 that is not: both halves of a word at once.
         let limit = (clamp.to_bits() >> 16) * 0x1_0001;
         // From 128 on the sums have a unit in the last place of 1, so that the count is in the low bits.
@@ -179,7 +179,7 @@ impl Source for Bf16 {
           }
         });
         let [gates, above, below] = sums.map(|sum| (sum & 0x7F) + (sum >> 16 & 0x7F));
-        gates + (above << 10) + (below << 20)
+        Clamped { above: gates + (above << 16), below }
     }
 }
 
@@ -238,13 +238,14 @@ impl Source for F32 {
     }
 
     #[inline(always)]
-    fn count<const N: usize>(gates: [[[u32; 4]; 2]; N], ups: [[[u32; 4]; 2]; N], clamp: f32) -> u32 {
-        let mut count = 0;
+    fn count<const N: usize>(gates: [[[u32; 4]; 2]; N], ups: [[[u32; 4]; 2]; N], clamp: f32) -> Clamped {
+        let mut count = Clamped::default();
         unroll!(n in N {
             let (gates, ups) = (Self::values(gates[n]), Self::values(ups[n]));
             for i in 0..8 {
                 let (gate, up) = (gates[i], ups[i]);
-                count += (gate > clamp) as u32 + (((up > clamp) as u32) << 10) + (((up < -clamp) as u32) << 20);
+                count.above += (gate > clamp) as u32 + (((up > clamp) as u32) << 16);
+                count.below += (up < -clamp) as u32;
             }
         });
         count
@@ -285,8 +286,8 @@ pub fn activate<S: Source, const MODE: u32, const N: usize>(
     clamp: f32,
     weight: Option<f32>,
     small: bool,
-) -> ([[f32; 8]; N], u32) {
-    let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { 0 };
+) -> ([[f32; 8]; N], Clamped) {
+    let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { Clamped::default() };
     // A clamp that bf16 cannot hold is a gate that it cannot hold.
     let other_clamp = MODE != Clamp::NONE && S::SHORT && clamp.to_bits() & 0xFFFF != 0;
     let mut v = [[0.0; 8]; N];
@@ -312,6 +313,24 @@ pub fn activate<S: Source, const MODE: u32, const N: usize>(
     (v, clamped)
 }
 
+/// What a lane clamped.
+#[derive(Clone, Copy, Default)]
+pub struct Clamped {
+    /// Gates, and in the upper half of the word other values from above.
+    above: u32,
+    /// Other values from below.
+    below: u32,
+}
+
+impl Clamped {
+    /// Together with others.
+    #[inline(always)]
+    pub fn add(&mut self, other: Self) {
+        self.above += other.above;
+        self.below += other.below;
+    }
+}
+
 /// Counts of a block: gates above the clamp, other values above it, other values below its negative, and all values.
 #[derive(Clone, Copy)]
 pub struct Counters {
@@ -335,13 +354,11 @@ impl Counters {
         block_sync();
     }
 
-    /// Add what the lanes of a warp clamped, each of them at most 1023 of a kind, among so many values of the warp.
+    /// Add what the lanes of a warp clamped, less than 2^16 of a kind, among so many values of the warp.
     #[inline(always)]
     #[track_caller]
-    pub fn count(self, clamped: u32, values: u32) {
-        // Two sums are two halves of a word.
-        let two = warp_sum_u32((clamped & 1023) | (clamped & (1023 << 10)) << 6);
-        let below = warp_sum_u32(clamped >> 20);
+    pub fn count(self, clamped: Clamped, values: u32) {
+        let (two, below) = (warp_sum_u32(clamped.above), warp_sum_u32(clamped.below));
         let lane = lane_id();
         if lane < 4 {
             let one = if lane == 2 { below } else { values };
@@ -355,10 +372,7 @@ impl Counters {
     pub fn finish(self, counters: Out<u64>, used: u32) {
         block_sync();
         if thread_idx() < used {
-            let sum = self.sums.get(thread_idx());
-            if sum > 0 {
-                counters.atomic_add(thread_idx(), sum as u64, Scope::Gpu);
-            }
+            counters.atomic_add(thread_idx(), self.sums.get(thread_idx()) as u64, Scope::Gpu);
         }
     }
 }
@@ -422,7 +436,7 @@ impl Rows {
     }
 
     /// Which of `count` rows from `first` on hold tokens, the first in the lowest bit; the same for all lanes of the warp. `count` is
-    /// from 1 to 31.
+    /// at most 31.
     #[inline(always)]
     #[track_caller]
     pub fn holding_tokens(self, first: u32, count: u32) -> u32 {
@@ -439,17 +453,17 @@ impl Rows {
         while expert - lane < self.num_experts {
             rolled();
             let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
-            let mut i = 0;
-            while i < count {
+            let (mut row, mut bit) = (first, 1);
+            while row != first + count {
                 rolled();
-                let row = first + i;
                 let start = self.divisor.divide(row) * self.alignment;
-                padding |= (warp_any(end > start && end <= row) as u32) << i;
-                before_an_end |= (warp_any(end > row) as u32) << i;
-                i += 1;
+                padding |= if warp_any(end > start && end <= row) { bit } else { 0 };
+                before_an_end |= if warp_any(end > row) { bit } else { 0 };
+                row += 1;
+                bit *= 2;
             }
             // Ends that come after the last row are not followed by others.
-            if before_an_end >> (count - 1) != 0 {
+            if 2 * before_an_end >= bit {
                 break;
             }
             expert += WARP_SIZE;

@@ -7,7 +7,7 @@
 
 use super::common::Divisor;
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
-use super::common_swiglu::{Counters, Rows, Weights, activate};
+use super::common_swiglu::{Clamped, Counters, Rows, Weights, activate};
 use crate::device::*;
 use crate::kernel;
 
@@ -84,10 +84,11 @@ kernel! {
         let strip = Divisor { magic: warps_magic, shift: warps_shift }.divide(warp);
         let piece = warp - strip * ceil_div(hidden, PIECE);
         let first = strip * steps;
-        let mut used = if first < num_rows { rows.holding_tokens(first, steps.min(num_rows - first)) } else { 0 };
+        let mut used = rows.holding_tokens(first, steps.min(num_rows - num_rows.min(first)));
         let channel = piece * PIECE + lane_id() * 8;
         let inside = channel < hidden;
-        let (mut clamped, mut values) = (0, 0);
+        let values = used.count_ones() * PIECE.min(hidden - piece * PIECE);
+        let mut clamped = Clamped::default();
         while used != 0 {
             rolled();
             let row = first + used.trailing_zeros();
@@ -96,8 +97,7 @@ kernel! {
             let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
             let ([v], count) = activate::<S, MODE, 1>([gate], [up], clamp, weights.of(row), false);
             if MODE == Clamp::COUNT {
-                clamped += count;
-                values += PIECE.min(hidden - piece * PIECE);
+                clamped.add(count);
             }
             if inside {
                 T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);

@@ -12,7 +12,7 @@
 
 use super::common::{Divisor, E4m3, Scale, Target, scale_at_least, ue8m0};
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
-use super::common_swiglu::{Counters, Rows, Weights, activate, amax, normal_quotient};
+use super::common_swiglu::{Clamped, Counters, Rows, Weights, activate, amax, normal_quotient};
 use crate::device::*;
 use crate::{kernel, unroll};
 
@@ -121,7 +121,7 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
     let strip = warps_of_row.divide(warp);
     let piece = warp - strip * ceil_div(hidden, PIECE);
     let first = strip * steps;
-    let mut used = if first < num_rows { rows.holding_tokens(first, steps.min(num_rows - first)) } else { 0 };
+    let mut used = rows.holding_tokens(first, steps.min(num_rows - num_rows.min(first)));
 
     let lane = lane_id();
     let channel = piece * PIECE + lane * 8;
@@ -135,7 +135,7 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
     // The driver shall have compiled every entry soon; f32 is bound by memory either way.
     let small = !S::SHORT && MODE == Clamp::COUNT;
     let values = used.count_ones() * PIECE.min(hidden - piece * PIECE);
-    let mut clamped = 0;
+    let mut clamped = Clamped::default();
     while used != 0 {
         rolled();
         let row = first + used.trailing_zeros();
@@ -148,7 +148,7 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
         };
         let (gates, ups) = (load(x), load(up));
         let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row), small);
-        clamped += count;
+        clamped.add(count);
 
         let (low, high) = (amax(v[0]), amax(v[1]));
         let (keep, give) = if upper { (high, low) } else { (low, high) };
