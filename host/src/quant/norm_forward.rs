@@ -78,16 +78,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn norm_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, &args, k::VECTORS)
-}
-
-/// [`norm_forward`] of bf16 with two vectors a thread instead of four, for the benchmark.
-#[doc(hidden)]
-pub fn norm_forward_pair(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, &args, k::PAIR)
-}
-
-fn launch(stream: &Stream, args: &Args<'_>, vectors: usize) -> Result<()> {
     let norm = Norm {
         x: &args.x,
         residual: args.residual.as_deref(),
@@ -103,11 +93,10 @@ fn launch(stream: &Stream, args: &Args<'_>, vectors: usize) -> Result<()> {
         return Ok(());
     }
     use k::rows as e;
-    let entry = match (args.x.dtype(), rows.way(vectors, args.out.ptr().is_multiple_of(16))) {
+    let entry = match (args.x.dtype(), rows.way(args.out.ptr().is_multiple_of(16))) {
         (DType::F32, Way::Held) => &e::f32,
         (DType::F32, Way::Long) => &e::f32_long,
         (DType::F32, Way::Narrow) => &e::f32_narrow,
-        (_, Way::Held) if vectors == k::PAIR => &e::bf16_pair,
         (_, Way::Held) => &e::bf16,
         (_, Way::Long) => &e::bf16_long,
         (_, Way::Narrow) => &e::bf16_narrow,
@@ -128,13 +117,13 @@ fn launch(stream: &Stream, args: &Args<'_>, vectors: usize) -> Result<()> {
         num_tokens: rows.num_tokens,
         tokens_magic: rows.by_tokens.magic,
         tokens_shift: rows.by_tokens.shift,
-        lanes_log2: rows.lanes_log2(vectors),
+        lanes_log2: rows.lanes_log2(),
         parts: norm.parts(),
         inv_hidden: rows.inv_hidden(),
         eps: args.eps,
         out_scale: args.out_scale,
     };
-    stream.launch(OP, entry, &rows.config(vectors), &kernel_args)
+    stream.launch(OP, entry, &rows.config(), &kernel_args)
 }
 
 /// The pointer of an input that may be absent.
@@ -299,30 +288,26 @@ fn strides(t: &View) -> k::Strides {
 
 impl Rows {
     /// How to go about it, if the op's own outputs are `aligned` to vectors.
-    pub(super) fn way(&self, vectors: usize, aligned: bool) -> Way {
+    pub(super) fn way(&self, aligned: bool) -> Way {
         let channels = if self.bf16 { 8 } else { 4 };
         if !self.wide || !aligned {
             Way::Narrow
-        } else if self.hidden > k::MAX_THREADS * vectors as u32 * channels {
+        } else if self.hidden > k::MAX_THREADS * k::VECTORS as u32 * channels {
             Way::Long
         } else {
             Way::Held
         }
     }
 
-    pub(super) fn lanes_log2(&self, vectors: usize) -> u32 {
-        if self.bf16 { k::lanes_log2::<k::Bf16>(self.hidden, vectors) } else { k::lanes_log2::<k::F32>(self.hidden, vectors) }
+    pub(super) fn lanes_log2(&self) -> u32 {
+        if self.bf16 { k::lanes_log2::<k::Bf16>(self.hidden) } else { k::lanes_log2::<k::F32>(self.hidden) }
     }
 
     pub(super) fn inv_hidden(&self) -> f32 {
         1.0 / self.hidden as f32
     }
 
-    pub(super) fn config(&self, vectors: usize) -> LaunchConfig {
-        if self.bf16 {
-            k::config::<k::Bf16>(self.num_rows, self.hidden, vectors)
-        } else {
-            k::config::<k::F32>(self.num_rows, self.hidden, vectors)
-        }
+    pub(super) fn config(&self) -> LaunchConfig {
+        if self.bf16 { k::config::<k::Bf16>(self.num_rows, self.hidden) } else { k::config::<k::F32>(self.num_rows, self.hidden) }
     }
 }

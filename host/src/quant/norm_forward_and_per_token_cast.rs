@@ -116,16 +116,6 @@ pub fn mega_moe_sf_rows(num_tokens: u64, block_m: u32) -> u64 {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn norm_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, &args, k::VECTORS)
-}
-
-/// [`norm_forward_and_per_token_cast`] with two vectors a thread instead of four for bf16 with rounded scales, for the benchmark.
-#[doc(hidden)]
-pub fn norm_forward_and_per_token_cast_pair(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, &args, k::PAIR)
-}
-
-fn launch(stream: &Stream, args: &Args<'_>, vectors: usize) -> Result<()> {
     let x = &args.x;
     let norm = Norm {
         x,
@@ -175,8 +165,7 @@ fn launch(stream: &Stream, args: &Args<'_>, vectors: usize) -> Result<()> {
     let aligned = args.out.ptr().is_multiple_of(code_bytes)
         && args.out_bf16.as_ref().is_none_or(|out| out.ptr().is_multiple_of(bf16_bytes));
     use k::rows as e;
-    let entry = match (bf16, rows.way(vectors, aligned), args.round_sf) {
-        (true, Way::Held, true) if vectors == k::PAIR => &e::bf16_round_pair,
+    let entry = match (bf16, rows.way(aligned), args.round_sf) {
         (true, Way::Held, true) => &e::bf16_round,
         (true, Way::Held, false) => &e::bf16,
         (true, Way::Long, _) => &e::bf16_long,
@@ -220,13 +209,13 @@ fn launch(stream: &Stream, args: &Args<'_>, vectors: usize) -> Result<()> {
         num_tokens: rows.num_tokens,
         tokens_magic: rows.by_tokens.magic,
         tokens_shift: rows.by_tokens.shift,
-        lanes_log2: rows.lanes_log2(vectors),
+        lanes_log2: rows.lanes_log2(),
         parts,
         inv_hidden: rows.inv_hidden(),
         eps: args.eps,
         out_scale: args.out_scale,
     };
-    stream.launch(OP, entry, &rows.config(vectors), &kernel_args)
+    stream.launch(OP, entry, &rows.config(), &kernel_args)
 }
 
 /// Strides of the scales within a batch, and words from one batch to the next.

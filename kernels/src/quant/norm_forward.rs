@@ -11,11 +11,10 @@ pub use crate::quant::common::Divisor;
 use crate::quant::per_token_cast::Source;
 pub use crate::quant::per_token_cast::{Bf16, F32};
 use crate::{kernel, unroll};
+use core::marker::PhantomData;
 
 /// Vectors that a lane keeps in registers.
 pub const VECTORS: usize = 4;
-/// The same in the entries of that name.
-pub const PAIR: usize = 2;
 /// Most threads of a row. Rows of up to [`VECTORS`] vectors for each of them are read once.
 pub const MAX_THREADS: u32 = 512;
 /// Threads of a block of rows that are shorter than a block.
@@ -138,8 +137,8 @@ pub fn bytes<S: Value>(channel: u32) -> u64 {
 /// Logarithm of the lanes of a row that is shorter than a block, 4 or 5; more stands for a block.
 ///
 /// Lanes of a row hold whole packed words of scales, 128 channels, whatever `hidden` is.
-pub const fn lanes_log2<S: Value>(hidden: u32, vectors: usize) -> u32 {
-    let threads = row_threads::<S>(hidden, vectors);
+pub const fn lanes_log2<S: Value>(hidden: u32) -> u32 {
+    let threads = row_threads::<S>(hidden);
     match threads {
         0..=16 if S::CHANNELS == 8 => 4,
         0..=32 => 5,
@@ -147,17 +146,17 @@ pub const fn lanes_log2<S: Value>(hidden: u32, vectors: usize) -> u32 {
     }
 }
 
-const fn row_threads<S: Value>(hidden: u32, vectors: usize) -> u32 {
-    ceil_div(ceil_div(hidden, S::CHANNELS), vectors as u32)
+const fn row_threads<S: Value>(hidden: u32) -> u32 {
+    ceil_div(ceil_div(hidden, S::CHANNELS), VECTORS as u32)
 }
 
-/// Grid and block for entries that hold `vectors`.
-pub fn config<S: Value>(num_rows: u32, hidden: u32, vectors: usize) -> LaunchConfig {
-    let lanes = lanes_log2::<S>(hidden, vectors);
+/// Grid and block.
+pub fn config<S: Value>(num_rows: u32, hidden: u32) -> LaunchConfig {
+    let lanes = lanes_log2::<S>(hidden);
     let config = if lanes <= 5 {
         LaunchConfig::new(ceil_div(num_rows, SHORT_THREADS >> lanes), SHORT_THREADS)
     } else {
-        LaunchConfig::new(num_rows, align_up(row_threads::<S>(hidden, vectors), WARP_SIZE).min(MAX_THREADS))
+        LaunchConfig::new(num_rows, align_up(row_threads::<S>(hidden), WARP_SIZE).min(MAX_THREADS))
     };
     config.shared(&shared().0)
 }
@@ -228,21 +227,16 @@ impl Row {
     /// The row of this thread.
     #[inline(always)]
     pub fn of_thread<S: Value>(num_rows: u32, hidden: u32, num_tokens: u32, by_tokens: Divisor, lanes_log2: u32) -> Self {
-        let (lane, lanes, index) = if lanes_log2 <= 5 {
-            let lanes = 1 << lanes_log2;
-            (thread_idx() & (lanes - 1), lanes, block_idx_x() * (SHORT_THREADS >> lanes_log2) + (thread_idx() >> lanes_log2))
+        // In channels from the start: lanes would be kept in registers beside them.
+        let channel = thread_idx() * S::CHANNELS;
+        let (first, step, index) = if lanes_log2 <= 5 {
+            let step = S::CHANNELS << lanes_log2;
+            (channel & (step - 1), step, block_idx_x() * (SHORT_THREADS >> lanes_log2) + (thread_idx() >> lanes_log2))
         } else {
-            (thread_idx(), block_dim(), block_idx_x())
+            (channel, block_dim() * S::CHANNELS, block_idx_x())
         };
         let batch = by_tokens.divide(index);
-        Self {
-            index,
-            batch,
-            token: index - batch * num_tokens,
-            first: lane * S::CHANNELS,
-            step: lanes * S::CHANNELS,
-            end: if index < num_rows { hidden } else { 0 },
-        }
+        Self { index, batch, token: index - batch * num_tokens, first, step, end: if index < num_rows { hidden } else { 0 } }
     }
 
     /// First channel of vector `i`.
@@ -289,23 +283,29 @@ impl Row {
     }
 }
 
-/// The norm of this thread's row. `emit` gets the number of a vector, its first channel, and what the norm made of it; it is called by all
-/// lanes of a warp together, for channels beyond the row's end too. Everything that norms goes through here and so gets the same bits.
+/// What becomes of a norm.
+pub trait Emit {
+    /// Takes vectors of this thread, from its `first` on. All lanes of a warp call it together, for channels beyond the row's end too.
+    fn vectors<const N: usize>(&self, first: u32, v: [[u32; 4]; N]);
+}
+
+/// The norm of this thread's row, for what `begin` makes. Everything that norms goes through here and so gets the same bits.
 ///
 /// `HELD` vectors of a thread stay in registers; if there may be more, `LONG`, those are read twice, the second time from L2.
 #[inline(always)]
 #[track_caller]
-pub fn normalise<S: Value, const WIDE: bool, const LONG: bool, const HELD: usize>(
+pub fn normalise<S: Value, E: Emit, const WIDE: bool, const LONG: bool, const HELD: usize>(
     norm: &Norm,
     row: Row,
-    emit: impl Fn(u32, u32, [u32; 4]),
+    begin: impl FnOnce() -> E,
 ) {
     let (_, scratch) = shared();
     let has = |part: u32| norm.parts & part != 0;
     let x = norm.x.at(row.offset::<S>(norm.x_strides));
-    let residual = norm.residual.at(row.offset::<S>(norm.residual_strides));
-    let weight = norm.weight.at(bytes::<S>(row.first));
-    let residual_out = norm.residual_out.at(row.element(norm.hidden) * bytes::<S>(1));
+    // Addresses are made where they are used: kept from here on they would cost registers, and so rows that are on their way.
+    let residual = || norm.residual.at(row.offset::<S>(norm.residual_strides));
+    let weight = || norm.weight.at(bytes::<S>(row.first));
+    let residual_out = || norm.residual_out.at(row.element(norm.hidden) * bytes::<S>(1));
     let read = |from: In<u8>, i: u32| {
         let at = row.channel(i);
         if at < row.end { load::<S, WIDE>(from.at(row.skip(i, S::BITS)), row.end - at) } else { [0; 4] }
@@ -313,22 +313,26 @@ pub fn normalise<S: Value, const WIDE: bool, const LONG: bool, const HELD: usize
     let write_sum = |i: u32, v: [u32; 4]| {
         let at = row.channel(i);
         if has(RESIDUAL_OUT) && at < row.end {
-            store::<S, WIDE>(residual_out.at(row.skip(i, S::BITS)), v, row.end - at);
+            store::<S, WIDE>(residual_out().at(row.skip(i, S::BITS)), v, row.end - at);
         }
     };
-    let read_weight = |i: u32| if has(WEIGHT) { read(weight, i) } else { [S::ONE; 4] };
+    // One condition a vector, for a predicate rather than a branch around the loads of all of them.
+    let read_weight = |i: u32| {
+        let at = row.channel(i);
+        if (at < row.end) & has(WEIGHT) { load::<S, WIDE>(weight().at(row.skip(i, S::BITS)), row.end - at) } else { [S::ONE; 4] }
+    };
 
     // Load.
     let mut held: [[u32; 4]; HELD] = core::array::from_fn(|i| read(x, i as u32));
     if has(RESIDUAL) {
-        let other: [[u32; 4]; HELD] = core::array::from_fn(|i| read(residual, i as u32));
+        let other: [[u32; 4]; HELD] = core::array::from_fn(|i| read(residual(), i as u32));
         held = core::array::from_fn(|i| S::add(held[i], other[i]));
         unroll!(i in HELD { write_sum(i as u32, held[i]) });
     }
     let mut sums = held.iter().fold([0.0; 2], |sums, v| S::add_squares(sums, *v));
     let again = |i: u32| {
         let v = read(x, i);
-        if has(RESIDUAL) { S::add(v, read(residual, i)) } else { v }
+        if has(RESIDUAL) { S::add(v, read(residual(), i)) } else { v }
     };
     if LONG {
         let mut i = HELD as u32;
@@ -339,8 +343,6 @@ pub fn normalise<S: Value, const WIDE: bool, const LONG: bool, const HELD: usize
             i += 1;
         }
     }
-    // The weights are on their way while the threads add up.
-    let weights: [[u32; 4]; HELD] = core::array::from_fn(|i| read_weight(i as u32));
 
     // Compute.
     let sum = row.sum::<S>(sums[0] + sums[1], scratch);
@@ -350,21 +352,46 @@ pub fn normalise<S: Value, const WIDE: bool, const LONG: bool, const HELD: usize
     if has(RSTD) && row.first == 0 && row.end > 0 {
         norm.rstd.set(row.index, rstd);
     }
-    unroll!(i in HELD {
-        emit(i as u32, row.channel(i as u32), S::scale(held[i], weights[i], rstd, norm.out_scale));
-    });
+    // The weights are in L1. Fetched earlier they would take the registers of another row.
+    unroll!(i in HELD { held[i] = S::scale(held[i], read_weight(i as u32), rstd, norm.out_scale) });
+    let emit = begin();
+    if HELD > 0 {
+        emit.vectors(0, held);
+    }
     if LONG {
         let mut i = HELD as u32;
         while i * row.step < norm.hidden {
-            emit(i, row.channel(i), S::scale(again(i), read_weight(i), rstd, norm.out_scale));
+            emit.vectors(i, [S::scale(again(i), read_weight(i), rstd, norm.out_scale)]);
             i += 1;
         }
     }
 }
 
+/// The norm goes to memory.
+struct Store<S, const WIDE: bool> {
+    row: Row,
+    out: Out<u8>,
+    of: PhantomData<S>,
+}
+
+impl<S: Value, const WIDE: bool> Emit for Store<S, WIDE> {
+    #[inline(always)]
+    #[track_caller]
+    fn vectors<const N: usize>(&self, first: u32, v: [[u32; 4]; N]) {
+        unroll!(i in N {
+            let number = first + i as u32;
+            let at = self.row.channel(number);
+            if at < self.row.end {
+                store::<S, WIDE>(self.out.at(self.row.skip(number, S::BITS)), v[i], self.row.end - at);
+            }
+        });
+    }
+}
+
+// Not for blocks of 576 threads, but for 56 registers: five rows of 7168 bf16 are under way on a multiprocessor.
 kernel! {
     op = norm_forward;
-    threads = 512, blocks = 2;
+    threads = 576, blocks = 2;
     /// Strides count bytes; `out` and `residual_out` are contiguous. The magic and the shift divide by `num_tokens`, see [`Divisor`].
     pub fn rows[S: Value, const WIDE: bool, const LONG: bool, const HELD: usize](
         x: In<u8>, residual: In<u8>, weight: In<u8>, out: Out<u8>, residual_out: Out<u8>, rstd: Out<f32>,
@@ -380,17 +407,11 @@ kernel! {
         };
         let by_tokens = Divisor { magic: tokens_magic, shift: tokens_shift };
         let row = Row::of_thread::<S>(num_rows, hidden, num_tokens, by_tokens, lanes_log2);
-        let out = out.at(row.element(hidden) * bytes::<S>(1));
-        normalise::<S, WIDE, LONG, HELD>(&norm, row, |i, at, v| {
-            if at < row.end {
-                store::<S, WIDE>(out.at(row.skip(i, S::BITS)), v, row.end - at);
-            }
-        });
+        normalise::<S, _, WIDE, LONG, HELD>(&norm, row, || Store::<S, WIDE> { row, out: out.at(row.element(hidden) * bytes::<S>(1)), of: PhantomData });
     }
     entries {
         bf16[Bf16, true, false, VECTORS], f32[F32, true, false, VECTORS],
-        bf16_pair[Bf16, true, false, PAIR],
-        bf16_long[Bf16, true, true, 1], f32_long[F32, true, true, 1],
-        bf16_narrow[Bf16, false, true, 1], f32_narrow[F32, false, true, 1],
+        bf16_long[Bf16, true, true, 0], f32_long[F32, true, true, 0],
+        bf16_narrow[Bf16, false, true, 0], f32_narrow[F32, false, true, 0],
     }
 }

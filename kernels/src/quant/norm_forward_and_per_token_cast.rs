@@ -5,12 +5,14 @@
 //! Map   as norm_forward; a scale is shared by 4 or 8 neighbouring lanes, the first of which writes it.
 //! Cost  2 or 4 bytes read and 1 written a channel, and what is asked for besides; memory bound.
 
-use super::norm_forward::{Norm, Row, Strides, Value, normalise, store};
-pub use super::norm_forward::{PAIR, RESIDUAL, RESIDUAL_OUT, RSTD, VECTORS, WEIGHT, config, lanes_log2};
+use super::norm_forward::{Emit, Norm, Row, Strides, Value, normalise, store};
+pub use super::norm_forward::{RESIDUAL, RESIDUAL_OUT, RSTD, VECTORS, WEIGHT, config, lanes_log2};
 use crate::device::*;
 use crate::quant::common::{Divisor, E4m3, Scale, SfLayout, scale, ue8m0};
+use crate::quant::per_token_cast::Source;
 pub use crate::quant::per_token_cast::{Bf16, F32};
 use crate::{kernel, unroll};
+use core::marker::PhantomData;
 
 /// Channels that share a scale.
 pub const GROUP: u32 = 32;
@@ -34,6 +36,15 @@ pub const fn mega_moe_row(token: u32, block_m: u32, by_block_m: Divisor) -> u32 
 
 /// A vector in the output formats.
 pub trait Output: Value {
+    /// Something like the largest magnitude of a vector, in a form that combines cheaply.
+    fn largest(v: [u32; 4]) -> u32;
+
+    /// The same of two vectors.
+    fn larger(a: u32, b: u32) -> u32;
+
+    /// As a number.
+    fn magnitude(largest: u32) -> f32;
+
     /// Write the first `channels` of a vector as bf16.
     fn store_bf16<const WIDE: bool>(out: Out<u8>, v: [u32; 4], channels: u32);
 
@@ -42,6 +53,22 @@ pub trait Output: Value {
 }
 
 impl Output for Bf16 {
+    #[inline(always)]
+    fn largest(v: [u32; 4]) -> u32 {
+        bf16x2_max_abs(bf16x2_max_abs(v[0], v[1]), bf16x2_max_abs(v[2], v[3]))
+    }
+
+    #[inline(always)]
+    fn larger(a: u32, b: u32) -> u32 {
+        bf16x2_max_abs(a, b)
+    }
+
+    #[inline(always)]
+    fn magnitude(largest: u32) -> f32 {
+        let [a, b] = bf16x2_to_f32(largest);
+        max_total(a.abs(), b.abs())
+    }
+
     #[inline(always)]
     #[track_caller]
     fn store_bf16<const WIDE: bool>(out: Out<u8>, v: [u32; 4], channels: u32) {
@@ -56,6 +83,21 @@ impl Output for Bf16 {
 }
 
 impl Output for F32 {
+    #[inline(always)]
+    fn largest(v: [u32; 4]) -> u32 {
+        F32::amax(v).to_bits()
+    }
+
+    #[inline(always)]
+    fn larger(a: u32, b: u32) -> u32 {
+        max_total(f32::from_bits(a), f32::from_bits(b)).to_bits()
+    }
+
+    #[inline(always)]
+    fn magnitude(largest: u32) -> f32 {
+        f32::from_bits(largest)
+    }
+
     #[inline(always)]
     #[track_caller]
     fn store_bf16<const WIDE: bool>(out: Out<u8>, v: [u32; 4], channels: u32) {
@@ -89,69 +131,101 @@ fn store_bytes<const N: usize>(out: Out<u8>, codes: [u32; 4], channels: u32) {
     });
 }
 
-/// Where the scales of a thread's vectors go: into the tensor, and into that of the mega-MoE kernel.
-#[derive(Clone, Copy)]
-struct Scales {
-    /// Scale of this thread's first vector.
+/// The norm goes to memory quantised.
+struct Quantise<S, const ROUNDED: bool, const WIDE: bool, const LONG: bool> {
+    row: Row,
+    out: Out<u8>,
+    out_bf16: Out<u8>,
+    /// Scales of the row's batch.
     sf: Out<u8>,
-    /// Bytes from one vector's to the next one's.
-    step: u64,
-    mega_moe: Out<u8>,
-    mega_moe_step: u64,
-    /// Channels that have a scale or, packed, a byte in a word.
-    end: u32,
+    layout: SfLayout,
+    mega_moe_sf: Out<u8>,
+    mega_moe_row: u32,
+    mega_moe_stride: u32,
     parts: u32,
+    of: PhantomData<S>,
 }
 
-impl Scales {
-    #[inline(always)]
-    fn new(
-        row: Row,
-        sf: Out<u8>,
-        layout: SfLayout,
-        mega_moe: Out<u8>,
-        mega_moe_row: u32,
-        mega_moe_stride: u32,
-        parts: u32,
-    ) -> Self {
-        let group = row.first / GROUP;
-        let packed = parts & PACKED != 0;
-        // Vectors lie whole words apart.
-        let at = if packed { layout.byte(row.token, group) } else { 4 * layout.index(row.token, group) };
-        let columns = row.step / if packed { 4 * GROUP } else { GROUP };
-        let order = SfLayout { row_stride: 1, col_stride: mega_moe_stride };
-        Self {
-            sf: sf.at(at as u64),
-            step: 4 * columns as u64 * layout.col_stride as u64,
-            mega_moe: mega_moe.at(order.byte(mega_moe_row, group) as u64),
-            mega_moe_step: 4 * (row.step / (4 * GROUP)) as u64 * mega_moe_stride as u64,
-            end: if packed { align_up(row.end, 4 * GROUP) } else { row.end },
-            parts,
-        }
-    }
+/// Vectors of a thread that are quantised together.
+const TOGETHER: usize = 4;
 
-    /// Write the scale of the group that begins at `channel` with vector `i`; 0 for groups that only fill a word up.
+/// The largest of `values[i]` over four neighbouring lanes, for the lane number `i` of them: each step leaves half of the values.
+#[inline(always)]
+#[track_caller]
+fn largest_of_four<S: Output>(lane: u32, values: [u32; TOGETHER]) -> u32 {
+    let exchange = |bit: u32, a: u32, b: u32| {
+        let odd = lane & bit != 0;
+        let (kept, given) = if odd { (b, a) } else { (a, b) };
+        S::larger(kept, warp_shuffle_xor(given, bit))
+    };
+    let (front, back) = (exchange(1, values[0], values[1]), exchange(1, values[2], values[3]));
+    exchange(2, front, back)
+}
+
+impl<S: Output, const ROUNDED: bool, const WIDE: bool, const LONG: bool> Quantise<S, ROUNDED, WIDE, LONG> {
+    /// Write the scale of vector `number`'s group, 0 for groups that only fill a word up.
     #[inline(always)]
     #[track_caller]
-    fn write(self, i: u32, inside: bool, channel: u32, sf: f32) {
-        if channel.is_multiple_of(GROUP) && channel < self.end {
-            let exponent = if inside { ue8m0(sf) as u8 } else { 0 };
-            let to = self.sf.at(i as u64 * self.step);
-            if self.parts & PACKED != 0 {
-                to.set(0, exponent);
+    fn write_scale(&self, number: u32, sf: f32) {
+        let channel = self.row.channel(number);
+        let packed = self.parts & PACKED != 0;
+        let end = if packed { align_up(self.row.end, 4 * GROUP) } else { self.row.end };
+        if channel < end {
+            let group = channel / GROUP;
+            let exponent = if channel < self.row.end { ue8m0(sf) as u8 } else { 0 };
+            if packed {
+                self.sf.set(self.layout.byte(self.row.token, group), exponent);
             } else {
-                to.cast::<f32>().set(0, sf);
+                self.sf.cast::<f32>().set(self.layout.index(self.row.token, group), sf);
             }
             if self.parts & MEGA_MOE != 0 {
-                self.mega_moe.at(i as u64 * self.mega_moe_step).set(0, exponent);
+                let order = SfLayout { row_stride: 1, col_stride: self.mega_moe_stride };
+                self.mega_moe_sf.set(order.byte(self.mega_moe_row, group), exponent);
             }
         }
+    }
+}
+
+impl<S: Output, const ROUNDED: bool, const WIDE: bool, const LONG: bool> Emit for Quantise<S, ROUNDED, WIDE, LONG> {
+    /// Lanes of a group have the same share of each of its [`TOGETHER`] vectors, so each of the first four makes and writes one scale.
+    #[inline(always)]
+    #[track_caller]
+    fn vectors<const N: usize>(&self, first: u32, v: [[u32; 4]; N]) {
+        let lane = self.row.first / S::CHANNELS % (GROUP / S::CHANNELS);
+        let mine = lane % TOGETHER as u32;
+        let mut amax = if N == TOGETHER {
+            largest_of_four::<S>(lane, core::array::from_fn(|i| S::largest(v[i % N])))
+        } else {
+            let largest = S::largest(v[0]);
+            let largest = S::larger(largest, warp_shuffle_xor(largest, 1));
+            S::larger(largest, warp_shuffle_xor(largest, 2))
+        };
+        if S::CHANNELS == 4 {
+            amax = S::larger(amax, warp_shuffle_xor(amax, 4));
+        }
+        let amax = S::magnitude(amax);
+        let rounded = if LONG { self.parts & ROUND != 0 } else { ROUNDED };
+        let Scale { sf, inv } = if rounded { scale::<E4m3, true>(amax) } else { scale::<E4m3, false>(amax) };
+        if lane < N as u32 {
+            self.write_scale(first + if N == TOGETHER { mine } else { 0 }, sf);
+        }
+        unroll!(i in N {
+            let inv = if N == TOGETHER { warp_shuffle_xor(inv, mine ^ i as u32) } else { inv };
+            let number = first + i as u32;
+            let (row, at) = (self.row, self.row.channel(number));
+            if at < row.end {
+                S::store_codes::<WIDE>(self.out.at(row.skip(number, 8)), S::encode::<E4m3, ROUNDED>(v[i], inv), row.end - at);
+                if self.parts & OUT_BF16 != 0 {
+                    S::store_bf16::<WIDE>(self.out_bf16.at(row.skip(number, 16)), v[i], row.end - at);
+                }
+            }
+        });
     }
 }
 
 kernel! {
     op = norm_forward_and_per_token_cast;
-    threads = 512, blocks = 2;
+    threads = 576, blocks = 2;
     /// As [`norm_forward::rows`](super::norm_forward::rows); strides of scales count words.
     pub fn rows[S: Output, const ROUNDED: bool, const WIDE: bool, const LONG: bool, const HELD: usize](
         x: In<u8>, residual: In<u8>, weight: In<u8>, out: Out<u8>, out_bf16: Out<u8>, sf: Out<u8>, mega_moe_sf: Out<u8>,
@@ -169,35 +243,23 @@ kernel! {
         };
         let by_tokens = Divisor { magic: tokens_magic, shift: tokens_shift };
         let row = Row::of_thread::<S>(num_rows, hidden, num_tokens, by_tokens, lanes_log2);
-        let (out, out_bf16) = (out.at(row.element(hidden)), out_bf16.at(2 * row.element(hidden)));
-        let sf = sf.at(4 * row.batch as u64 * sf_batch_stride);
-        let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
-        let by_block_m = Divisor { magic: block_m_magic, shift: block_m_shift };
-        let mega_moe_row = mega_moe_row(row.token, mega_moe_block_m, by_block_m);
-        let scales = Scales::new(row, sf, layout, mega_moe_sf, mega_moe_row, mega_moe_stride, parts);
-        normalise::<S, WIDE, LONG, HELD>(&norm, row, |i, at, v| {
-            let mut amax = S::amax(v);
-            unroll!(step in 3 {
-                if (S::CHANNELS << step) < GROUP {
-                    amax = max_total(amax, warp_shuffle_xor(amax, 1 << step));
-                }
-            });
-            let rounded = if LONG { parts & ROUND != 0 } else { ROUNDED };
-            let Scale { sf, inv } = if rounded { scale::<E4m3, true>(amax) } else { scale::<E4m3, false>(amax) };
-            if at < row.end {
-                S::store_codes::<WIDE>(out.at(row.skip(i, 8)), S::encode::<E4m3, ROUNDED>(v, inv), row.end - at);
-                if parts & OUT_BF16 != 0 {
-                    S::store_bf16::<WIDE>(out_bf16.at(row.skip(i, 16)), v, row.end - at);
-                }
-            }
-            scales.write(i, at < row.end, at, sf);
+        normalise::<S, _, WIDE, LONG, HELD>(&norm, row, || Quantise::<S, ROUNDED, WIDE, LONG> {
+            row,
+            out: out.at(row.element(hidden)),
+            out_bf16: out_bf16.at(2 * row.element(hidden)),
+            sf: sf.at(4 * row.batch as u64 * sf_batch_stride),
+            layout: SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride },
+            mega_moe_sf,
+            mega_moe_row: mega_moe_row(row.token, mega_moe_block_m, Divisor { magic: block_m_magic, shift: block_m_shift }),
+            mega_moe_stride,
+            parts,
+            of: PhantomData,
         });
     }
     entries {
         bf16[Bf16, false, true, false, VECTORS], bf16_round[Bf16, true, true, false, VECTORS],
         f32[F32, false, true, false, VECTORS], f32_round[F32, true, true, false, VECTORS],
-        bf16_round_pair[Bf16, true, true, false, PAIR],
-        bf16_long[Bf16, false, true, true, 1], f32_long[F32, false, true, true, 1],
-        bf16_narrow[Bf16, false, false, true, 1], f32_narrow[F32, false, false, true, 1],
+        bf16_long[Bf16, false, true, true, 0], f32_long[F32, false, true, true, 0],
+        bf16_narrow[Bf16, false, false, true, 0], f32_narrow[F32, false, false, true, 0],
     }
 }

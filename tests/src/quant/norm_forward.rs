@@ -335,14 +335,7 @@ impl Outputs {
         })
     }
 
-    /// Both launchers of the op.
-    pub(super) fn launch(
-        &mut self,
-        stream: &Stream,
-        p: &Problem,
-        inputs: &Inputs,
-        launcher: fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-    ) -> ferrotile::Result<()> {
+    pub(super) fn launch(&mut self, stream: &Stream, p: &Problem, inputs: &Inputs) -> ferrotile::Result<()> {
         let args = Args {
             x: inputs.x.tensor()?,
             residual: inputs.residual.as_ref().map(Placed::tensor).transpose()?,
@@ -353,7 +346,7 @@ impl Outputs {
             residual_out: maybe(&mut self.residual_out)?,
             rstd: maybe(&mut self.rstd)?,
         };
-        launcher(stream, args)
+        op::norm_forward(stream, args)
     }
 
     fn fill(&mut self) -> Result<(), String> {
@@ -462,21 +455,16 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, offset: u64) -> Result<(), 
     let stream = ctx.device.stream().map_err(text)?;
     let inputs = Inputs::new(&ctx.device, p, gaps)?;
     let mut outputs = Outputs::new(&ctx.device, p, offset, true)?;
-    outputs.launch(&stream, p, &inputs, op::norm_forward).map_err(text)?;
+    outputs.launch(&stream, p, &inputs).map_err(text)?;
     let (_, out) = outputs.check(p)?;
-    outputs.launch(&stream, p, &inputs, op::norm_forward).map_err(text)?;
+    outputs.launch(&stream, p, &inputs).map_err(text)?;
     same("out, a second time", &name, &p.shape, &outputs.out.values("out", &name)?, &out)?;
     // Another alignment takes another way, and may not change a bit. The largest outputs take too long to look at thrice.
     let others = if p.x.len() < 1 << 24 { &[offset, offset + 1][..] } else { &[] };
     for &other in others {
         let mut alone = Outputs::new(&ctx.device, p, other, false)?;
-        alone.launch(&stream, p, &inputs, op::norm_forward).map_err(text)?;
+        alone.launch(&stream, p, &inputs).map_err(text)?;
         same("out alone", &name, &p.shape, &alone.out.values("out", &name)?, &out)?;
-    }
-    if p.dtype == DType::Bf16 && ctx.depth == Depth::Small {
-        let mut pair = Outputs::new(&ctx.device, p, offset, true)?;
-        pair.launch(&stream, p, &inputs, op::norm_forward_pair).map_err(text)?;
-        pair.check(p)?;
     }
     Ok(())
 }
@@ -515,7 +503,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
     let inputs = Inputs::new(&ctx.device, &p, Gaps::default())?;
     let mut outputs = Outputs::new(&ctx.device, &p, 0, true)?;
-    outputs.launch(&stream, &p, &inputs, op::norm_forward).map_err(text)?;
+    outputs.launch(&stream, &p, &inputs).map_err(text)?;
     let (rstd, out) = outputs.check(&p)?;
     let close = |what: &str, key: &str, got: &[f32], rtol: f64| {
         let expected = golden_floats(golden, case, key)?;
@@ -536,7 +524,7 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
     let inputs = Inputs::new(&ctx.device, &p, Gaps::default())?;
     let mut outputs = Outputs::new(&ctx.device, &p, 0, true)?;
-    let graph = stream.capture(|s| outputs.launch(s, &p, &inputs, op::norm_forward)).map_err(text)?;
+    let graph = stream.capture(|s| outputs.launch(s, &p, &inputs)).map_err(text)?;
     for _ in 0..2 {
         outputs.fill()?;
         graph.launch(&stream).map_err(text)?;
@@ -557,12 +545,12 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
     let mut inputs = Inputs::new(&ctx.device, &p, Gaps::default())?;
     let mut one = Outputs::new(&ctx.device, &p, 0, true)?;
-    one.launch(&stream, &p, &inputs, op::norm_forward).map_err(text)?;
+    one.launch(&stream, &p, &inputs).map_err(text)?;
     let (rstd, expected) = one.check(&p)?;
     (inputs.x.shape, inputs.x.strides) = (vec![t, h], vec![0, 1]);
     let many = Problem { shape: vec![t, h], ..p.clone() };
     let mut out = Outputs::new(&ctx.device, &many, 0, true)?;
-    out.launch(&stream, &many, &inputs, op::norm_forward).map_err(text)?;
+    out.launch(&stream, &many, &inputs).map_err(text)?;
     let Elements::Bf16(got) = &out.out.elements else { return Err("no bf16".to_owned()) };
     let got = got.to_vec().map_err(text)?;
     let expected: Vec<bf16> = expected.iter().map(|v| bf16::from_f32(*v)).collect();
@@ -579,34 +567,31 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 /// The peers' case with a residual, the same without, the other type, and small inputs.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
-    let mut row = |dtype: DType, t: u64, h: u64, residual: bool, pair: bool| {
+    let mut row = |dtype: DType, t: u64, h: u64, residual: bool| {
         let n = t * h * dtype.size();
         let bytes = n * if residual { 4 } else { 2 } + h * dtype.size() + 4 * t;
-        let suffix = if pair { ",variant=pair" } else { "" };
         let input = if dtype == DType::Bf16 { "bf16" } else { "f32" };
-        let case = format!("h={h},input={input},residual={},t={t}{suffix}", if residual { "True" } else { "False" });
+        let case = format!("h={h},input={input},residual={},t={t}", if residual { "True" } else { "False" });
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
             let p = Problem::new(dtype, &[t, h], (residual, true, false));
             let inputs = Inputs::new(device, &p, Gaps::default())?;
             let mut outputs = Outputs::new(device, &p, 0, true)?;
-            let launcher = if pair { op::norm_forward_pair } else { op::norm_forward };
             // The values are on the device; what is left of the problem is its options.
             let p = Problem { x: Vec::new(), residual: None, weight: None, ..p };
-            Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs, launcher)))
+            Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs)))
         };
         rows.push(Row { op: "norm_forward", case, bytes, build: Box::new(build) });
     };
     for residual in [true, false] {
-        row(DType::Bf16, 8064, 7168, residual, false);
-        row(DType::Bf16, 8064, 7168, residual, true);
-        row(DType::F32, 8064, 7168, residual, false);
+        row(DType::Bf16, 8064, 7168, residual);
+        row(DType::F32, 8064, 7168, residual);
     }
-    row(DType::Bf16, 8001, 2048, true, false);
-    row(DType::Bf16, 4001, 16384, true, false);
-    row(DType::Bf16, 262_144, 128, false, false);
-    row(DType::F32, 4001, 16384, true, false);
+    row(DType::Bf16, 8001, 2048, true);
+    row(DType::Bf16, 4001, 16384, true);
+    row(DType::Bf16, 262_144, 128, false);
+    row(DType::F32, 4001, 16384, true);
     for t in [1, 16, 128] {
-        row(DType::Bf16, t, 7168, true, false);
+        row(DType::Bf16, t, 7168, true);
     }
     rows
 }

@@ -8,7 +8,6 @@ use crate::support::cases::Depth;
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::norm_forward::norm_forward;
 use ferrotile::quant::norm_forward_and_per_token_cast::{self as op, Args, MegaMoeSf};
 use ferrotile::quant::{Input, SfLayout, SfMut, per_token_cast, sf_shape};
 use ferrotile::{Buffer, DType, Device, E4m3, Stream};
@@ -148,14 +147,7 @@ impl Outputs {
         [&mut self.out_bf16, &mut self.residual_out, &mut self.rstd].into_iter().flatten().try_for_each(Placed::fill)
     }
 
-    fn launch(
-        &mut self,
-        stream: &Stream,
-        p: &Problem,
-        inputs: &Inputs,
-        o: Options,
-        launcher: fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-    ) -> ferrotile::Result<()> {
+    fn launch(&mut self, stream: &Stream, p: &Problem, inputs: &Inputs, o: Options) -> ferrotile::Result<()> {
         let mut strides = vec![1; p.shape.len()];
         for i in (1..p.shape.len()).rev() {
             strides[i - 1] = strides[i] * p.shape[i];
@@ -182,7 +174,7 @@ impl Outputs {
             residual_out: maybe(&mut self.residual_out)?,
             rstd: maybe(&mut self.rstd)?,
         };
-        launcher(stream, args)
+        op::norm_forward_and_per_token_cast(stream, args)
     }
 
     /// The codes, after a look at what is around them.
@@ -243,14 +235,14 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, options: &[Options]) -> Res
     let stream = ctx.device.stream().map_err(text)?;
     let inputs = Inputs::new(&ctx.device, p, gaps)?;
     let mut norm = NormOutputs::new(&ctx.device, p, 0, true)?;
-    norm.launch(&stream, p, &inputs, norm_forward).map_err(text)?;
+    norm.launch(&stream, p, &inputs).map_err(text)?;
     let (rstd, values) = norm.check(p)?;
     for o in options {
         let name = name(o);
         let mut outputs = Outputs::new(&ctx.device, p, *o)?;
         // The second time over its own results.
         for _ in 0..if ctx.depth == Depth::Small { 1 } else { 2 } {
-            outputs.launch(&stream, p, &inputs, *o, op::norm_forward_and_per_token_cast).map_err(text)?;
+            outputs.launch(&stream, p, &inputs, *o).map_err(text)?;
         }
         outputs.check(p, *o, &name, &values, &rstd)?;
         if p.shape.len() == 2 && !p.x.is_empty() {
@@ -270,16 +262,6 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, options: &[Options]) -> Res
             let (got, expected) = (outputs.sf.to_vec().map_err(text)?, cast.sf.to_vec().map_err(text)?);
             compare::equal("sf and per_token_cast", &name, &[got.len() as u64], &got, &expected)?;
         }
-    }
-    if p.dtype == DType::Bf16 && ctx.depth == Depth::Small {
-        // Its sum has another order, so its norm is its own.
-        let o = Options::new(true, SfLayout::RowMajorPacked);
-        let mut pair = Outputs::new(&ctx.device, p, o)?;
-        pair.launch(&stream, p, &inputs, o, op::norm_forward_and_per_token_cast_pair).map_err(text)?;
-        let mut of_pair = NormOutputs::new(&ctx.device, p, 0, true)?;
-        of_pair.launch(&stream, p, &inputs, ferrotile::quant::norm_forward::norm_forward_pair).map_err(text)?;
-        let (rstd, values) = of_pair.check(p)?;
-        pair.check(p, o, &name(&o), &values, &rstd)?;
     }
     Ok(())
 }
@@ -356,7 +338,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
     let inputs = Inputs::new(&ctx.device, &p, Gaps::default())?;
     let mut outputs = Outputs::new(&ctx.device, &p, o)?;
-    outputs.launch(&stream, &p, &inputs, o, op::norm_forward_and_per_token_cast).map_err(text)?;
+    outputs.launch(&stream, &p, &inputs, o).map_err(text)?;
     // The call was recorded alone or beside the norm.
     let key = |number: &str| if case.op == "norm_forward" { format!("out/cast.{number}") } else { format!("out/{number}") };
     let recorded = golden.tensor(case, &key("0.1"))?;
@@ -397,11 +379,11 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
     let inputs = Inputs::new(&ctx.device, &p, Gaps::default())?;
     let mut norm = NormOutputs::new(&ctx.device, &p, 0, true)?;
-    norm.launch(&stream, &p, &inputs, norm_forward).map_err(text)?;
+    norm.launch(&stream, &p, &inputs).map_err(text)?;
     let (rstd, values) = norm.check(&p)?;
     let o = Options { mega_moe: Some(64), ..Options::new(true, SfLayout::ColMajorPacked) };
     let mut outputs = Outputs::new(&ctx.device, &p, o)?;
-    let graph = stream.capture(|s| outputs.launch(s, &p, &inputs, o, op::norm_forward_and_per_token_cast)).map_err(text)?;
+    let graph = stream.capture(|s| outputs.launch(s, &p, &inputs, o)).map_err(text)?;
     for _ in 0..2 {
         outputs.fill()?;
         graph.launch(&stream).map_err(text)?;
@@ -416,47 +398,41 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
 /// The peers' case, other layouts and types, more outputs, and small inputs.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
-    // `extra` is what distinguishes a case from the peers'.
-    let mut row = |dtype: DType, t: u64, h: u64, layout: SfLayout, residual: bool, extra: &'static str| {
+    let mut row = |dtype: DType, t: u64, h: u64, layout: SfLayout, residual: bool| {
         let sf = sf_shape(t, h, (1, 32), layout);
-        let all = extra == "residual";
         let n = t * h;
         let sums = if residual { 2 * n * dtype.size() } else { 0 };
         let bytes = n * (dtype.size() + 1) + sums + 4 * sf.shape[0] * sf.shape[1] + h * dtype.size() + 4 * t;
         let input = if dtype == DType::Bf16 { "bf16" } else { "f32" };
         let mut case = format!("h={h},input={input},npc=32,");
-        case += if all { "residual=True," } else { "" };
+        case += if residual { "residual=True," } else { "" };
         case += match layout {
             SfLayout::RowMajorPacked => "",
             SfLayout::ColMajorPacked => "sf=col_packed,",
             _ => "sf=plain,",
         };
         case += &format!("t={t}");
-        case += if extra == "pair" { ",variant=pair" } else { "" };
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
             let p = Problem::new(dtype, &[t, h], (residual, true, false));
             let inputs = Inputs::new(device, &p, Gaps::default())?;
             let o = Options::new(layout.is_packed(), layout);
             let mut outputs = Outputs::new(device, &p, o)?;
             outputs.out_bf16 = None;
-            let pair = extra == "pair";
-            let launcher = if pair { op::norm_forward_and_per_token_cast_pair } else { op::norm_forward_and_per_token_cast };
             // The values are on the device; what is left of the problem is its options.
             let p = Problem { x: Vec::new(), residual: None, weight: None, ..p };
-            Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs, o, launcher)))
+            Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs, o)))
         };
         rows.push(Row { op: "norm_forward_and_per_token_cast", case, bytes, build: Box::new(build) });
     };
     let packed = SfLayout::RowMajorPacked;
-    row(DType::Bf16, 8064, 7168, packed, false, "");
-    row(DType::Bf16, 8064, 7168, packed, false, "pair");
-    row(DType::Bf16, 8064, 7168, SfLayout::ColMajorPacked, false, "");
-    row(DType::Bf16, 8064, 7168, SfLayout::RowMajor, false, "");
-    row(DType::Bf16, 8064, 7168, packed, true, "residual");
-    row(DType::F32, 8064, 7168, packed, false, "");
-    row(DType::Bf16, 8001, 2048, packed, false, "");
+    row(DType::Bf16, 8064, 7168, packed, false);
+    row(DType::Bf16, 8064, 7168, SfLayout::ColMajorPacked, false);
+    row(DType::Bf16, 8064, 7168, SfLayout::RowMajor, false);
+    row(DType::Bf16, 8064, 7168, packed, true);
+    row(DType::F32, 8064, 7168, packed, false);
+    row(DType::Bf16, 8001, 2048, packed, false);
     for t in [1, 16, 128] {
-        row(DType::Bf16, t, 7168, packed, false, "");
+        row(DType::Bf16, t, 7168, packed, false);
     }
     rows
 }

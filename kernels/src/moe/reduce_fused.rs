@@ -1,0 +1,251 @@
+//! reduce_fused: add up the rows of the expanded buffer that belong to a token, with weights.
+//!
+//! In    x f32, bf16 or e4m3 [p, h]; x_sf f32 [p]; topk_weights f32 [t, k]; token_topk_to_pos i32 [t, k]; sf f32 [1]
+//! Out   out f32, bf16 or e4m3 [t, h]
+//! Exact `acc = fma(x[p], topk_weights * x_sf[p], acc)` from 0 on in ascending order of the choices, `acc * sf`, then to nearest even.
+//! Map   one thread per 8 columns of a token (4 where a tensor is f32; 1 where alignment wants it). It finds the choices that have a
+//!       row, mostly one or two of `k`, and loads the rows of two of them at a time.
+//! Cost  a row of x read for each choice that has one, out written once; 2 to 3 instructions a byte: memory bound.
+
+use super::common_expanded::{CHOICES, has_row, load_choices};
+use crate::device::*;
+use crate::quant::common::Divisor;
+use crate::{kernel, unroll};
+
+/// Threads of a block.
+pub const THREADS: u32 = 256;
+/// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
+pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
+
+/// Values that a thread of the wide kernels has of a row, for elements of these sizes: 16 bytes of the larger ones.
+pub const fn values(x_bytes: u64, out_bytes: u64) -> u32 {
+    if x_bytes == 4 || out_bytes == 4 { 4 } else { 8 }
+}
+
+/// Grid and block for a number of items.
+pub const fn config(num_items: u32) -> LaunchConfig {
+    LaunchConfig::new(ceil_div(num_items, THREADS), THREADS)
+}
+
+/// An element type of rows. `N` neighbouring values are aligned to all of them; `N` is 1, 4 or 8.
+pub trait Element {
+    /// Bytes of a value.
+    const BYTES: u32;
+
+    /// `N` values as they lie in memory, in the low end of 16 bytes.
+    fn load<const N: usize>(from: In<u8>) -> [u32; 4];
+
+    /// Those values; only the first `N` mean something.
+    fn decode(raw: [u32; 4]) -> [f32; 8];
+
+    /// Write the first `N` values.
+    fn store<const N: usize>(to: Out<u8>, values: [f32; 8]);
+}
+
+/// f32.
+pub struct F32;
+/// bf16.
+pub struct Bf16;
+/// e4m3.
+pub struct E4m3;
+
+/// 16, 8 or 4 bytes, in the low end of 16.
+#[inline(always)]
+#[track_caller]
+fn load_words(from: In<u8>, bytes: u32) -> [u32; 4] {
+    match bytes {
+        16 => from.load16(0),
+        8 => {
+            let [a, b] = from.load8(0);
+            [a, b, 0, 0]
+        }
+        _ => [from.load4(0), 0, 0, 0],
+    }
+}
+
+/// The first 16, 8 or 4 bytes.
+#[inline(always)]
+#[track_caller]
+fn store_words(to: Out<u8>, bytes: u32, words: [u32; 4]) {
+    match bytes {
+        16 => to.store16(0, words),
+        8 => to.store8(0, [words[0], words[1]]),
+        _ => to.store4(0, words[0]),
+    }
+}
+
+impl Element for F32 {
+    const BYTES: u32 = 4;
+
+    #[inline(always)]
+    #[track_caller]
+    fn load<const N: usize>(from: In<u8>) -> [u32; 4] {
+        load_words(from, 4 * N as u32)
+    }
+
+    #[inline(always)]
+    fn decode(raw: [u32; 4]) -> [f32; 8] {
+        core::array::from_fn(|i| f32::from_bits(raw[i & 3]))
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn store<const N: usize>(to: Out<u8>, v: [f32; 8]) {
+        store_words(to, 4 * N as u32, [v[0].to_bits(), v[1].to_bits(), v[2].to_bits(), v[3].to_bits()]);
+    }
+}
+
+impl Element for Bf16 {
+    const BYTES: u32 = 2;
+
+    #[inline(always)]
+    #[track_caller]
+    fn load<const N: usize>(from: In<u8>) -> [u32; 4] {
+        if N == 1 { [from.cast::<u16>().get(0) as u32, 0, 0, 0] } else { load_words(from, 2 * N as u32) }
+    }
+
+    #[inline(always)]
+    fn decode(raw: [u32; 4]) -> [f32; 8] {
+        let pairs = raw.map(bf16x2_to_f32);
+        core::array::from_fn(|i| pairs[i / 2][i % 2])
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn store<const N: usize>(to: Out<u8>, v: [f32; 8]) {
+        let words = core::array::from_fn(|i| f32x2_to_bf16x2(v[2 * i], v[2 * i + 1]));
+        if N == 1 { to.cast::<u16>().set(0, words[0] as u16) } else { store_words(to, 2 * N as u32, words) }
+    }
+}
+
+impl Element for E4m3 {
+    const BYTES: u32 = 1;
+
+    #[inline(always)]
+    #[track_caller]
+    fn load<const N: usize>(from: In<u8>) -> [u32; 4] {
+        if N == 1 { [from.get(0) as u32, 0, 0, 0] } else { load_words(from, N as u32) }
+    }
+
+    #[inline(always)]
+    fn decode(raw: [u32; 4]) -> [f32; 8] {
+        let (a, b) = (e4m3x4_to_f32(raw[0]), e4m3x4_to_f32(raw[1]));
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn store<const N: usize>(to: Out<u8>, v: [f32; 8]) {
+        let words = [f32x4_to_e4m3x4([v[0], v[1], v[2], v[3]]), f32x4_to_e4m3x4([v[4], v[5], v[6], v[7]]), 0, 0];
+        if N == 1 { to.set(0, words[0] as u8) } else { store_words(to, N as u32, words) }
+    }
+}
+
+/// Where the factors of rows come from; absent ones are not looked at.
+#[derive(Clone, Copy)]
+struct Factors {
+    topk_weights: In<f32>,
+    x_sf: In<f32>,
+    has_weights: bool,
+    has_x_sf: bool,
+}
+
+impl Factors {
+    /// The factor of a row that is choice `choice` of this thread's token.
+    #[inline(always)]
+    #[track_caller]
+    fn of(self, choice: u32, row: u32) -> f32 {
+        let weight = if self.has_weights { self.topk_weights.get(choice) } else { 1.0 };
+        let sf = if self.has_x_sf { self.x_sf.get(row) } else { 1.0 };
+        // Outside of the branches, where it would hold up the loads that follow. Products with 1 change nothing.
+        weight * sf
+    }
+}
+
+/// A bit for each of the first choices in `positions`, at most `count`, that has a row.
+#[inline(always)]
+#[track_caller]
+fn with_row(positions: In<i32>, count: u32, num_rows: u32) -> u32 {
+    let rows = load_choices(positions, count);
+    let mut bits = 0;
+    unroll!(i in CHOICES {
+        bits |= (has_row(rows[i], num_rows) as u32) << i;
+    });
+    bits
+}
+
+/// `acc + x * factor`, one rounding a value.
+#[inline(always)]
+fn add<const N: usize>(acc: &mut [f32; 8], x: [f32; 8], factor: f32) {
+    unroll!(i in 8 {
+        if i < N {
+            acc[i] = fma(x[i], factor, acc[i]);
+        }
+    });
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 256, blocks = 6;
+    /// 40 registers: with the 32 of full occupancy a thread waits for the factors of its first row before it asks for the second row.
+    ///
+    /// An item is `N` values of a token, `row_items` of them in a row; `x_row` counts bytes. The magic number divides by `row_items`.
+    /// `has` says which optional tensors there are: bit 0 `topk_weights`, bit 1 `x_sf`, bit 2 `sf`.
+    pub fn rows[X: Element, O: Element, const N: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_items: u32, row_items: u32, magic: u32, shift: u32, has: u32,
+    ) {
+        let item = block_idx_x() * THREADS + thread_idx();
+        if item >= num_items {
+            return;
+        }
+        let token = Divisor { magic, shift }.divide(item);
+        let column = (item - token * row_items) * (N as u32 * X::BYTES);
+        let choices = token as u64 * k as u64;
+        let positions = token_topk_to_pos.at(choices);
+        let factors =
+            Factors { topk_weights: topk_weights.at(choices), x_sf, has_weights: has & 1 != 0, has_x_sf: has & 2 != 0 };
+
+        let load = |row: u32| X::load::<N>(x.at(row as u64 * x_row as u64 + column as u64));
+        let mut acc = [0.0; 8];
+        let mut first = 0;
+        while first < k {
+            rolled();
+            let mut rest = with_row(positions.at(first as u64), k - first, num_rows);
+            while rest != 0 {
+                rolled();
+                let choice = first + rest.trailing_zeros();
+                rest &= rest - 1;
+                // Rows are read again, from L1.
+                if rest == 0 {
+                    let row = positions.get(choice) as u32;
+                    let held = load(row);
+                    add::<N>(&mut acc, X::decode(held), factors.of(choice, row));
+                } else {
+                    let next_choice = first + rest.trailing_zeros();
+                    rest &= rest - 1;
+                    let (row, next_row) = (positions.get(choice) as u32, positions.get(next_choice) as u32);
+                    let (held, next) = (load(row), load(next_row));
+                    let (factor, next_factor) = (factors.of(choice, row), factors.of(next_choice, next_row));
+                    add::<N>(&mut acc, X::decode(held), factor);
+                    add::<N>(&mut acc, X::decode(next), next_factor);
+                }
+            }
+            first += CHOICES as u32;
+        }
+        if has & 4 != 0 {
+            let sf = sf.get(0);
+            // A product, whose NaN is the same on both backends.
+            unroll!(i in 8 { acc[i] = fma(acc[i], sf, -0.0); });
+        }
+        O::store::<N>(out.at(item as u64 * (N as u32 * O::BYTES) as u64), acc);
+    }
+    entries {
+        f32_f32[F32, F32, 4], f32_bf16[F32, Bf16, 4], f32_e4m3[F32, E4m3, 4],
+        bf16_f32[Bf16, F32, 4], bf16_bf16[Bf16, Bf16, 8], bf16_e4m3[Bf16, E4m3, 8],
+        e4m3_f32[E4m3, F32, 4], e4m3_bf16[E4m3, Bf16, 8], e4m3_e4m3[E4m3, E4m3, 8],
+        f32_f32_narrow[F32, F32, 1], f32_bf16_narrow[F32, Bf16, 1], f32_e4m3_narrow[F32, E4m3, 1],
+        bf16_f32_narrow[Bf16, F32, 1], bf16_bf16_narrow[Bf16, Bf16, 1], bf16_e4m3_narrow[Bf16, E4m3, 1],
+        e4m3_f32_narrow[E4m3, F32, 1], e4m3_bf16_narrow[E4m3, Bf16, 1], e4m3_e4m3_narrow[E4m3, E4m3, 1],
+    }
+}
