@@ -182,6 +182,7 @@ kernel! {
         // A row that is longer than what the threads can hold is read twice, the second time from L2.
         let mut i = N as u32;
         while i * block_dim() < count {
+            rolled();
             amax = max_total(amax, S::amax(read(number(i))));
             i += 1;
         }
@@ -195,6 +196,7 @@ kernel! {
         });
         let mut i = N as u32;
         while i * block_dim() < count {
+            rolled();
             write(read(number(i)), number(i));
             i += 1;
         }
@@ -208,6 +210,5 @@ kernel! {
         f32[F32, false, true, { F32_VECTORS }], f32_round[F32, true, true, { F32_VECTORS }],
         bf16_narrow[Bf16, false, false, 1], bf16_round_narrow[Bf16, true, false, 1],
         f32_narrow[F32, false, false, 1], f32_round_narrow[F32, true, false, 1],
-        bf16_short[Bf16, true, true, 2], f32_long[F32, true, true, 4],
     }
 }
