@@ -44,10 +44,10 @@ pub struct Args<'a> {
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType), [`Error::Layout`](crate::Error::Layout) when a tensor
-/// is not as in the table; [`Error::Value`](crate::Error::Value) for a `num_topk_sum` that is not 1 or 2 or above `experts_per_group`, for
-/// `num_topk_groups` above `num_groups`, for more than 32 groups, and for sizes beyond 32 bits; [`Error::Overlap`](crate::Error::Overlap),
-/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), [`Error::Driver`](crate::Error::Driver).
+/// [`Error::Shape`], [`Error::DType`], [`Error::Layout`] when a tensor
+/// is not as in the table; [`Error::Value`] for a `num_topk_sum` that is not 1 or 2 or above `experts_per_group`, for
+/// `num_topk_groups` above `num_groups`, for more than 32 groups, and for sizes beyond 32 bits; [`Error::Overlap`],
+/// [`Error::DeviceMismatch`], [`Error::Driver`].
 pub fn topk_sum_and_topk_group_idx(stream: &Stream, args: Args<'_>) -> Result<()> {
     let sizes = check_args(stream, &args)?;
     if args.topk_group_idx.is_empty() {

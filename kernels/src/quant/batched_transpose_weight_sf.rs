@@ -1,7 +1,7 @@
 //! batched_transpose_weight_sf: power-of-two scales of many weights as packed exponents for both operands of a GEMM, a row of words each.
 //!
 //! In   per weight sf f32 [g, n_s, k_s]; a scale is for b by b values, b 32 or 128, and n = n_s b, k = k_s b      Out  sf0 ue8m0 words
-//!      [g, ceil(k_s/4), n], word (p, r) the exponents [r/b][4p..4p+4]; sf1 [g, ceil(n_s/4), k], word (p, c) those of [4p..4p+4][c/b]
+//!      [g, ceil(k_s/4), n], word (p, r) the exponents \[r/b\]\[4p..4p+4\]; sf1 [g, ceil(n_s/4), k], word (p, c) those of \[4p..4p+4\]\[c/b\]
 //! Exact  exponent fields; scales with a sign or mantissa bits are counted.
 //! Map   tasks are kernel parameters, of which a block finds its own; a warp takes 8 words, one scale a lane, and writes each b times.
 //! Cost  4 bytes written for each row, or column, and 4 of its scales; bound by the launch, or by memory for many groups.

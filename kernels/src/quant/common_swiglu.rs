@@ -20,7 +20,7 @@ pub fn clamp_up(up: f32, clamp: f32) -> f32 {
     max_nan(min_nan(up, clamp), -clamp)
 }
 
-/// `gate / (1 + e^-gate)` of a gate whose magnitude is at most [`MODERATE`], bit for bit the IEEE quotient, in fewer instructions and
+/// `gate / (1 + e^-gate)` of a gate whose magnitude is at most `MODERATE`, bit for bit the IEEE quotient, in fewer instructions and
 /// without a branch.
 ///
 /// This is what the hardware's division does for operands of moderate size: a reciprocal, a step that corrects it, the product and a
@@ -92,7 +92,7 @@ pub trait Source: Copy {
     /// [`clamp_gate`] and [`clamp_up`], with a clamp that the type can hold.
     fn limit(gate: Self::Raw, up: Self::Raw, clamp: f32) -> [Self::Raw; 2];
 
-    /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
+    /// Whether the magnitude of one exceeds `MODERATE`; NaN does not.
     fn is_extreme<const N: usize>(raw: [Self::Raw; N]) -> bool;
 
     /// How many gates are above a positive clamp, and how many other values are above it or below its negative.

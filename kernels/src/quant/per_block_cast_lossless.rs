@@ -1,7 +1,7 @@
 //! per_block_cast_lossless: FP4 with fine power-of-two scales to e4m3 with coarser ones, without rounding.
 //!
 //! In   x  e2m1 [t, h/2], x_sf  f32 or ue8m0 of blocks (x_npt, x_npc)      Out  data  e4m3 [t, h], sf  f32 or ue8m0 of blocks (npt, npc)
-//! Exact  integers alone; what e4m3 cannot hold is rounded to nearest even and counted in `lost`, see [`nearest`].
+//! Exact  integers alone; what e4m3 cannot hold is rounded to nearest even and counted in `lost`, see `nearest`.
 //! Map   a lane has 16 channels of one input block. `tile`: a block of threads per tile of whole output blocks, whose lanes join their
 //!       exponents in shared memory; `flat`: output blocks of one row, joined by shuffles, their scales collected and written together.
 //! Cost  h / 2 bytes read and h written a token, and the scales; 3 instructions a value: memory bound.

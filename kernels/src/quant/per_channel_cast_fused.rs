@@ -1,6 +1,6 @@
 //! per_channel_cast_fused: as `per_channel_cast`, of rows that are gathered first.
 //!
-//! In   x  bf16, f32 [n, h], or e4m3 [n, h] with scales of 32 or 128 channels; pos_to_token  i32 [t]
+//! In   x  bf16, f32 [n, h], or e4m3 [n, h] with scales of 32 or 128 channels; pos_to_token  i32 \[t\]
 //! Out  data  e4m3 [t, h];  sf  f32, ue8m0 [ceil(t/npt), h]
 //! Exact  bit for bit, quant.md 2 and 5.5; a row whose index is negative counts as zeros.
 //! Map   as `per_channel_cast`; columns of tiles in groups, so that a row that is read again is still in the cache.

@@ -1,6 +1,6 @@
 //! per_token_cast_to_e5m6: quantise rows to 12 bits a value, with one scale factor a row.
 //!
-//! In    x bf16, f32 [t, h], any row stride      Out  data e5m6, 12 bytes for 8 values [t, 3h/2]; sf  f32, ue8m0 [t]
+//! In    x bf16, f32 [t, h], any row stride      Out  data e5m6, 12 bytes for 8 values [t, 3h/2]; sf  f32, ue8m0 \[t\]
 //! Exact  bit for bit, quant.md 1.3 and 2, below 2^-14 too.  NaN never is the amax and stays NaN; infinity stays infinity.
 //! Map   a block per row; a lane holds vectors of 8 values between maximum and conversion, and four lanes write 48 bytes together.
 //! Cost  h * (2 or 4) bytes read and h * 3 / 2 written a token; memory bound; 11 instructions a value.

@@ -1,4 +1,4 @@
-//! Cases, checks and benchmark rows of `per_channel_cast`; the reference is in [`common_channels`](super::common_channels).
+//! Cases, checks and benchmark rows of `per_channel_cast`; the reference is in `common_channels`.
 
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};

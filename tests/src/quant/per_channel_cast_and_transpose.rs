@@ -1,5 +1,5 @@
 //! Cases, checks and benchmark rows of `per_channel_cast_and_transpose`; the reference is in
-//! [`common_channels`](super::common_channels).
+//! `common_channels`.
 
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
