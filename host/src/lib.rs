@@ -17,7 +17,7 @@
 //! | family | ops |
 //! |---|---|
 //! | [`quant`], a scale for channels of a token | [`per_token_cast`](quant::per_token_cast()), [`per_token_cast_to_e5m6`](quant::per_token_cast_to_e5m6()), [`per_token_cast_and_cast_back`](quant::per_token_cast_and_cast_back()) |
-//! | a scale for a block | [`per_block_cast`](quant::per_block_cast()), [`per_block_cast_lossless`](quant::per_block_cast_lossless()), [`batched_transpose_weight_sf`](quant::batched_transpose_weight_sf()) |
+//! | a scale for a block | [`per_block_cast`](quant::per_block_cast()), [`per_block_cast_lossless`](quant::per_block_cast_lossless()), [`batched_transpose_weight_sf`](quant::batched_transpose_weight_sf()), [`convert_sf`](quant::convert_sf()) |
 //! | a scale for tokens of a channel | [`per_channel_cast`](quant::per_channel_cast()), [`per_channel_cast_fused`](quant::per_channel_cast_fused()), [`per_channel_cast_and_transpose`](quant::per_channel_cast_and_transpose()) |
 //! | back, or without scales | [`cast_back`](quant::cast_back()), [`cast_back_e5m6`](quant::cast_back_e5m6()), [`cast`](quant::cast()) |
 //! | SwiGLU | [`swiglu_forward`](quant::swiglu_forward()), [`swiglu_forward_and_per_token_cast`](quant::swiglu_forward_and_per_token_cast()), [`swiglu_forward_and_per_channel_cast_and_transpose`](quant::swiglu_forward_and_per_channel_cast_and_transpose()), [`swiglu_backward`](quant::swiglu_backward()), [`swiglu_backward_and_per_token_cast`](quant::swiglu_backward_and_per_token_cast()) |
