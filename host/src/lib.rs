@@ -22,7 +22,7 @@
 //! | back, or without scales | [`cast_back`](quant::cast_back()), [`cast_back_e5m6`](quant::cast_back_e5m6()), [`cast`](quant::cast()) |
 //! | SwiGLU | [`swiglu_forward`](quant::swiglu_forward()), [`swiglu_forward_and_per_token_cast`](quant::swiglu_forward_and_per_token_cast()), [`swiglu_forward_and_per_channel_cast_and_transpose`](quant::swiglu_forward_and_per_channel_cast_and_transpose()), [`swiglu_backward`](quant::swiglu_backward()), [`swiglu_backward_and_per_token_cast`](quant::swiglu_backward_and_per_token_cast()) |
 //! | RMS norm | [`norm_forward`](quant::norm_forward()), [`norm_forward_and_per_token_cast`](quant::norm_forward_and_per_token_cast()), [`norm_backward`](quant::norm_backward()) |
-//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`get_fused_mapping`](moe::get_fused_mapping()), [`expand_to_fused`](moe::expand_to_fused()), [`reduce_fused`](moe::reduce_fused()) |
+//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`get_fused_mapping`](moe::get_fused_mapping()), [`expand_to_fused`](moe::expand_to_fused()), [`reduce_fused`](moe::reduce_fused()), [`normalize_weight`](moe::normalize_weight()), [`group_count`](moe::group_count()), [`aux_fi`](moe::aux_fi()), [`mask_indices_by_tp`](moe::mask_indices_by_tp()), [`inplace_unique_group_indices`](moe::inplace_unique_group_indices()), [`topk_sum_and_topk_group_idx`](moe::topk_sum_and_topk_group_idx()) |
 //! | [`transpose`] | [`transpose`](transpose::transpose()), [`batched_transpose`](transpose::batched_transpose()) |
 //! | [`mhc`] | [`mhc_post_fwd`](mhc::mhc_post_fwd()) |
 //!
