@@ -1,7 +1,7 @@
 //! Owned device memory.
 
 use crate::device::Backend;
-use crate::tensor::contiguous_strides;
+use crate::tensor::{MAX_RANK, contiguous_strides};
 use crate::{Device, Element, Error, Result, TensorMut, TensorRef, View, emu};
 use std::fmt;
 use std::marker::PhantomData;
@@ -130,7 +130,7 @@ impl<T: Element> Buffer<T> {
     /// # Errors
     /// [`Error::Shape`] for more than four dimensions or more elements than the buffer has.
     pub fn tensor(&self, shape: &[u64]) -> Result<TensorRef<'_>> {
-        Ok(TensorRef::new(self.view("tensor", shape, &contiguous_strides(shape), 0)?))
+        Ok(TensorRef::new(self.dense("tensor", shape)?))
     }
 
     /// The start of the buffer as a contiguous tensor that may be written.
@@ -138,7 +138,7 @@ impl<T: Element> Buffer<T> {
     /// # Errors
     /// Those of [`tensor`](Self::tensor).
     pub fn tensor_mut(&mut self, shape: &[u64]) -> Result<TensorMut<'_>> {
-        TensorMut::new("tensor_mut", self.view("tensor_mut", shape, &contiguous_strides(shape), 0)?)
+        TensorMut::new("tensor_mut", self.dense("tensor_mut", shape)?)
     }
 
     /// A tensor whose first element is element `offset` of the buffer. Strides count elements.
@@ -157,13 +157,13 @@ impl<T: Element> Buffer<T> {
         TensorMut::new("strided_mut", self.view("strided_mut", shape, strides, offset)?)
     }
 
+    fn dense(&self, op: &'static str, shape: &[u64]) -> Result<View> {
+        let strides = contiguous_strides(shape);
+        self.view(op, shape, &strides[..shape.len().min(MAX_RANK)], 0)
+    }
+
     fn view(&self, op: &'static str, shape: &[u64], strides: &[u64], offset: u64) -> Result<View> {
-        let beyond = || Error::Shape {
-            op,
-            arg: "shape",
-            expected: format!("elements within the {} of the buffer", self.len),
-            got: format!("{shape:?} with strides {strides:?} from element {offset}"),
-        };
+        let beyond = || beyond(op, self.len, shape, strides, offset);
         // The offset is checked first, so that the address of the first element cannot overflow.
         if offset > self.len as u64 {
             return Err(beyond());
@@ -175,6 +175,12 @@ impl<T: Element> Buffer<T> {
         }
         Ok(view)
     }
+}
+
+#[cold]
+fn beyond(op: &'static str, len: usize, shape: &[u64], strides: &[u64], offset: u64) -> Error {
+    let expected = format!("elements within the {len} of the buffer");
+    Error::Shape { op, arg: "shape", expected, got: format!("{shape:?} with strides {strides:?} from element {offset}") }
 }
 
 impl<T> Drop for Buffer<T> {

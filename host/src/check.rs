@@ -8,92 +8,74 @@ use std::fmt::Display;
 pub const MAX_SHARED_BYTES: u32 = 227 * 1024;
 
 /// `t` has `n` dimensions.
+#[inline]
 pub fn rank(op: &'static str, arg: &'static str, t: &View, n: usize) -> Result<()> {
-    if t.rank() == n {
-        return Ok(());
-    }
-    let plural = if n == 1 { "" } else { "s" };
-    Err(Error::Shape { op, arg, expected: format!("{n} dimension{plural}"), got: format!("{:?}", t.shape()) })
+    if t.rank() == n { Ok(()) } else { Err(wrong_rank(op, arg, t, n)) }
 }
 
 /// The element type of `t` is one of `allowed`.
+#[inline]
 pub fn dtype(op: &'static str, arg: &'static str, t: &View, allowed: &[DType]) -> Result<()> {
-    if allowed.contains(&t.dtype()) {
-        return Ok(());
-    }
-    Err(Error::DType { op, arg, allowed: list(allowed), got: t.dtype() })
+    // As a set of bits, which is a constant for a list that is one.
+    let allows = allowed.iter().fold(0, |set, dtype| set | 1u64 << *dtype as u32);
+    if allows >> t.dtype() as u32 & 1 == 1 { Ok(()) } else { Err(wrong_dtype(op, arg, t, allowed)) }
 }
 
 /// `t` has exactly this shape.
+#[inline]
 pub fn shape(op: &'static str, arg: &'static str, t: &View, expected: &[u64]) -> Result<()> {
-    if t.shape() == expected {
-        return Ok(());
-    }
-    Err(Error::Shape { op, arg, expected: format!("{expected:?}"), got: format!("{:?}", t.shape()) })
+    // One by one: a comparison of slices calls the C library.
+    let equal = t.rank() == expected.len() && expected.iter().enumerate().all(|(i, n)| t.dim(i) == *n);
+    if equal { Ok(()) } else { Err(wrong_shape(op, arg, t, expected)) }
 }
 
 /// The elements of `t` lie one after the other.
+#[inline]
 pub fn contiguous(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
-    if t.is_contiguous() {
-        return Ok(());
-    }
-    Err(Error::Layout { op, arg, expected: "contiguous".to_owned(), got: layout(t) })
+    if t.is_contiguous() { Ok(()) } else { Err(wrong_layout(op, arg, t, "contiguous")) }
 }
 
 /// Elements of the last dimension of `t` are neighbours in memory.
+#[inline]
 pub fn last_stride_1(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
-    let fine = match (t.shape().last(), t.strides().last()) {
-        (Some(&n), Some(&stride)) => n <= 1 || stride == 1 || t.is_empty(),
-        _ => true,
-    };
-    if fine {
-        return Ok(());
-    }
-    Err(Error::Layout { op, arg, expected: "last dimension with stride 1".to_owned(), got: layout(t) })
+    // Without dimensions: 1, as beyond the last one.
+    let last = t.rank().wrapping_sub(1);
+    let fine = t.stride(last) == 1 || t.dim(last) <= 1 || t.is_empty();
+    if fine { Ok(()) } else { Err(wrong_layout(op, arg, t, "last dimension with stride 1")) }
 }
 
 /// The first element of `t`, and of each row of it, is at a multiple of `bytes`: vector accesses along the last dimension
-/// are then aligned. Strides of dimensions of size 1 do not count, nor does anything of an empty tensor.
+/// are then aligned. `bytes` is a power of two. Strides of dimensions of size 1 do not count, nor does anything of an empty tensor.
+#[inline]
 pub fn aligned(op: &'static str, arg: &'static str, t: &View, bytes: u64) -> Result<()> {
-    if t.is_empty() {
-        return Ok(());
-    }
-    let outer = t.rank().saturating_sub(1);
-    let rows = (0..outer).all(|i| t.dim(i) == 1 || (t.stride(i).wrapping_mul(t.dtype().size())).is_multiple_of(bytes));
-    if rows && t.ptr().is_multiple_of(bytes) {
-        return Ok(());
-    }
-    let got = format!("address {:#x}, {}", t.ptr(), layout(t));
-    Err(Error::Layout { op, arg, expected: format!("rows that start at multiples of {bytes} bytes"), got })
+    debug_assert!(bytes.is_power_of_two());
+    let strides = (1..t.rank()).fold(0, |all, i| all | if t.dim(i - 1) == 1 { 0 } else { t.stride(i - 1) });
+    let starts = t.ptr() | strides.wrapping_mul(t.dtype().size());
+    if starts & (bytes - 1) == 0 || t.is_empty() { Ok(()) } else { Err(unaligned(op, arg, t, bytes)) }
 }
 
 /// `value` is a multiple of `by`.
+#[inline]
 pub fn divisible(op: &'static str, arg: &'static str, value: u64, by: u64) -> Result<()> {
-    if value.is_multiple_of(by) {
-        return Ok(());
-    }
-    Err(Error::Value { op, arg, allowed: format!("multiples of {by}"), got: value.to_string() })
+    if value.is_multiple_of(by) { Ok(()) } else { Err(indivisible(op, arg, value, by)) }
 }
 
 /// `value` is one of `allowed`.
+#[inline]
 pub fn one_of<T: PartialEq + Display>(op: &'static str, arg: &'static str, value: T, allowed: &[T]) -> Result<()> {
-    if allowed.contains(&value) {
-        return Ok(());
-    }
-    Err(Error::Value { op, arg, allowed: list(allowed), got: value.to_string() })
+    if allowed.contains(&value) { Ok(()) } else { Err(none_of(op, arg, &value, allowed)) }
 }
 
 /// `value` lies in `low..=high`.
+#[inline]
 pub fn in_range(op: &'static str, arg: &'static str, value: u64, low: u64, high: u64) -> Result<()> {
-    if (low..=high).contains(&value) {
-        return Ok(());
-    }
-    Err(Error::Value { op, arg, allowed: format!("{low} to {high}"), got: value.to_string() })
+    if (low..=high).contains(&value) { Ok(()) } else { Err(out_of_range(op, arg, value, low, high)) }
 }
 
 /// `value` as the 32-bit number that kernels count with.
+#[inline]
 pub fn fits_u32(op: &'static str, arg: &'static str, value: u64) -> Result<u32> {
-    u32::try_from(value).map_err(|_| Error::Value { op, arg, allowed: format!("0 to {}", u32::MAX), got: value.to_string() })
+    u32::try_from(value).map_err(|_| out_of_range(op, arg, value, 0, u32::MAX.into()))
 }
 
 /// Every tensor is on the device of `stream`.
@@ -102,11 +84,9 @@ pub fn same_device(op: &'static str, stream: &Stream, tensors: &[(&'static str, 
 }
 
 /// The argument's device is the expected one.
+#[inline]
 pub(crate) fn on_device(op: &'static str, expected: &Device, arg: &'static str, got: &Device) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::DeviceMismatch { op, arg, expected: expected.to_string(), got: got.to_string() })
+    if expected == got { Ok(()) } else { Err(wrong_device(op, expected, arg, got)) }
 }
 
 /// The byte ranges of two tensors have nothing in common. Views that interleave within one range count as overlapping.
@@ -116,7 +96,7 @@ pub fn no_overlap(op: &'static str, a: (&'static str, &View), b: (&'static str, 
     if apart || x.span_bytes() == 0 || y.span_bytes() == 0 || x.device() != y.device() {
         return Ok(());
     }
-    Err(Error::Overlap { op, a: a.0, b: b.0 })
+    Err(overlap(op, a.0, b.0))
 }
 
 /// No output overlaps an input or another output. Inputs may overlap each other.
@@ -133,11 +113,76 @@ pub fn no_overlaps(op: &'static str, inputs: &[(&'static str, &View)], outputs: 
 /// The configuration is one that the device and the compiled kernel allow.
 pub(crate) fn launch_config(op: &'static str, config: &LaunchConfig, max_threads: u32) -> Result<()> {
     let most = if max_threads == 0 { 1024 } else { max_threads };
+    let [x, y, z] = config.grid;
+    let fine = (1..=most).contains(&config.threads)
+        && config.shared_bytes <= MAX_SHARED_BYTES
+        && x <= i32::MAX as u32
+        && y <= 65535
+        && z <= 65535;
+    if fine { Ok(()) } else { wrong_config(op, config, most) }
+}
+
+// Errors are made apart from the checks: a launch runs code that the driver has pushed out of the caches, so it should be short.
+
+#[cold]
+fn wrong_config(op: &'static str, config: &LaunchConfig, most: u32) -> Result<()> {
     in_range(op, "threads of a block", config.threads.into(), 1, most.into())?;
     in_range(op, "shared memory of a block", config.shared_bytes.into(), 0, MAX_SHARED_BYTES.into())?;
     in_range(op, "grid x", config.grid[0].into(), 0, i32::MAX as u64)?;
     in_range(op, "grid y", config.grid[1].into(), 0, 65535)?;
     in_range(op, "grid z", config.grid[2].into(), 0, 65535)
+}
+
+#[cold]
+fn wrong_rank(op: &'static str, arg: &'static str, t: &View, n: usize) -> Error {
+    let plural = if n == 1 { "" } else { "s" };
+    Error::Shape { op, arg, expected: format!("{n} dimension{plural}"), got: format!("{:?}", t.shape()) }
+}
+
+#[cold]
+fn wrong_dtype(op: &'static str, arg: &'static str, t: &View, allowed: &[DType]) -> Error {
+    Error::DType { op, arg, allowed: list(allowed), got: t.dtype() }
+}
+
+#[cold]
+fn wrong_shape(op: &'static str, arg: &'static str, t: &View, expected: &[u64]) -> Error {
+    Error::Shape { op, arg, expected: format!("{expected:?}"), got: format!("{:?}", t.shape()) }
+}
+
+#[cold]
+fn wrong_layout(op: &'static str, arg: &'static str, t: &View, expected: &str) -> Error {
+    Error::Layout { op, arg, expected: expected.to_owned(), got: layout(t) }
+}
+
+#[cold]
+fn unaligned(op: &'static str, arg: &'static str, t: &View, bytes: u64) -> Error {
+    let got = format!("address {:#x}, {}", t.ptr(), layout(t));
+    Error::Layout { op, arg, expected: format!("rows that start at multiples of {bytes} bytes"), got }
+}
+
+#[cold]
+fn indivisible(op: &'static str, arg: &'static str, value: u64, by: u64) -> Error {
+    Error::Value { op, arg, allowed: format!("multiples of {by}"), got: value.to_string() }
+}
+
+#[cold]
+fn none_of<T: Display>(op: &'static str, arg: &'static str, value: &T, allowed: &[T]) -> Error {
+    Error::Value { op, arg, allowed: list(allowed), got: value.to_string() }
+}
+
+#[cold]
+fn out_of_range(op: &'static str, arg: &'static str, value: u64, low: u64, high: u64) -> Error {
+    Error::Value { op, arg, allowed: format!("{low} to {high}"), got: value.to_string() }
+}
+
+#[cold]
+fn wrong_device(op: &'static str, expected: &Device, arg: &'static str, got: &Device) -> Error {
+    Error::DeviceMismatch { op, arg, expected: expected.to_string(), got: got.to_string() }
+}
+
+#[cold]
+fn overlap(op: &'static str, a: &'static str, b: &'static str) -> Error {
+    Error::Overlap { op, a, b }
 }
 
 fn layout(t: &View) -> String {

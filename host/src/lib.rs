@@ -1,4 +1,4 @@
-//! LLM tile kernels in Rust: quantisation, mixture-of-experts routing, transposes, hyper-connections.
+//! LLM tile kernels in Rust: quantisation and what is fused with it, mixture-of-experts routing, transposes, hyper-connections.
 //!
 //! Every op is one function that takes a [`Stream`] and borrowed tensors. The kernels are written in Rust (crate
 //! `ferrotile-kernels`) and run on CUDA GPUs, as PTX that ships with this crate, and on a CPU emulator that needs nothing.
@@ -16,8 +16,13 @@
 //!
 //! | family | ops |
 //! |---|---|
-//! | [`quant`] | [`per_token_cast`](quant::per_token_cast()), [`per_block_cast`](quant::per_block_cast()), [`cast_back`](quant::cast_back()) and their variants |
-//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`get_fused_mapping`](moe::get_fused_mapping()) |
+//! | [`quant`], a scale for channels of a token | [`per_token_cast`](quant::per_token_cast()), [`per_token_cast_to_e5m6`](quant::per_token_cast_to_e5m6()), [`per_token_cast_and_cast_back`](quant::per_token_cast_and_cast_back()) |
+//! | a scale for a block | [`per_block_cast`](quant::per_block_cast()), [`per_block_cast_lossless`](quant::per_block_cast_lossless()), [`batched_transpose_weight_sf`](quant::batched_transpose_weight_sf()) |
+//! | a scale for tokens of a channel | [`per_channel_cast`](quant::per_channel_cast()), [`per_channel_cast_fused`](quant::per_channel_cast_fused()), [`per_channel_cast_and_transpose`](quant::per_channel_cast_and_transpose()) |
+//! | back, or without scales | [`cast_back`](quant::cast_back()), [`cast_back_e5m6`](quant::cast_back_e5m6()), [`cast`](quant::cast()) |
+//! | SwiGLU | [`swiglu_forward`](quant::swiglu_forward()), [`swiglu_forward_and_per_token_cast`](quant::swiglu_forward_and_per_token_cast()), [`swiglu_forward_and_per_channel_cast_and_transpose`](quant::swiglu_forward_and_per_channel_cast_and_transpose()), [`swiglu_backward`](quant::swiglu_backward()), [`swiglu_backward_and_per_token_cast`](quant::swiglu_backward_and_per_token_cast()) |
+//! | RMS norm | [`norm_forward`](quant::norm_forward()), [`norm_forward_and_per_token_cast`](quant::norm_forward_and_per_token_cast()), [`norm_backward`](quant::norm_backward()) |
+//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`get_fused_mapping`](moe::get_fused_mapping()), [`expand_to_fused`](moe::expand_to_fused()), [`reduce_fused`](moe::reduce_fused()) |
 //! | [`transpose`] | [`transpose`](transpose::transpose()), [`batched_transpose`](transpose::batched_transpose()) |
 //! | [`mhc`] | [`mhc_post_fwd`](mhc::mhc_post_fwd()) |
 //!

@@ -28,20 +28,10 @@ pub struct View {
 impl View {
     /// A view with sizes whose products are known to fit in 64 bits, so that no later arithmetic can overflow.
     pub(crate) fn new(op: &'static str, device: Device, ptr: u64, dtype: DType, shape: &[u64], strides: &[u64]) -> Result<Self> {
-        if shape.len() > MAX_RANK {
-            let expected = format!("at most {MAX_RANK} dimensions");
-            return Err(Error::Shape { op, arg: "shape", expected, got: format!("{shape:?}") });
+        if shape.len() > MAX_RANK || strides.len() != shape.len() {
+            return Err(wrong_rank(op, shape, strides));
         }
-        if strides.len() != shape.len() {
-            let expected = format!("one for each dimension of {shape:?}");
-            return Err(Error::Shape { op, arg: "strides", expected, got: format!("{strides:?}") });
-        }
-        let too_large = || Error::Shape {
-            op,
-            arg: "shape",
-            expected: "fewer than 2^64 bytes".to_owned(),
-            got: format!("{shape:?} with strides {strides:?}"),
-        };
+        let too_large = || too_large(op, shape, strides);
         let numel = shape.iter().filter(|&&n| n != 0).try_fold(1u64, |n, &d| n.checked_mul(d)).ok_or_else(too_large)?;
         let empty = shape.contains(&0);
         let last = shape.iter().zip(strides).try_fold(0u64, |last, (&n, &stride)| {
@@ -155,10 +145,34 @@ impl fmt::Debug for View {
     }
 }
 
-/// Strides of a tensor whose elements lie one after the other. An empty dimension counts as 1, as other libraries do it.
-pub(crate) fn contiguous_strides(shape: &[u64]) -> Vec<u64> {
-    let mut strides = vec![1u64; shape.len()];
-    for i in (1..shape.len()).rev() {
+#[cold]
+fn wrong_rank(op: &'static str, shape: &[u64], strides: &[u64]) -> Error {
+    if shape.len() > MAX_RANK {
+        let expected = format!("at most {MAX_RANK} dimensions");
+        return Error::Shape { op, arg: "shape", expected, got: format!("{shape:?}") };
+    }
+    let expected = format!("one for each dimension of {shape:?}");
+    Error::Shape { op, arg: "strides", expected, got: format!("{strides:?}") }
+}
+
+#[cold]
+fn too_large(op: &'static str, shape: &[u64], strides: &[u64]) -> Error {
+    let expected = "fewer than 2^64 bytes".to_owned();
+    Error::Shape { op, arg: "shape", expected, got: format!("{shape:?} with strides {strides:?}") }
+}
+
+#[cold]
+fn broadcast(op: &'static str, view: &View) -> Error {
+    let got = format!("shape {:?} with strides {:?}", view.shape(), view.strides());
+    Error::Layout { op, arg: "strides", expected: "no stride 0 in a tensor that is written".to_owned(), got }
+}
+
+/// Strides of a tensor whose elements lie one after the other; only the first are for a tensor of fewer than [`MAX_RANK`] dimensions. An
+/// empty dimension counts as 1, as other libraries do it.
+// Without memory from the heap: tensors are made for every launch.
+pub(crate) fn contiguous_strides(shape: &[u64]) -> [u64; MAX_RANK] {
+    let mut strides = [1u64; MAX_RANK];
+    for i in (1..shape.len().min(MAX_RANK)).rev() {
         strides[i - 1] = strides[i].saturating_mul(shape[i].max(1));
     }
     strides
@@ -231,13 +245,7 @@ impl<'a> TensorMut<'a> {
     pub(crate) fn new(op: &'static str, view: View) -> Result<Self> {
         // Only the plain case is caught: a broadcast dimension, where two indices are one element.
         if !view.is_empty() && view.shape().iter().zip(view.strides()).any(|(&n, &stride)| n > 1 && stride == 0) {
-            let got = format!("shape {:?} with strides {:?}", view.shape(), view.strides());
-            return Err(Error::Layout {
-                op,
-                arg: "strides",
-                expected: "no stride 0 in a tensor that is written".to_owned(),
-                got,
-            });
+            return Err(broadcast(op, &view));
         }
         Ok(Self { view, memory: PhantomData })
     }
@@ -310,7 +318,7 @@ mod tests {
     #[test]
     fn empty_tensors_touch_nothing() {
         for shape in [[0, 7], [7, 0], [0, u64::MAX]] {
-            let v = view(&shape, &contiguous_strides(&shape)).unwrap();
+            let v = view(&shape, &contiguous_strides(&shape)[..2]).unwrap();
             assert_eq!((v.numel(), v.span_bytes(), v.is_contiguous()), (0, 0, true), "{shape:?}");
         }
     }

@@ -239,8 +239,13 @@ mod gpu {
         let mut out = device.zeros::<u32>(n).unwrap();
         let pointer = out.tensor_mut(&[n as u64]).unwrap().output();
         // An entry of this thread's own, so that its very first launch, with its compilation, is inside of the capture.
-        static FIRST: ferrotile_kernels::entry::Entry<iota::Args> =
-            ferrotile_kernels::entry::Entry { op: OP, name: "host_test__iota", max_threads: 128, run: |_| () };
+        static FIRST: ferrotile_kernels::entry::Entry<iota::Args> = ferrotile_kernels::entry::Entry {
+            op: OP,
+            name: "host_test__iota",
+            max_threads: 128,
+            run: |_| (),
+            loaded: ferrotile_kernels::entry::Loaded::new(),
+        };
         let graph = stream
             .capture(|s| {
                 s.launch(OP, &FIRST, &LaunchConfig::new(40, 128), &iota::Args { out: pointer, start: 9, step: 3, n: n as u32 })

@@ -7,7 +7,7 @@
 mod job;
 
 use ferrotile::Device;
-use ferrotile::quant::Format;
+use ferrotile::quant::QuantFormat as Format;
 use half::{bf16, f16};
 use indicatif::ProgressBar;
 use job::error::Error;
@@ -22,8 +22,14 @@ use std::io::{self, Cursor, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-const FORMATS: [Format; 2] = [Format::E4m3, Format::E2m1];
-const BLOCKS: [Block; 3] = [(128, 128), (1, 128), (1, 32)];
+const SQUARE: Block = Block::Of(128, 128);
+const BLOCKS: [Block; 5] = [SQUARE, Block::Of(1, 128), Block::Of(1, 32), Block::Row, Block::Of(128, 1)];
+
+/// What can be asked for.
+fn ways() -> impl Iterator<Item = (Format, Block)> {
+    let of = |format, blocks: &'static [Block]| blocks.iter().map(move |block| (format, *block));
+    of(Format::E4m3, &BLOCKS).chain(of(Format::E2m1, &BLOCKS[..4])).chain(of(Format::E5m6, &BLOCKS[3..4]))
+}
 
 /// A folder of a test's own, removed with all its files when the test has passed.
 struct Folder(PathBuf);
@@ -127,15 +133,29 @@ fn e2m1(code: u8) -> f64 {
     if code & 8 == 0 { magnitude } else { -magnitude }
 }
 
+/// The value of one of eight e5m6 codes: of a string of 96 bits, the first at the top, stored as three words.
+fn e5m6(bytes: &[u8], i: usize) -> f64 {
+    let words: [u32; 3] = std::array::from_fn(|w| u32::from_le_bytes(bytes[4 * w..4 * w + 4].try_into().unwrap()));
+    let string = words.iter().fold(0u128, |string, word| string << 32 | u128::from(*word));
+    let code = (string >> (84 - 12 * i)) as u32 & 0xFFF;
+    let (exponent, mantissa) = ((code >> 6 & 31) as i32, f64::from(code & 63) / 64.0);
+    let magnitude = if exponent == 0 { mantissa * 2f64.powi(-14) } else { (1.0 + mantissa) * 2f64.powi(exponent - 15) };
+    if code & 0x800 == 0 { magnitude } else { -magnitude }
+}
+
 /// Checks the output for one matrix with scalar loops and returns the signal-to-noise ratio in dB.
 fn check_matrix(file: &SafeTensors<'_>, name: &str, [rows, columns]: [usize; 2], x: &[f32], format: Format, block: Block) -> f64 {
     let context = format!("{name} [{rows}, {columns}] {format} {block:?}");
     let (data, sf) = (file.tensor(name).unwrap(), file.tensor(&format!("{name}_scale_inv")).unwrap());
-    let (block_rows, block_columns) = (block.0 as usize, block.1 as usize);
+    let (block_rows, block_columns) = match block {
+        Block::Of(rows, columns) => (rows as usize, columns as usize),
+        Block::Row => (1, columns.max(1)),
+    };
     let sf_columns = columns.div_ceil(block_columns);
     let (dtype, data_columns, largest, smallest_amax) = match format {
         Format::E4m3 => (Dtype::F8_E4M3, columns, 448.0f32, 1e-4f32),
         Format::E2m1 => (Dtype::I8, columns.div_ceil(2), 6.0, 6.0 * f32::MIN_POSITIVE),
+        Format::E5m6 => (Dtype::U8, columns.div_ceil(8) * 12, 65024.0, 1e-4),
     };
     assert_eq!((data.dtype(), data.shape()), (dtype, &[rows, data_columns][..]), "{context}");
     assert_eq!((sf.dtype(), sf.shape()), (Dtype::F32, &[rows.div_ceil(block_rows), sf_columns][..]), "{context}");
@@ -161,6 +181,11 @@ fn check_matrix(file: &SafeTensors<'_>, name: &str, [rows, columns]: [usize; 2],
                     };
                     (e2m1(if column % 2 == 0 { byte & 15 } else { byte >> 4 }), scale * step / 2.0)
                 }
+                Format::E5m6 => {
+                    let start = row * data_columns + column / 8 * 12;
+                    // Six mantissa bits; below 2^-14 a value may become either neighbour.
+                    (e5m6(&data.data()[start..start + 12], column % 8), (x.abs() / 128.0).max(scale * 2f64.powi(-20)))
+                }
             };
             let error = (x - code * scale).abs();
             // The factor covers the f32 roundings of the scale factor and of the product.
@@ -170,6 +195,10 @@ fn check_matrix(file: &SafeTensors<'_>, name: &str, [rows, columns]: [usize; 2],
         }
         if format == Format::E2m1 && columns % 2 == 1 {
             assert_eq!(data.data()[row * data_columns + columns / 2] >> 4, 0, "{context}: spare half byte of row {row}");
+        }
+        for column in columns..if format == Format::E5m6 { columns.next_multiple_of(8) } else { columns } {
+            let start = row * data_columns + column / 8 * 12;
+            assert_eq!(e5m6(&data.data()[start..start + 12], column % 8), 0.0, "{context}: spare value of row {row}");
         }
     }
     for (i, (sf, amax)) in sf.iter().zip(amax).enumerate() {
@@ -200,36 +229,34 @@ fn matrices_of_every_shape_and_type_survive() {
         other("f64", [5, 66], Dtype::F64, &|x| f64::from(x).to_le_bytes().into()),
     ];
     folder.file("in", &serialize(&inputs));
-    for format in FORMATS {
-        for block in BLOCKS {
-            let options = folder.options(format, block);
-            let outcomes = run(&options).unwrap();
-            assert_eq!(outcomes.len(), inputs.len());
-            let bytes = fs::read(&options.output).unwrap();
-            let file = SafeTensors::deserialize(&bytes).unwrap();
-            assert_eq!(file.len(), 2 * inputs.len());
-            for input in &inputs {
-                let x: Vec<f32> = match input.dtype {
-                    Dtype::BF16 => input.bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-                    Dtype::F16 => input.bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-                    Dtype::F64 => input.bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32).collect(),
-                    _ => input.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-                };
-                let snr = check_matrix(&file, input.name, [input.shape[0], input.shape[1]], &x, format, block);
-                let outcome = outcomes.iter().find(|o| o.source.name == input.name).unwrap();
-                let quality = outcome.quality.unwrap();
-                let sizes =
-                    [input.name.to_owned(), format!("{}_scale_inv", input.name)].map(|n| file.tensor(&n).unwrap().data().len());
-                assert_eq!(outcome.bytes_after, (sizes[0] + sizes[1]) as u64);
-                if x.is_empty() {
-                    assert_eq!(quality.noise, 0.0);
-                } else if quality.noise == 0.0 {
-                    // A single value is its own amax; the quotient may still round.
-                    assert!(x.len() == 1 || block == (1, 32) || block == (1, 128), "{}", input.name);
-                } else {
-                    // f32 products against f64 ones.
-                    assert!((quality.snr_db() - snr).abs() < 1e-2 || snr > 100.0, "{}: {} {snr}", input.name, quality.snr_db());
-                }
+    for (format, block) in ways() {
+        let options = folder.options(format, block);
+        let outcomes = run(&options).unwrap();
+        assert_eq!(outcomes.len(), inputs.len());
+        let bytes = fs::read(&options.output).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.len(), 2 * inputs.len());
+        for input in &inputs {
+            let x: Vec<f32> = match input.dtype {
+                Dtype::BF16 => input.bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+                Dtype::F16 => input.bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+                Dtype::F64 => input.bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32).collect(),
+                _ => input.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            };
+            let snr = check_matrix(&file, input.name, [input.shape[0], input.shape[1]], &x, format, block);
+            let outcome = outcomes.iter().find(|o| o.source.name == input.name).unwrap();
+            let quality = outcome.quality.unwrap();
+            let sizes =
+                [input.name.to_owned(), format!("{}_scale_inv", input.name)].map(|n| file.tensor(&n).unwrap().data().len());
+            assert_eq!(outcome.bytes_after, (sizes[0] + sizes[1]) as u64);
+            if x.is_empty() {
+                assert_eq!(quality.noise, 0.0);
+            } else if quality.noise == 0.0 {
+                // A single value is its own amax; the quotient may still round.
+                assert!(x.len() == 1 || block != SQUARE, "{}", input.name);
+            } else {
+                // f32 products against f64 ones.
+                assert!((quality.snr_db() - snr).abs() < 1e-2 || snr > 100.0, "{}: {} {snr}", input.name, quality.snr_db());
             }
         }
     }
@@ -241,22 +268,24 @@ fn normal_weights_keep_the_known_signal_to_noise_ratio() {
     let folder = Folder::new();
     let x = normals(256 * 512, 3);
     folder.file("in", &serialize(&[Input::f32("x.weight", [256, 512], &x)]));
-    for format in FORMATS {
-        for block in BLOCKS {
-            let options = folder.options(format, block);
-            let snr = run(&options).unwrap()[0].quality.unwrap().snr_db();
-            let expected = match (format, block) {
-                // The error is relative to each value: scale factors of their own matter little.
-                (Format::E4m3, (128, 128)) => 31.3..31.8,
-                (Format::E4m3, (_, 128)) => 31.5..32.1,
-                (Format::E4m3, _) => 32.1..32.7,
-                // Seven magnitudes: the smaller the block, the better they are used.
-                (Format::E2m1, (128, 128)) => 18.2..18.9,
-                (Format::E2m1, (_, 128)) => 19.0..19.6,
-                (Format::E2m1, _) => 19.6..20.2,
-            };
-            assert!(expected.contains(&snr), "{format} {block:?}: {snr} dB");
-        }
+    for (format, block) in ways() {
+        let options = folder.options(format, block);
+        let snr = run(&options).unwrap()[0].quality.unwrap().snr_db();
+        let expected = match (format, block) {
+            // The error is relative to each value: scale factors of their own matter little.
+            (Format::E4m3, Block::Of(128, 128) | Block::Row) => 31.3..31.8,
+            (Format::E4m3, Block::Of(1, 128) | Block::Of(128, 1)) => 31.5..32.1,
+            (Format::E4m3, _) => 32.1..32.7,
+            // Seven magnitudes: the smaller the block, the better they are used.
+            (Format::E2m1, Block::Of(128, 128)) => 18.2..18.9,
+            // Of 512 columns.
+            (Format::E2m1, Block::Row) => 18.8..19.3,
+            (Format::E2m1, Block::Of(1, 128)) => 19.0..19.6,
+            (Format::E2m1, _) => 19.6..20.2,
+            // Three mantissa bits more than e4m3.
+            (Format::E5m6, _) => 49.4..50.0,
+        };
+        assert!(expected.contains(&snr), "{format} {block:?}: {snr} dB");
     }
 }
 
@@ -284,7 +313,7 @@ fn everything_else_is_copied_byte_for_byte() {
     let matrix = Input::f32("x.weight", [2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     let inputs: Vec<_> = copied.into_iter().chain([long, matrix]).collect();
     folder.file("in", &serialize(&inputs));
-    let options = folder.options(Format::E4m3, (128, 128));
+    let options = folder.options(Format::E4m3, SQUARE);
     let outcomes = run(&options).unwrap();
     let bytes = fs::read(&options.output).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -316,15 +345,13 @@ fn everything_else_is_copied_byte_for_byte() {
 fn pieces_do_not_change_the_bytes() {
     let folder = Folder::new();
     folder.file("in", &serialize(&[Input::f32("x.weight", [1000, 70], &normals(70_000, 9))]));
-    for format in FORMATS {
-        for block in BLOCKS {
-            let whole = folder.options(format, block);
-            run(&whole).unwrap();
-            // 3 rows, or one scaling block, at a time.
-            let pieces = Options { output: folder.path("pieces"), piece_values: 210, ..whole };
-            run(&pieces).unwrap();
-            assert!(fs::read(folder.path("out")).unwrap() == fs::read(pieces.output).unwrap(), "{format} {block:?}");
-        }
+    for (format, block) in ways() {
+        let whole = folder.options(format, block);
+        run(&whole).unwrap();
+        // 3 rows, or one scaling block, at a time.
+        let pieces = Options { output: folder.path("pieces"), piece_values: 210, ..whole };
+        run(&pieces).unwrap();
+        assert!(fs::read(folder.path("out")).unwrap() == fs::read(pieces.output).unwrap(), "{format} {block:?}");
     }
 }
 
@@ -332,14 +359,12 @@ fn pieces_do_not_change_the_bytes() {
 fn the_checked_emulator_finds_nothing() {
     let folder = Folder::new();
     folder.file("in", &serialize(&[Input::f32("x.weight", [130, 70], &normals(9100, 2))]));
-    for format in FORMATS {
-        for block in BLOCKS {
-            let options = folder.options(format, block);
-            run(&options).unwrap();
-            let checked = Options { output: folder.path("checked"), ..options };
-            run_on(&checked, Device::emulator().checked().shuffled(1), &on_disk).unwrap();
-            assert!(fs::read(folder.path("out")).unwrap() == fs::read(checked.output).unwrap(), "{format} {block:?}");
-        }
+    for (format, block) in ways() {
+        let options = folder.options(format, block);
+        run(&options).unwrap();
+        let checked = Options { output: folder.path("checked"), ..options };
+        run_on(&checked, Device::emulator().checked().shuffled(1), &on_disk).unwrap();
+        assert!(fs::read(folder.path("out")).unwrap() == fs::read(checked.output).unwrap(), "{format} {block:?}");
     }
 }
 
@@ -372,12 +397,12 @@ fn files_of_another_kind_are_refused() {
     ];
     for (bytes, expected) in cases {
         folder.file("in", &bytes);
-        let error = run(&folder.options(Format::E4m3, (128, 128))).err().expect(expected);
+        let error = run(&folder.options(Format::E4m3, SQUARE)).err().expect(expected);
         assert!(matches!(error, Error::NotSafetensors { .. }), "{error}");
         let text = error.to_string();
         assert!(text.contains("in: not a safetensors file: ") && text.contains(expected), "{text}, expected: {expected}");
     }
-    let absent = Options { input: folder.path("absent"), ..folder.options(Format::E4m3, (128, 128)) };
+    let absent = Options { input: folder.path("absent"), ..folder.options(Format::E4m3, SQUARE) };
     assert!(matches!(run(&absent), Err(Error::Io { action: "open it", .. })));
     assert_eq!(folder.names(), ["in"]);
 }
@@ -386,7 +411,7 @@ fn files_of_another_kind_are_refused() {
 fn a_type_from_the_future_is_copied() {
     let folder = Folder::new();
     folder.file("in", &raw(r#"{"x":{"dtype":"F3_E1M1","shape":[2,4],"data_offsets":[0,3]}}"#, 3));
-    let options = folder.options(Format::E4m3, (128, 128));
+    let options = folder.options(Format::E4m3, SQUARE);
     let outcomes = run(&options).unwrap();
     assert!(outcomes[0].quality.is_none() && outcomes[0].bytes_after == 3);
     let header = Header::read(&mut File::open(&options.output).unwrap(), &options.output).unwrap();
@@ -399,7 +424,7 @@ fn a_file_cut_anywhere_is_refused() {
     let bytes = serialize(&[Input::f32("x.weight", [3, 4], &[1.0; 12]), Input::f32("y.weight", [1, 2], &[2.0; 2])]);
     for length in 0..bytes.len() {
         folder.file("in", &bytes[..length]);
-        let error = run(&folder.options(Format::E4m3, (128, 128))).err().unwrap();
+        let error = run(&folder.options(Format::E4m3, SQUARE)).err().unwrap();
         let truncated = matches!(error, Error::Truncated { got, .. } if got == length as u64);
         // Of the first 8 bytes alone one cannot say what they are.
         assert!(truncated || length < 8, "{length}: {error}");
@@ -543,7 +568,7 @@ impl Storage for BadDisk {
 fn small(folder: &Folder) -> Options {
     let copied = Input { name: "ids", dtype: Dtype::I64, shape: vec![1, 8], bytes: (1..65).collect() };
     folder.file("in", &serialize(&[Input::f32("x.weight", [20, 70], &normals(1400, 6)), copied]));
-    folder.options(Format::E4m3, (128, 128))
+    folder.options(Format::E4m3, SQUARE)
 }
 
 #[test]
@@ -603,6 +628,21 @@ fn stopping_leaves_nothing_behind() {
 }
 
 #[test]
+fn blocks_that_a_format_does_not_have_are_refused() {
+    let folder = Folder::new();
+    let options = small(&folder);
+    let refused = |format, block| run(&Options { format, block, ..folder.options(Format::E4m3, SQUARE) }).err().unwrap();
+    let error = refused(Format::E5m6, SQUARE);
+    assert_eq!(error.to_string(), "e5m6 has no scale factor for `128x128`; it has one for: row");
+    assert_eq!(error.exit_code(), 2);
+    let error = refused(Format::E2m1, Block::Of(128, 1));
+    assert_eq!(error.to_string(), "e2m1 has no scale factor for `128x1`; it has one for: 128x128, 1x128, 1x32, row");
+    assert!(matches!(refused(Format::E4m3, Block::Of(64, 64)), Error::Block { .. }));
+    assert!(!options.output.exists());
+    assert_eq!(folder.names(), ["in"]);
+}
+
+#[test]
 fn outputs_that_would_lose_something_are_refused() {
     let folder = Folder::new();
     let options = small(&folder);
@@ -620,7 +660,7 @@ fn outputs_that_would_lose_something_are_refused() {
     let taken =
         [Input::f32("x", [1, 1], &[1.0]), Input { name: "x_scale_inv", dtype: Dtype::U8, shape: vec![1], bytes: vec![0] }];
     folder.file("in", &serialize(&taken));
-    let error = run(&folder.options(Format::E4m3, (128, 128))).err().unwrap();
+    let error = run(&folder.options(Format::E4m3, SQUARE)).err().unwrap();
     assert!(error.to_string().ends_with("in: holds `x_scale_inv` already, the name for the scale factors of `x`"), "{error}");
     assert_eq!(folder.names(), ["directory", "in"]);
 }
@@ -638,21 +678,31 @@ fn exit_codes() {
     let base = ["--input", input, "--output", output, "--device", "emulator"];
     assert_eq!(program(&base), 0);
     assert_eq!(program(&["--help"]), 0);
-    for format in ["e4m3", "e2m1"] {
-        for block in ["128x128", "1x128", "1x32"] {
-            assert_eq!(program(&[&base[..], &["--format", format, "--block", block]].concat()), 0);
-            let bytes = fs::read(output).unwrap();
-            let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
-            let text = &metadata.metadata().as_ref().unwrap()["ferrotile"];
-            let expected = format!(r#""block":[{}],"format":"{format}""#, block.replace('x', ","));
-            assert!(text.contains(&expected), "{text}, expected {expected}");
-        }
+    let written = |format: &str, block: &str| {
+        let bytes = fs::read(output).unwrap();
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+        let text = &metadata.metadata().as_ref().unwrap()["ferrotile"];
+        let block = if block == "row" { r#""row""#.to_owned() } else { format!("[{}]", block.replace('x', ",")) };
+        let expected = format!(r#""block":{block},"format":"{format}""#);
+        assert!(text.contains(&expected), "{text}, expected {expected}");
+    };
+    for (format, default) in [("e4m3", "128x128"), ("e2m1", "128x128"), ("e5m6", "row")] {
+        assert_eq!(program(&[&base[..], &["--format", format]].concat()), 0);
+        written(format, default);
     }
-    let usage: [&[&str]; 7] = [
+    for (format, block) in ways() {
+        let (format, block) = (format.name(), block.to_string());
+        assert_eq!(program(&[&base[..], &["--format", format, "--block", &block]].concat()), 0);
+        written(format, &block);
+    }
+    let usage: [&[&str]; 10] = [
         &[],
         &["--input", input, "--synthetic"],
         &["--input", input, "--seed", "2"],
         &["--input", input, "--format", "e5m2"],
+        &["--input", input, "--format", "e5m6", "--block", "128x128"],
+        &["--input", input, "--format", "e5m6", "--block", "1x32"],
+        &["--input", input, "--format", "e2m1", "--block", "128x1"],
         &["--input", input, "--block", "64x64"],
         &["--input", input, "--device", "cuda:first"],
         &["--input", input, "--device", "tpu"],

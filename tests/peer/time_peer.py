@@ -525,6 +525,83 @@ for b in (128, 32):
         return lambda: tk.quant.batched_transpose_weight_sf([sf], b, [False], [None]), sf
 
 
+# ---- routing -----------------------------------------------------------------------------------------------------------------------------
+def normalize_weight(k, t):
+    @case('normalize_weight', k=k, t=t)
+    def _():
+        w = rand(t, k)
+        return lambda: tk.moe.normalize_weight(w), w
+
+
+for t in (32768, *SMALL):
+    normalize_weight(8, t)
+for k in (2, 6, 9, 16, 32):
+    normalize_weight(k, 32768)
+
+
+def routing(send, k, e, ep, tps=(), small=False):
+    """The ops that take a table of slots, on the MoE cases of 1.0.0's own benchmark."""
+    where, only_v1 = dict(e=e, ep=ep, k=k, send=send), dict(only='v1')
+
+    if not small:
+        @case('normalize_weight', where)
+        def _():
+            w = rand(routed(send, k, e, ep).shape[0], k)
+            return lambda: tk.moe.normalize_weight(w), w
+
+    @case('group_count', where, **only_v1)
+    def _():
+        idx = routed(send, k, e, ep)
+        return lambda: tk.moe.group_count(idx, e), idx
+
+    for ka in (k,) if small else (1, k):
+        @case('aux_fi', where, ka=ka, **only_v1)
+        def _(ka=ka):
+            idx = routed(send, k, e, ep)
+            return lambda: tk.moe.aux_fi(idx, e, ka), idx
+
+    for tp in tps:
+        @case('mask_indices_by_tp', where, tp=tp, **only_v1)
+        def _(tp=tp):
+            idx = routed(send, k, e, ep)
+            return lambda: tk.moe.mask_indices_by_tp(idx, e * ep, ep, 0, tp), idx
+
+
+def unique(send, k, e, ep, groups):
+    # Timed with the copy, as in 1.0.0's own benchmark.
+    @case('inplace_unique_group_indices', clone=True, e=e, ep=ep, g=groups, k=k, send=send, only='v1')
+    def _():
+        idx = torch.div(routed(send, k, e, ep), e * ep // groups, rounding_mode='floor')
+
+        def call():
+            copy = idx.clone()
+            tk.moe.inplace_unique_group_indices(copy, groups)
+            return copy
+        return call, idx
+
+
+for e, ep in MOE:
+    routing(4001, 8, e, ep, (2, 4, 8))
+for send in SMALL:
+    routing(send, 8, 32, 8, (4,), small=True)
+    unique(send, 8, 32, 8, 8)
+for e, ep, groups in ((9, 8, 8), (9, 8, 72), (32, 8, 8), (32, 8, 16), (4, 64, 8), (4, 64, 16)):
+    unique(4001, 8, e, ep, groups)
+
+
+def topk_sum_and_topk_group_idx(t, e, g, kg, added=2):
+    @case('topk_sum_and_topk_group_idx', {} if added == 2 else dict(sum=added), e=e, g=g, kg=kg, t=t, only='v1')
+    def _():
+        s = rand(t, g, e // g)
+        return lambda: tk.moe.topk_sum_and_topk_group_idx(s, added, kg), s
+
+
+for t in (8001, *SMALL):
+    topk_sum_and_topk_group_idx(t, 256, 8, 4)
+for e, g, kg, added in ((72, 4, 2, 1), (72, 4, 4, 2), (72, 8, 2, 2), (72, 12, 4, 1), (256, 4, 2, 1), (256, 4, 4, 2), (256, 8, 2, 2), (256, 16, 4, 1)):
+    topk_sum_and_topk_group_idx(8001, e, g, kg, added)
+
+
 # ---- ops of other families that we have --------------------------------------------------------------------------------------------------
 for e, k in ((256, 8), (384, 6)):
     @case('topk_gate', e=e, k=k, t=8001)

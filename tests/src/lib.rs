@@ -6,6 +6,8 @@
 pub mod device;
 pub mod mhc;
 pub mod moe;
+#[cfg(test)]
+mod numerics;
 pub mod quant;
 pub mod support;
 pub mod transpose;
@@ -23,14 +25,21 @@ pub fn suites() -> Vec<Suite> {
     vec![
         device::layer::SUITE,
         mhc::mhc_post_fwd::SUITE,
+        moe::aux_fi::SUITE,
         moe::expand_to_fused::SUITE,
         moe::get_fused_mapping::SUITE,
+        moe::group_count::SUITE,
+        moe::inplace_unique_group_indices::SUITE,
+        moe::mask_indices_by_tp::SUITE,
+        moe::normalize_weight::SUITE,
         moe::reduce_fused::SUITE,
         moe::topk_gate::SUITE,
+        moe::topk_sum_and_topk_group_idx::SUITE,
         quant::batched_transpose_weight_sf::SUITE,
         quant::cast::SUITE,
         quant::cast_back::SUITE,
         quant::cast_back_e5m6::SUITE,
+        quant::convert_sf::SUITE,
         quant::norm_backward::SUITE,
         quant::norm_forward::SUITE,
         quant::norm_forward_and_per_token_cast::SUITE,
@@ -41,14 +50,11 @@ pub fn suites() -> Vec<Suite> {
         quant::per_channel_cast_fused::SUITE,
         quant::per_token_cast::SUITE,
         quant::per_token_cast_and_cast_back::SUITE,
-        quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
-        quant::swiglu_forward::SUITE,
-        quant::swiglu_forward_and_per_token_cast::SUITE,
-        quant::per_block_cast_lossless::SUITE,
         quant::per_token_cast_to_e5m6::SUITE,
         quant::swiglu_backward::SUITE,
         quant::swiglu_backward_and_per_token_cast::SUITE,
         quant::swiglu_forward::SUITE,
+        quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
         quant::swiglu_forward_and_per_token_cast::SUITE,
         transpose::batched_transpose::SUITE,
     ]
@@ -58,14 +64,21 @@ pub fn suites() -> Vec<Suite> {
 pub fn benches() -> Vec<Row> {
     let per_op: Vec<Vec<Row>> = vec![
         mhc::mhc_post_fwd::bench(),
+        moe::aux_fi::bench(),
         moe::expand_to_fused::bench(),
         moe::get_fused_mapping::bench(),
+        moe::group_count::bench(),
+        moe::inplace_unique_group_indices::bench(),
+        moe::mask_indices_by_tp::bench(),
+        moe::normalize_weight::bench(),
         moe::reduce_fused::bench(),
         moe::topk_gate::bench(),
+        moe::topk_sum_and_topk_group_idx::bench(),
         quant::batched_transpose_weight_sf::bench(),
         quant::cast::bench(),
         quant::cast_back::bench(),
         quant::cast_back_e5m6::bench(),
+        quant::convert_sf::bench(),
         quant::norm_backward::bench(),
         quant::norm_forward::bench(),
         quant::norm_forward_and_per_token_cast::bench(),
@@ -76,14 +89,11 @@ pub fn benches() -> Vec<Row> {
         quant::per_channel_cast_fused::bench(),
         quant::per_token_cast::bench(),
         quant::per_token_cast_and_cast_back::bench(),
-        quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
-        quant::swiglu_forward::bench(),
-        quant::swiglu_forward_and_per_token_cast::bench(),
-        quant::per_block_cast_lossless::bench(),
         quant::per_token_cast_to_e5m6::bench(),
         quant::swiglu_backward::bench(),
         quant::swiglu_backward_and_per_token_cast::bench(),
         quant::swiglu_forward::bench(),
+        quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
         quant::swiglu_forward_and_per_token_cast::bench(),
         transpose::batched_transpose::bench(),
     ];
@@ -115,5 +125,22 @@ mod tests {
         }
         files.sort_unstable();
         assert_eq!(listed, files, "left: suites() in src/lib.rs, right: files");
+    }
+
+    /// A user finds an op in these tables.
+    #[test]
+    fn every_op_is_documented() {
+        let pages = [
+            ("README.md", include_str!("../../README.md")),
+            ("host/src/lib.rs", include_str!("../../host/src/lib.rs")),
+            ("CHANGELOG.md", include_str!("../../CHANGELOG.md")),
+        ];
+        for (page, text) in pages {
+            // The speed table has ops of an older run.
+            let text = text.split("<!-- ops:begin -->").next().unwrap_or_default();
+            let missing: Vec<&str> =
+                super::suites().iter().map(|suite| suite.op).filter(|op| !text.contains(&format!("`{op}`"))).collect();
+            assert!(missing.is_empty() || missing == ["selftest"], "{page} does not mention {missing:?}");
+        }
     }
 }

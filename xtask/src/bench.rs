@@ -5,8 +5,8 @@ use crate::{Result, shell, stub};
 /// Options of the command.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Op, or the start of its name; all ops if left out
-    filter: Option<String>,
+    /// Ops: `cast` is all rows that contain that, `=cast` those of the op `cast` alone; all if left out
+    filters: Vec<String>,
     /// More arguments for the benchmark, after `--`: `--device cuda:0`, `--json FILE`
     #[arg(last = true)]
     rest: Vec<String>,
@@ -16,7 +16,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result {
     let mut cargo = shell::cargo();
     cargo.args(["run", "--release", "--package", "ferrotile-tests", "--features", "cuda", "--bin", "bench", "--"]);
-    cargo.args(&options.filter).args(&options.rest);
+    cargo.args(&options.filters).args(&options.rest);
     // `--json FILE` is meant from where the command was typed.
     cargo.current_dir(".");
     shell::run(stub::link(&mut cargo)?)

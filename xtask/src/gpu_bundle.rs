@@ -127,7 +127,7 @@ mod tests {
                 .args(steps)
                 .env("PATH", &path)
                 .env("OUT", "out")
-                .env("FILTER", "gate")
+                .env("FILTER", "gate =cast")
                 .env("GPU", "1");
             shell::output(&mut bash)
         };
@@ -135,7 +135,7 @@ mod tests {
         let calls = shell::read(&dir.join("calls")).unwrap();
         assert_eq!(
             calls,
-            "check gate --device cuda:1 --depth full --json out/check.jsonl\nbench gate --device cuda:1 --json out/bench.jsonl\n"
+            "check gate =cast --device cuda:1 --depth full --json out/check.jsonl\nbench gate =cast --device cuda:1 --json out/bench.jsonl\n"
         );
         let Failure(text) = start(&["sanitizer", "bench"]).unwrap_err();
         assert!(text.ends_with("failed: sanitizer"), "{text}");

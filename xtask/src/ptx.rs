@@ -32,15 +32,9 @@ impl Options {
 const BUDGET_EXCEPTIONS: &[(&str, &str)] = &[
     ("topk_gate__gate__r8v4", "its first launch takes 82 ms on an H100"),
     ("topk_gate__gate__r32", "simple code as r8v4, whose first launch takes 82 ms on an H100"),
-    ("per_block_cast__cast__bf16_e2m1", CODE_NOT_CUT_YET),
-    ("per_block_cast__cast__bf16_e2m1_unaligned", CODE_NOT_CUT_YET),
-    ("per_block_cast__cast__f32_e2m1", CODE_NOT_CUT_YET),
-    ("per_block_cast__cast__f32_e2m1_unaligned", CODE_NOT_CUT_YET),
-    ("batched_transpose__ragged__b1", CODE_NOT_CUT_YET),
+    ("norm_backward__rows__bf16", "does not meet it yet: 124 ms were measured with 1224 instructions"),
+    ("norm_backward__rows__f32", "does not meet it yet, as bf16"),
 ];
-
-/// The reason of entries that are older than the limit.
-const CODE_NOT_CUT_YET: &str = "older than the limit; the first launch takes an estimated 105 to 140 ms";
 
 /// Most instructions of an entry. The driver compiles an entry before its first launch, which must take less than 100 ms on an H100.
 /// ptxas takes 2 ms and 27 us an instruction, the driver 3.3 times that; entries of 616 to 1008 instructions were measured to take 76

@@ -5,26 +5,28 @@
 #   bench      every case of the benchmark                                        -> $OUT/bench.jsonl
 #   sanitizer  memcheck and racecheck of compute-sanitizer on a reduced grid      -> $OUT/sanitizer-*.log
 #   peer       both releases of the peer, appended to what bench wrote            -> $OUT/bench.jsonl
-# OUT (default ./out) is where results go; FILTER (default none) chooses ops of check, bench and sanitizer;
+# OUT (default ./out) is where results go; FILTER (default none) chooses ops of check, bench and sanitizer: words, of which
+# `cast` is all ops whose names contain that and `=cast` the op of that name;
 # PEER_FILTER (default none) is a regular expression for the peers' "op case"; GPU (default 0) is the ordinal.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 OUT=${OUT:-$PWD/out} FILTER=${FILTER:-} PEER_FILTER=${PEER_FILTER:-} GPU=${GPU:-0}
 if [ $# -eq 0 ]; then
-  sed -n '2,10s/^# //p' "$0" >&2
+  sed -n '2,11s/^# //p' "$0" >&2
   exit 2
 fi
 mkdir -p "$OUT"
+read -ra filters <<<"$FILTER"
 failed=()
 if [ -d "$here/golden" ]; then export FERROTILE_GOLDEN="$here/golden"; fi
 
 check() {
-  "$here/check" ${FILTER:+"$FILTER"} --device "cuda:$GPU" --depth full --json "$OUT/check.jsonl"
+  "$here/check" ${FILTER:+"${filters[@]}"} --device "cuda:$GPU" --depth full --json "$OUT/check.jsonl"
 }
 
 bench() {
   # Without the driver's cache, so that the first launch of an op is one that compiles.
-  CUDA_CACHE_DISABLE=1 "$here/bench" ${FILTER:+"$FILTER"} --device "cuda:$GPU" --json "$OUT/bench.jsonl"
+  CUDA_CACHE_DISABLE=1 "$here/bench" ${FILTER:+"${filters[@]}"} --device "cuda:$GPU" --json "$OUT/bench.jsonl"
 }
 
 sanitizer() {
@@ -36,7 +38,7 @@ sanitizer() {
   }
   for tool in memcheck racecheck; do
     echo "-- $tool" >&2
-    "$sanitizer" --tool "$tool" --error-exitcode 1 "$here/check" ${FILTER:+"$FILTER"} --device "cuda:$GPU" --depth small \
+    "$sanitizer" --tool "$tool" --error-exitcode 1 "$here/check" ${FILTER:+"${filters[@]}"} --device "cuda:$GPU" --depth small \
       --json "$OUT/sanitizer-$tool.jsonl" 2>&1 | tee "$OUT/sanitizer-$tool.log" || status=1
   done
   return $status

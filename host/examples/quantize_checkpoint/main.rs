@@ -1,11 +1,12 @@
-//! Quantises a checkpoint: every matrix of a safetensors file becomes FP8 or FP4 with scale factors, on a GPU if there is one.
+//! Quantises a checkpoint: every matrix of a safetensors file becomes FP8, FP4 or e5m6 with scale factors, on a GPU if there is one.
 //!
 //! ```text
 //! cargo run --release --example quantize_checkpoint -- --input model.safetensors
 //! cargo run --release --example quantize_checkpoint -- --synthetic --format e2m1 --block 1x32
+//! cargo run --release --example quantize_checkpoint -- --synthetic --format e5m6
 //! ```
 //!
-//! The two calls of this library that do the work are in `job/codec.rs`; the rest reads and writes files.
+//! The calls of this library that do the work are in `job/codec.rs`; the rest reads and writes files.
 
 mod job;
 

@@ -6,12 +6,25 @@
 //! `expert_start[e]..expert_end[e]`, a multiple of the alignment; the used ones come first. [`get_fused_mapping()`] builds the index
 //! tensors that say which row is which, [`expand_to_fused()`] fills the buffer with the tokens' rows, and [`reduce_fused()`] adds a token's rows up again.
 
+pub mod aux_fi;
+mod common_count;
 pub mod expand_to_fused;
 pub mod get_fused_mapping;
+pub mod group_count;
+pub mod inplace_unique_group_indices;
+pub mod mask_indices_by_tp;
+pub mod normalize_weight;
 pub mod reduce_fused;
 pub mod topk_gate;
+pub mod topk_sum_and_topk_group_idx;
 
+pub use aux_fi::aux_fi;
 pub use expand_to_fused::{expand_to_fused, expand_to_fused_with_sf};
 pub use get_fused_mapping::{get_fused_mapping, get_fused_mapping_alloc};
+pub use group_count::group_count;
+pub use inplace_unique_group_indices::inplace_unique_group_indices;
+pub use mask_indices_by_tp::mask_indices_by_tp;
+pub use normalize_weight::normalize_weight;
 pub use reduce_fused::reduce_fused;
 pub use topk_gate::topk_gate;
+pub use topk_sum_and_topk_group_idx::topk_sum_and_topk_group_idx;

@@ -132,7 +132,7 @@ fn check_weight(stream: &Stream, weight: &Weight<'_>, block: u64) -> Result<()> 
     check::divisible(OP, "k", columns * block, 128)?;
     // Kernels count the scales of a group, and different words, with 32 bits.
     check::in_range(OP, "scales of a group", rows * columns, 0, i32::MAX as u64)?;
-    check::in_range(OP, "groups of sf", groups, 0, most)?;
+    check::in_range(OP, "groups of sf", groups, 0, (1 << k::GROUP_BITS) - 1)?;
     let words = groups * (rows * columns.div_ceil(4)).max(columns * rows.div_ceil(4));
     check::in_range(OP, "words", words, 0, i32::MAX as u64)?;
     check_output("sf0", sf0, sf.rank(), groups, (rows * block, columns.div_ceil(4)), false)?;
@@ -211,13 +211,13 @@ fn launch(stream: &Stream, weights: &[Weight<'_>], block_size: u32, bad: Out<u32
         first: u32,
     }
     let mut blocks = 0;
-    let mut rest = weights.iter();
+    let mut rest = (0..).zip(weights);
     let mut next = || match rest.next() {
-        Some(w) => {
+        Some((number, w)) => {
             let sizes = Sizes::of(&w.sf);
             let first = blocks;
             blocks += sizes.blocks() as u32;
-            let shape = k::shape(sizes.groups, sizes.n, sizes.k);
+            let shape = k::shape(number, sizes.groups, sizes.n, sizes.k);
             Task { sf: w.sf.input(), sf0: w.sf0.output(), sf1: w.sf1.output(), shape, first }
         }
         None => Task { sf: In::null(), sf0: Out::null(), sf1: Out::null(), shape: 0, first: u32::MAX },

@@ -54,12 +54,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    cast_shaped(stream, args, 0)
-}
-
-/// [`cast`] with another shape of the launch, to measure: 1 is two vectors a thread, 2 is 512 threads a block (f32 to bf16).
-#[doc(hidden)]
-pub fn cast_shaped(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> {
     let (x, out) = (&args.x, &args.out);
     let types = [DType::F32, DType::Bf16, DType::F16, DType::E4m3];
     check::dtype(OP, "x", x, &types)?;
@@ -99,7 +93,7 @@ pub fn cast_shaped(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> 
             _ => &e::f32_e4m3,
         };
         let args = e::Args { x: x.input(), out: out.output(), n };
-        return stream.launch(OP, entry, &k::wide_config(k::SHAPE, vector, n), &args);
+        return stream.launch(OP, entry, &k::wide_config(vector, n), &args);
     }
     use k::wide as e;
     let entry: &'static Entry<e::Args> = match (from, to) {
@@ -116,13 +110,8 @@ pub fn cast_shaped(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> 
         (_, DType::Bf16) => &e::e4m3_bf16,
         (_, _) => &e::e4m3_f16,
     };
-    let (entry, shape) = match (variant, from, to) {
-        (1, DType::F32, DType::Bf16) => (&e::f32_bf16_2x256, (2, 256)),
-        (2, DType::F32, DType::Bf16) => (&e::f32_bf16_1x512, (1, 512)),
-        _ => (entry, k::SHAPE),
-    };
     let args = e::Args { x: x.input(), out: out.output(), n };
-    stream.launch(OP, entry, &k::wide_config(shape, vector, n), &args)
+    stream.launch(OP, entry, &k::wide_config(vector, n), &args)
 }
 
 /// The kernels' number of a type.

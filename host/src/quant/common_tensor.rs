@@ -1,7 +1,7 @@
 //! [`QuantTensor`]: quantised values and their scale factors, kept together.
 
 use super::{Format, Input, Sf, SfLayout, SfMut, SfShape, sf_shape};
-use super::{cast_back, cast_back_e5m6, per_block_cast, per_channel_cast, per_token_cast, per_token_cast_to_e5m6};
+use super::{cast_back, cast_back_e5m6, convert_sf, per_block_cast, per_channel_cast, per_token_cast, per_token_cast_to_e5m6};
 use crate::device::Backend;
 use crate::{Buffer, DType, Device, Element, Error, Result, Stream, TensorMut, TensorRef, View, check, emu};
 use ferrotile_kernels::device::num;
@@ -9,7 +9,7 @@ use std::fmt;
 use std::ops::Range;
 
 /// Every layout of scale factors.
-const LAYOUTS: &[SfLayout] = &[
+pub(super) const LAYOUTS: &[SfLayout] = &[
     SfLayout::RowMajor,
     SfLayout::ColMajor,
     SfLayout::ColMajorPacked,
@@ -364,17 +364,33 @@ impl<'a> QuantRef<'a> {
         Ok(out)
     }
 
-    /// A copy of the scale factors in another layout. Together with the same data they are the same tensor:
-    /// `QuantRef::new(q.data(), scales.sf(), q.spec().block)`. Goes through the host and waits for everything that runs on the device.
+    /// A copy of the scale factors in another layout, by [`convert_sf`](convert_sf::convert_sf()). Together with the same data they are the
+    /// same tensor: `QuantRef::new(q.data(), scales.sf(), q.spec().block)`. Allocates. Asynchronous where the layout can hold whatever this
+    /// one can, as f32 can everything; waits for the stream otherwise, to know that it did.
     ///
     /// # Errors
     /// [`Error::Value`] when a scale cannot be held: packed layouts hold powers of two, e4m3 ones what e4m3 can hold, and the per-channel
-    /// layout is for blocks of one channel. [`Error::OutOfMemory`], [`Error::Driver`].
-    pub fn scales_in(&self, layout: SfLayout) -> Result<Scales> {
+    /// layout is for blocks of one channel. [`Error::DeviceMismatch`], [`Error::OutOfMemory`], [`Error::Driver`].
+    pub fn scales_in(&self, stream: &Stream, layout: SfLayout) -> Result<Scales> {
         let op = "QuantRef::scales_in";
         check_per_channel(op, self.spec.block, layout)?;
-        let (tokens, hidden) = (self.num_tokens(), self.hidden());
-        Scales::upload(op, self.device(), &self.scales_to_vec()?, (tokens, hidden), self.spec.block, layout)
+        let size = (self.num_tokens(), self.hidden());
+        let mut out = Scales::alloc(op, self.device(), size, self.spec.block, layout)?;
+        let mut convert = |bad| {
+            let num_blocks = self.spec.blocks(size.0, size.1);
+            convert_sf::convert_sf(stream, convert_sf::Args { sf: self.sf, num_blocks, out: out.sf_mut(), bad })
+        };
+        if !layout.is_packed() && !layout.is_e4m3() || layout.dtype() == self.spec.layout.dtype() {
+            convert(None)?;
+            return Ok(out);
+        }
+        let mut bad = self.device().upload(&[0i32])?;
+        convert(Some(bad.tensor_mut(&[1])?))?;
+        stream.synchronize()?;
+        if bad.to_vec()? != [0] {
+            self.scales_to_vec()?.iter().try_for_each(|scale| check_scale(op, *scale, layout))?;
+        }
+        Ok(out)
     }
 }
 
@@ -617,6 +633,21 @@ fn decode_scale(bytes: &[u8], layout: SfLayout, strides: [usize; 2], at: (usize,
     }
 }
 
+/// The layout can hold this scale.
+fn check_scale(op: &'static str, scale: f32, layout: SfLayout) -> Result<()> {
+    let bits = scale.to_bits();
+    let fits = match (layout.is_packed(), layout.is_e4m3()) {
+        (true, _) => bits & 0x807F_FFFF == 0,
+        (_, true) => num::e4m3_to_f32(num::f32_to_e4m3(scale)).to_bits() == bits || scale.is_nan(),
+        _ => true,
+    };
+    if fits {
+        return Ok(());
+    }
+    let allowed = format!("{} in {layout} scales", if layout.is_packed() { "powers of two" } else { "e4m3 values" });
+    Err(Error::Value { op, arg: "scale", allowed, got: format!("{scale:e}") })
+}
+
 /// Owned scale factors of a tensor.
 #[derive(Debug)]
 pub struct Scales {
@@ -662,15 +693,7 @@ impl Scales {
         for (i, scale) in scales.iter().enumerate() {
             let (start, len) = scale_place(layout, strides, (i / columns, i % columns));
             let (bits, code) = (scale.to_bits(), num::f32_to_e4m3(*scale));
-            let fits = match (layout.is_packed(), layout.is_e4m3()) {
-                (true, _) => bits & 0x807F_FFFF == 0,
-                (_, true) => num::e4m3_to_f32(code).to_bits() == bits || scale.is_nan(),
-                _ => true,
-            };
-            if !fits {
-                let allowed = format!("{} in {layout} scales", if layout.is_packed() { "powers of two" } else { "e4m3 values" });
-                return Err(Error::Value { op, arg: "scale", allowed, got: format!("{scale:e}") });
-            }
+            check_scale(op, *scale, layout)?;
             let word = match (layout.is_packed(), layout.is_e4m3()) {
                 (true, _) => bits >> 23,
                 (_, true) => code.into(),
@@ -714,7 +737,7 @@ impl Scales {
 /// assert_eq!(q.scales_to_vec()?, [2f32.powi(-10); 2]);
 ///
 /// // Scales as TMA and the tensor cores of newer GPUs want them; the data stay where they are.
-/// let q = q.into_layout(SfLayout::ColMajorPacked)?;
+/// let q = q.into_layout(&stream, SfLayout::ColMajorPacked)?;
 /// let mut back = device.alloc::<f32>(128 * 128)?;
 /// q.tokens(128..256)?.cast_back(&stream, back.tensor_mut(&[128, 128])?)?;
 /// assert_eq!(back.to_vec()?, vec![0.25; 128 * 128]);
@@ -879,16 +902,16 @@ impl QuantTensor {
         self.data.len() as u64 + self.sf.bytes.len() as u64
     }
 
-    /// The same tensor with its scale factors in another layout. The data are not copied. Goes through the host and waits for everything
-    /// that runs on the device.
+    /// The same tensor with its scale factors in another layout, see [`QuantRef::scales_in`]. The data are not copied. The former scale
+    /// factors are freed, which waits for what reads them.
     ///
     /// # Errors
     /// Those of [`QuantRef::scales_in`].
-    pub fn into_layout(self, layout: SfLayout) -> Result<Self> {
+    pub fn into_layout(self, stream: &Stream, layout: SfLayout) -> Result<Self> {
         if layout == self.spec.layout {
             return Ok(self);
         }
-        let sf = self.view().scales_in(layout)?;
+        let sf = self.view().scales_in(stream, layout)?;
         Ok(Self { sf, spec: QuantSpec { layout, ..self.spec }, ..self })
     }
 
@@ -974,6 +997,7 @@ mod tests {
 
     #[test]
     fn values_do_not_depend_on_the_layout() {
+        let stream = DEVICE.stream().unwrap();
         for (format, block) in FORMATS.iter().flat_map(|f| [(1, 16), (3, 8), (2, 1), (1, 40), (100, 200)].map(|b| (*f, b))) {
             let spec = |layout| QuantSpec { format, block, layout };
             let plain = tensor(spec(SfLayout::RowMajor), 7, 40);
@@ -982,7 +1006,7 @@ mod tests {
             assert_eq!(values.len(), 7 * 40);
             for from in layouts(block) {
                 for to in layouts(block) {
-                    let q = tensor(spec(from), 7, 40).into_layout(to).unwrap();
+                    let q = tensor(spec(from), 7, 40).into_layout(&stream, to).unwrap();
                     assert_eq!((q.spec().layout, q.view().sf().layout), (to, to));
                     assert_eq!(q.scales_to_vec().unwrap(), scales, "{format} {block:?} {from} {to}");
                     assert_eq!(q.to_f32_vec().unwrap(), values);
@@ -1120,6 +1144,7 @@ mod tests {
 
     #[test]
     fn empty_tensors_are_fine() {
+        let stream = DEVICE.stream().unwrap();
         for (tokens, hidden) in [(0, 64), (5, 0), (0, 0)] {
             for format in FORMATS {
                 for layout in layouts((1, 32)) {
@@ -1127,7 +1152,7 @@ mod tests {
                     assert_eq!((q.num_tokens(), q.hidden()), (tokens, hidden));
                     assert_eq!((q.to_f32_vec().unwrap().len(), q.scales_to_vec().unwrap().len()), (0, 0));
                     q.tokens(0..tokens).unwrap().channels(0..hidden).unwrap();
-                    q.into_layout(SfLayout::RowMajor).unwrap();
+                    q.into_layout(&stream, SfLayout::RowMajor).unwrap();
                 }
             }
         }
@@ -1195,19 +1220,20 @@ mod tests {
 
     #[test]
     fn scales_that_a_layout_cannot_hold_are_refused() {
+        let stream = DEVICE.stream().unwrap();
         let spec = QuantSpec { format: QuantFormat::E4m3, block: (1, 32), layout: SfLayout::RowMajor };
         let q = |scale| QuantTensor::from_host(&DEVICE, spec, 1, 32, &[0x38; 32], &[scale]).unwrap();
         assert_eq!(
-            q(3.0).into_layout(SfLayout::ColMajorPacked).unwrap_err().to_string(),
+            q(3.0).into_layout(&stream, SfLayout::ColMajorPacked).unwrap_err().to_string(),
             "QuantRef::scales_in: scale is 3e0, allowed: powers of two in col-major packed scales"
         );
-        assert!(matches!(q(-2.0).into_layout(SfLayout::RowMajorPacked), Err(Error::Value { arg: "scale", .. })));
-        assert!(matches!(q(1.03).into_layout(SfLayout::RowMajorE4m3), Err(Error::Value { arg: "scale", .. })));
-        assert!(matches!(q(1.0).into_layout(SfLayout::PerChannelPacked), Err(Error::Value { arg: "npc", .. })));
+        assert!(matches!(q(-2.0).into_layout(&stream, SfLayout::RowMajorPacked), Err(Error::Value { arg: "scale", .. })));
+        assert!(matches!(q(1.03).into_layout(&stream, SfLayout::RowMajorE4m3), Err(Error::Value { arg: "scale", .. })));
+        assert!(matches!(q(1.0).into_layout(&stream, SfLayout::PerChannelPacked), Err(Error::Value { arg: "npc", .. })));
         for (scale, layout) in
             [(0.0, SfLayout::ColMajorPacked), (f32::INFINITY, SfLayout::RowMajorPacked), (3.0, SfLayout::ColMajorE4m3)]
         {
-            assert_eq!(q(scale).into_layout(layout).unwrap().scales_to_vec().unwrap(), [scale]);
+            assert_eq!(q(scale).into_layout(&stream, layout).unwrap().scales_to_vec().unwrap(), [scale]);
         }
     }
 }

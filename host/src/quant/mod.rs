@@ -1,4 +1,5 @@
-//! Quantisation: casts to and from FP8 (e4m3) and FP4 (e2m1) with scale factors per token, block or channel.
+//! Quantisation: casts to and from FP8 (e4m3), FP4 (e2m1) and 12-bit floats (e5m6) with scale factors per token, block or channel, and
+//! what is fused with them: SwiGLU, RMS norm, transposes.
 //!
 //! A quantised tensor is a pair: data, and scale factors `sf` with `decoded = data * sf`. A scaling block is `(npt, npc)`: that
 //! many tokens by that many channels share one scale. [`QuantTensor`] keeps the pair together. For ops that are given memory piece by
@@ -23,6 +24,7 @@ pub mod cast_back;
 pub mod cast_back_e5m6;
 mod common_swiglu;
 mod common_tensor;
+pub mod convert_sf;
 pub mod norm_backward;
 pub mod norm_forward;
 pub mod norm_forward_and_per_token_cast;
@@ -40,19 +42,24 @@ pub mod swiglu_forward;
 pub mod swiglu_forward_and_per_channel_cast_and_transpose;
 pub mod swiglu_forward_and_per_token_cast;
 
+pub use batched_transpose_weight_sf::batched_transpose_weight_sf;
 pub use cast::cast;
 pub use cast_back::{cast_back, per_token_cast_back};
+pub use cast_back_e5m6::cast_back_e5m6;
 pub use common_tensor::{QuantFormat, QuantMut, QuantRef, QuantSpec, QuantTensor, Scales};
+pub use convert_sf::convert_sf;
 pub use norm_backward::norm_backward;
 pub use norm_forward::norm_forward;
 pub use norm_forward_and_per_token_cast::norm_forward_and_per_token_cast;
 pub use per_block_cast::{per_block_cast, per_block_cast_with_precomputed_sf, per_block_cast_with_sf_only};
+pub use per_block_cast_lossless::per_block_cast_lossless;
 pub use per_channel_cast::per_channel_cast;
 pub use per_channel_cast_and_transpose::per_channel_cast_and_transpose;
 pub use per_channel_cast_fused::per_channel_cast_fused;
 pub use per_token_cast::{per_token_cast, per_token_cast_with_precomputed_sf, per_token_cast_with_sf_only};
 pub use per_token_cast_and_cast_back::per_token_cast_and_cast_back;
-pub use swiglu_backward::{WeightGrad, swiglu_backward};
+pub use per_token_cast_to_e5m6::per_token_cast_to_e5m6;
+pub use swiglu_backward::swiglu_backward;
 pub use swiglu_backward_and_per_token_cast::swiglu_backward_and_per_token_cast;
 pub use swiglu_forward::swiglu_forward;
 pub use swiglu_forward_and_per_channel_cast_and_transpose::swiglu_forward_and_per_channel_cast_and_transpose;
@@ -61,7 +68,9 @@ pub use swiglu_forward_and_per_token_cast::swiglu_forward_and_per_token_cast;
 use crate::{DType, Error, Result, TensorMut, TensorRef, View, check};
 use std::fmt;
 
-/// What data are quantised to.
+/// What data are quantised to. [docs/numerics.md] says what the formats can hold, how scales are chosen, and what is lost.
+///
+/// [docs/numerics.md]: https://github.com/ferrotile/ferrotile/blob/main/docs/numerics.md
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
     /// FP8, largest value 448; one byte a value.

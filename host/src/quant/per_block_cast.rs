@@ -125,26 +125,53 @@ pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
     if args.x.is_empty() {
         return Ok(());
     }
-    let kernel_args = k::cast::Args {
-        x: args.x.input(),
-        out: args.out.output(),
-        sf: args.sf.tensor.output(),
-        t: plan.num_tokens,
-        h: plan.hidden,
-        x_stride: plan.x_stride,
-        sf_row: sf.row,
-        sf_col: sf.col,
-        npt: plan.npt,
-        npc: plan.npc,
-        round: args.round_sf.into(),
-        packed: args.sf.layout.is_packed().into(),
-    };
-    if plan.npt == 5 && plan.aligned {
-        use k::cast::{bf16_e2m1_flat, bf16_e4m3_flat, f32_e2m1_flat, f32_e4m3_flat};
-        let [a, b, c, d] = [&bf16_e4m3_flat, &bf16_e2m1_flat, &f32_e4m3_flat, &f32_e2m1_flat];
-        return stream.launch(op, plan.pick([a, b, c, d, a, b, c, d], format), &plan.config(32), &kernel_args);
+    let round = args.round_sf;
+    // Two kernels take the same arguments.
+    macro_rules! launch {
+        ($kernel:ident, $entry:expr, $config:expr) => {{
+            let kernel_args = k::$kernel::Args {
+                x: args.x.input(),
+                out: args.out.output(),
+                sf: args.sf.tensor.output(),
+                t: plan.num_tokens,
+                h: plan.hidden,
+                x_stride: plan.x_stride,
+                sf_row: sf.row,
+                sf_col: sf.col,
+                npt: plan.npt,
+                npc: plan.npc,
+                round: round.into(),
+                packed: args.sf.layout.is_packed().into(),
+            };
+            stream.launch(op, $entry, &$config, &kernel_args)
+        }};
     }
-    stream.launch(op, plan.pick(entries!(k::cast), format), &plan.config(128), &kernel_args)
+    use k::cast as e;
+    let flat = plan.npt == 5 && plan.aligned;
+    let entry = match (plan.bf16, format, plan.aligned) {
+        (true, Format::E4m3, true) if flat => &e::bf16_e4m3_flat,
+        (true, Format::E4m3, true) => &e::bf16_e4m3,
+        (true, Format::E4m3, false) => &e::bf16_e4m3_unaligned,
+        (true, Format::E2m1, true) if flat && round => &e::bf16_e2m1_flat_round,
+        (true, Format::E2m1, true) if flat => &e::bf16_e2m1_flat,
+        (true, Format::E2m1, true) if round => &e::bf16_e2m1_round,
+        (false, Format::E4m3, true) if flat => &e::f32_e4m3_flat,
+        (false, Format::E4m3, true) => &e::f32_e4m3,
+        (false, Format::E4m3, false) => &e::f32_e4m3_unaligned,
+        (false, Format::E2m1, true) if flat => &e::f32_e2m1_flat,
+        (bf16, Format::E2m1, aligned) => {
+            use k::cast_many as e;
+            let entry = match (bf16, aligned) {
+                (true, true) => &e::bf16_e2m1,
+                (true, false) => &e::bf16_e2m1_unaligned,
+                (false, true) => &e::f32_e2m1,
+                (false, false) => &e::f32_e2m1_unaligned,
+            };
+            let config = k::config(plan.num_tokens, plan.hidden, (128, 128), k::MANY_THREADS);
+            return launch!(cast_many, entry, config);
+        }
+    };
+    launch!(cast, entry, plan.config(if flat { 32 } else { 128 }))
 }
 
 /// The scale factors that [`per_block_cast`] would store, without the data.
@@ -302,7 +329,7 @@ impl Plan {
 
     /// Tiles of `rows` by 128.
     fn config(&self, rows: u32) -> LaunchConfig {
-        k::config(self.num_tokens, self.hidden, (rows, 128))
+        k::config(self.num_tokens, self.hidden, (rows, 128), k::THREADS)
     }
 
     fn check_out(&self, op: &'static str, out: &View) -> Result<Format> {

@@ -84,13 +84,48 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_block_cast_lossless(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, k::SQUARE)
-}
-
-/// [`per_block_cast_lossless`] with another tile for blocks of more than 32 rows.
-#[doc(hidden)]
-pub fn per_block_cast_lossless_by(stream: &Stream, args: Args<'_>, square: k::Tile) -> Result<()> {
-    launch(stream, args, square)
+    let plan = check(stream, &args)?;
+    if args.x.is_empty() {
+        return Ok(());
+    }
+    let (npt, packed) = (args.out_block.0, args.x_sf.layout.is_packed());
+    let log2 = u32::trailing_zeros;
+    // Both kernels take the same arguments but for `npt`.
+    macro_rules! launch {
+        ($kernel:ident, $tile:expr, $entries:expr, $($npt:ident)?) => {{
+            let [plain, of_packed] = $entries;
+            let args = k::$kernel::Args {
+                x: args.x.input(),
+                x_sf: args.x_sf.tensor.input(),
+                out: args.out.output(),
+                sf: args.sf.tensor.output(),
+                lost: args.lost.as_ref().map_or(Out::null(), |lost| lost.output()),
+                t: plan.num_tokens,
+                h: plan.hidden,
+                x_stride: plan.x_stride,
+                x_sf_row: plan.x_sf.row,
+                x_sf_col: plan.x_sf.col,
+                x_npt: log2(args.x_block.0),
+                x_npc: log2(args.x_block.1),
+                sf_row: plan.sf.row,
+                sf_col: plan.sf.col,
+                $($npt: log2($npt),)?
+                npc: log2(args.out_block.1),
+                packed: args.sf.layout.is_packed().into(),
+                count: args.lost.is_some().into(),
+            };
+            let entry = if packed { of_packed } else { plain };
+            stream.launch(OP, entry, &$tile.config(plan.num_tokens, plan.hidden), &args)
+        }};
+    }
+    use {k::flat as f, k::tile as t};
+    match (npt, plan.aligned) {
+        (1, true) => launch!(flat, k::FLAT, [&f::f32, &f::ue8m0],),
+        (1, false) => launch!(flat, k::FLAT, [&f::unaligned_f32, &f::unaligned_ue8m0],),
+        (_, false) => launch!(tile, k::SQUARE, [&t::unaligned_f32, &t::unaligned_ue8m0], npt),
+        (16 | 32, true) => launch!(tile, k::BAND, [&t::band_f32, &t::band_ue8m0], npt),
+        (_, true) => launch!(tile, k::SQUARE, [&t::square_f32, &t::square_ue8m0], npt),
+    }
 }
 
 const OP: &str = "per_block_cast_lossless";
@@ -150,51 +185,4 @@ fn check(stream: &Stream, a: &Args<'_>) -> Result<Plan> {
         sf,
         aligned: a.x.ptr().is_multiple_of(8) && x_stride.is_multiple_of(8),
     })
-}
-
-fn launch(stream: &Stream, args: Args<'_>, square: k::Tile) -> Result<()> {
-    let plan = check(stream, &args)?;
-    if args.x.is_empty() {
-        return Ok(());
-    }
-    let (npt, packed) = (args.out_block.0, args.x_sf.layout.is_packed());
-    let log2 = u32::trailing_zeros;
-    // Both kernels take the same arguments but for `npt`.
-    macro_rules! launch {
-        ($kernel:ident, $tile:expr, $entries:expr, $($npt:ident)?) => {{
-            let [plain, of_packed] = $entries;
-            let args = k::$kernel::Args {
-                x: args.x.input(),
-                x_sf: args.x_sf.tensor.input(),
-                out: args.out.output(),
-                sf: args.sf.tensor.output(),
-                lost: args.lost.as_ref().map_or(Out::null(), |lost| lost.output()),
-                t: plan.num_tokens,
-                h: plan.hidden,
-                x_stride: plan.x_stride,
-                x_sf_row: plan.x_sf.row,
-                x_sf_col: plan.x_sf.col,
-                x_npt: log2(args.x_block.0),
-                x_npc: log2(args.x_block.1),
-                sf_row: plan.sf.row,
-                sf_col: plan.sf.col,
-                $($npt: log2($npt),)?
-                npc: log2(args.out_block.1),
-                packed: args.sf.layout.is_packed().into(),
-                count: args.lost.is_some().into(),
-            };
-            let entry = if packed { of_packed } else { plain };
-            stream.launch(OP, entry, &$tile.config(plan.num_tokens, plan.hidden), &args)
-        }};
-    }
-    use {k::flat as f, k::tile as t};
-    match (npt, plan.aligned) {
-        (1, true) => launch!(flat, k::FLAT, [&f::f32, &f::ue8m0],),
-        (1, false) => launch!(flat, k::FLAT, [&f::unaligned_f32, &f::unaligned_ue8m0],),
-        (_, false) => launch!(tile, k::SQUARE, [&t::unaligned_f32, &t::unaligned_ue8m0], npt),
-        (16 | 32, true) => launch!(tile, k::BAND, [&t::band_f32, &t::band_ue8m0], npt),
-        (_, true) if square == k::SQUARE_SHORT => launch!(tile, square, [&t::short_f32, &t::short_ue8m0], npt),
-        (_, true) if square == k::SQUARE_WIDE => launch!(tile, square, [&t::wide_f32, &t::wide_ue8m0], npt),
-        (_, true) => launch!(tile, k::SQUARE, [&t::square_f32, &t::square_ue8m0], npt),
-    }
 }

@@ -36,9 +36,10 @@ pub struct Args<'a> {
 /// `round_sf`, `sf` is the smallest power of two that is not below `c / 448` and `q = x / sf`. Of a quantised input, `x` is `data * scale`, rounded
 /// to f32. Each step is one f32 operation; `q` is rounded to nearest even and saturates. The last block has the tokens there are
 /// (`T % npt != 0`). The sign of zero is kept. NaN does not count for a scale and becomes `0x7F`. An infinite value makes the scale of
-/// its block infinite (exponent byte 255) and the block's data meaningless: what `x * 0` gives, with `round_sf` `x * -inf`. Bytes of a packed
-/// word whose blocks do not exist are written as 0. Source: the specification's sections 2, 3, 5.4 and 6.6; `T`, `H` and the alignment
-/// may be any here.
+/// its block infinite (exponent byte 255) and the block's data meaningless: what `x * 0` gives, with `round_sf` `x * -inf`
+/// ([`swiglu_forward_and_per_channel_cast_and_transpose`](super::swiglu_forward_and_per_channel_cast_and_transpose()) saturates instead).
+/// Bytes of a packed word whose blocks do not exist are written as 0. Source: the specification's sections 2, 3, 5.4 and 6.6; `T`, `H` and
+/// the alignment may be any here.
 ///
 /// Asynchronous; allocates nothing; an empty `x` launches nothing. It is fast when `H % 8 == 0`, rows of `x` start at multiples of 16 bytes
 /// (8 for e4m3) and `out` at one of 8.
@@ -79,12 +80,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_channel_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    per_channel_cast_variant(stream, args, 0)
-}
-
-/// Variants under measurement.
-#[doc(hidden)]
-pub fn per_channel_cast_variant(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> {
     let op = "per_channel_cast";
     let plan = Plan::new(op, &args.x)?;
     let scales = Scales::check(op, args.npt, args.round_sf, &args.sf, (plan.num_rows.into(), plan.hidden.into()))?;
@@ -93,7 +88,7 @@ pub fn per_channel_cast_variant(stream: &Stream, args: Args<'_>, variant: u32) -
     if args.out.is_empty() {
         return Ok(());
     }
-    plan.launch(op, stream, wide, scales, &args.out, &args.sf, variant)
+    plan.launch(op, stream, wide, scales, &args.out, &args.sf)
 }
 
 /// What the checks of the input found out.
@@ -195,7 +190,6 @@ impl<'a> Plan<'a> {
     }
 
     /// Launch of `per_channel_cast` itself. There are rows and channels.
-    #[allow(clippy::too_many_arguments)]
     pub fn launch(
         &self,
         op: &'static str,
@@ -204,26 +198,20 @@ impl<'a> Plan<'a> {
         scales: Scales,
         out: &TensorMut<'_>,
         sf: &SfMut<'_>,
-        variant: u32,
     ) -> Result<()> {
         use k::cast as e;
-        let (entry, shape) = match (self.element, self.x_packed, wide, variant) {
-            (Element::Bf16, _, true, 1) => (&e::bf16_a, (128, 4)),
-            (Element::Bf16, _, true, 2) => (&e::bf16_b, (64, 4)),
-            (Element::F32, _, true, 1) => (&e::f32_a, (64, 8)),
-            (Element::E4m3, false, true, 1) => (&e::e4m3_f32_a, (64, 4)),
-            (Element::Bf16, _, true, _) => (&e::bf16, k::BF16_SHAPE),
-            (Element::Bf16, _, false, _) => (&e::bf16_narrow, k::BF16_SHAPE),
-            (Element::F32, _, true, _) => (&e::f32, k::F32_SHAPE),
-            (Element::F32, _, false, _) => (&e::f32_narrow, k::F32_SHAPE),
-            (Element::E4m3, false, true, _) => (&e::e4m3_f32, k::E4M3_SHAPE),
-            (Element::E4m3, false, false, _) => (&e::e4m3_f32_narrow, k::E4M3_SHAPE),
-            (Element::E4m3, true, true, _) => (&e::e4m3_ue8m0, k::E4M3_SHAPE),
-            (Element::E4m3, true, false, _) => (&e::e4m3_ue8m0_narrow, k::E4M3_SHAPE),
+        let (entry, shape) = match (self.element, self.x_packed, wide) {
+            (Element::Bf16, _, true) => (&e::bf16, k::BF16_SHAPE),
+            (Element::Bf16, _, false) => (&e::bf16_narrow, k::NARROW_SHAPE),
+            (Element::F32, _, true) => (&e::f32, k::F32_SHAPE),
+            (Element::F32, _, false) => (&e::f32_narrow, k::NARROW_F32_SHAPE),
+            (Element::E4m3, false, true) => (&e::e4m3_f32, k::E4M3_SHAPE),
+            (Element::E4m3, false, false) => (&e::e4m3_f32_narrow, k::NARROW_SHAPE),
+            (Element::E4m3, true, true) => (&e::e4m3_ue8m0, k::E4M3_SHAPE),
+            (Element::E4m3, true, false) => (&e::e4m3_ue8m0_narrow, k::NARROW_SHAPE),
         };
         // Whole rows of tiles: neighbours share DRAM pages.
-        let width = if variant >= 8 { variant - 7 } else { u32::MAX };
-        let order = Order::new(self.hidden, shape.0, width);
+        let order = Order::new(self.hidden, shape.0, u32::MAX);
         let config = self.config(op, shape, self.num_rows, order)?;
         let kernel_args = e::Args {
             x: self.data().input(),
@@ -255,7 +243,7 @@ impl<'a> Plan<'a> {
 
 /// The error for a launch of 2^31 blocks.
 pub(super) fn too_many_tiles(op: &'static str, rows: u32) -> Error {
-    let allowed = "fewer than 2^31 tiles of 128 tokens by 64 channels".to_owned();
+    let allowed = "fewer than 2^31 tiles of 128 tokens by 32 channels".to_owned();
     Error::Value { op, arg: "num_tokens", allowed, got: rows.to_string() }
 }
 

@@ -65,12 +65,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_channel_cast_and_transpose(stream: &Stream, args: Args<'_>) -> Result<()> {
-    per_channel_cast_and_transpose_variant(stream, args, 0)
-}
-
-/// Variants under measurement.
-#[doc(hidden)]
-pub fn per_channel_cast_and_transpose_variant(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> {
     let op = "per_channel_cast_and_transpose";
     let plan = Plan::new(op, &Input::Plain(args.x))?;
     let (t, h) = (plan.num_rows, plan.hidden);
@@ -90,7 +84,7 @@ pub fn per_channel_cast_and_transpose_variant(stream: &Stream, args: Args<'_>, v
         (_, true) => (&e::bf16, Element::Bf16),
         (_, false) => (&e::bf16_narrow, Element::Bf16),
     };
-    let order = Order::new(h, k::COLS, if variant == 0 { u32::MAX } else { variant });
+    let order = Order::new(h, k::COLS, u32::MAX);
     let config = k::config(element, t, h, order).ok_or_else(|| too_many_tiles(op, t))?;
     let kernel_args = e::Args {
         x: args.x.input(),

@@ -3,7 +3,7 @@
 use super::per_channel_cast::{Plan, Scales};
 use super::{Input, SfMut};
 use crate::{DType, Result, Stream, TensorMut, TensorRef, check};
-use ferrotile_kernels::quant::per_channel_cast::{self as plain, Element, Order};
+use ferrotile_kernels::quant::per_channel_cast::{Element, Order};
 use ferrotile_kernels::quant::per_channel_cast_fused as k;
 
 /// Arguments of [`per_channel_cast_fused`].
@@ -75,12 +75,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_channel_cast_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
-    per_channel_cast_fused_variant(stream, args, 0)
-}
-
-/// Variants under measurement.
-#[doc(hidden)]
-pub fn per_channel_cast_fused_variant(stream: &Stream, args: Args<'_>, variant: u32) -> Result<()> {
     let op = "per_channel_cast_fused";
     let plan = Plan::new(op, &args.x)?;
     let rows = match &args.pos_to_token {
@@ -106,27 +100,20 @@ pub fn per_channel_cast_fused_variant(stream: &Stream, args: Args<'_>, variant: 
         return Ok(());
     }
     let Some(pos_to_token) = args.pos_to_token else {
-        return plan.launch(op, stream, wide, scales, &args.out, &args.sf, variant);
+        return plan.launch(op, stream, wide, scales, &args.out, &args.sf);
     };
     use k::gather as e;
-    let (entry, shape) = match (plan.element, plan.x_packed, wide, variant % 8) {
-        (Element::Bf16, _, true, 1) => (&e::bf16_a, (128, 4)),
-        (Element::Bf16, _, true, 2) => (&e::bf16_b, (64, 4)),
-        (Element::E4m3, false, true, 1) => (&e::e4m3_f32_a, (64, 4)),
-        (Element::Bf16, _, true, _) => (&e::bf16, plain::BF16_SHAPE),
-        (Element::Bf16, _, false, _) => (&e::bf16_narrow, plain::BF16_SHAPE),
-        (Element::F32, _, true, _) => (&e::f32, plain::F32_SHAPE),
-        (Element::F32, _, false, _) => (&e::f32_narrow, plain::F32_SHAPE),
-        (Element::E4m3, false, true, _) => (&e::e4m3_f32, plain::E4M3_SHAPE),
-        (Element::E4m3, false, false, _) => (&e::e4m3_f32_narrow, plain::E4M3_SHAPE),
-        (Element::E4m3, true, true, _) => (&e::e4m3_ue8m0, plain::E4M3_SHAPE),
-        (Element::E4m3, true, false, _) => (&e::e4m3_ue8m0_narrow, plain::E4M3_SHAPE),
+    let (entry, shape) = match (plan.element, plan.x_packed, wide) {
+        (Element::Bf16, _, true) => (&e::bf16, k::BF16_SHAPE),
+        (Element::Bf16, _, false) => (&e::bf16_narrow, k::NARROW_SHAPE),
+        (Element::F32, _, true) => (&e::f32, k::F32_SHAPE),
+        (Element::F32, _, false) => (&e::f32_narrow, k::NARROW_F32_SHAPE),
+        (Element::E4m3, false, true) => (&e::e4m3_f32, k::E4M3_SHAPE),
+        (Element::E4m3, false, false) => (&e::e4m3_f32_narrow, k::NARROW_SHAPE),
+        (Element::E4m3, true, true) => (&e::e4m3_ue8m0, k::E4M3_SHAPE),
+        (Element::E4m3, true, false) => (&e::e4m3_ue8m0_narrow, k::NARROW_SHAPE),
     };
-    let width = match variant / 8 {
-        0 => group_width(plan.num_rows, plan.data().dtype().size() * shape.0 as u64),
-        1 => u32::MAX,
-        width => width - 1,
-    };
+    let width = group_width(plan.num_rows, plan.data().dtype().size() * shape.0 as u64);
     let order = Order::new(plan.hidden, shape.0, width);
     let config = plan.config(op, shape, rows, order)?;
     let kernel_args = e::Args {
@@ -153,11 +140,15 @@ pub fn per_channel_cast_fused_variant(stream: &Stream, args: Args<'_>, variant: 
     stream.launch(op, entry, &config, &kernel_args)
 }
 
-/// Columns of tiles that fill a part of the L2 cache that leaves room for what is written: rows that are read a second time are still
-/// there. `bytes` of a row are in a tile.
+/// Columns of tiles that leave most of the L2 cache to what is written: rows that are read a second time are still there. `bytes` of a
+/// row are in a tile.
 fn group_width(num_tokens: u32, bytes: u64) -> u32 {
-    const CACHED: u64 = 20 << 20;
-    let width = CACHED / (num_tokens.max(1) as u64 * bytes);
-    // Where not even one column fits, whole rows are best.
-    if width == 0 { u32::MAX } else { width.min(u32::MAX.into()) as u32 }
+    const GROUP: u64 = 8 << 20;
+    const CACHED: u64 = 24 << 20;
+    let column = num_tokens.max(1) as u64 * bytes;
+    match GROUP / column {
+        // Where not even one column stays in the cache, whole rows are best.
+        0 if column > CACHED => u32::MAX,
+        width => width.clamp(1, u32::MAX.into()) as u32,
+    }
 }

@@ -67,17 +67,12 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_token_cast_and_cast_back(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, u32::MAX, 0)
+    per_token_cast_and_cast_back_in_parts(stream, args, u32::MAX)
 }
 
-/// [`per_token_cast_and_cast_back`] in launches of at most `max_tokens` tokens each, as it goes about tensors of more than 2^31 items,
-/// and with another shape of the launch, to measure: 1 is two items a thread, 2 is 512 threads a block (bf16 through e4m3, `round_sf`).
+/// [`per_token_cast_and_cast_back`] in launches of at most `max_tokens` tokens each, as it goes about tensors of more than 2^31 items.
 #[doc(hidden)]
-pub fn per_token_cast_and_cast_back_shaped(stream: &Stream, args: Args<'_>, max_tokens: u32, variant: u32) -> Result<()> {
-    launch(stream, args, max_tokens, variant)
-}
-
-fn launch(stream: &Stream, args: Args<'_>, max_tokens: u32, variant: u32) -> Result<()> {
+pub fn per_token_cast_and_cast_back_in_parts(stream: &Stream, args: Args<'_>, max_tokens: u32) -> Result<()> {
     let x = &args.x;
     check::rank(OP, "x", x, 2)?;
     check::dtype(OP, "x", x, &[DType::Bf16, DType::F32])?;
@@ -123,7 +118,7 @@ fn launch(stream: &Stream, args: Args<'_>, max_tokens: u32, variant: u32) -> Res
         let num_items = tokens * row_items;
         let x = x.output::<u8>().at(first as u64 * stride);
         let (hidden, npc_log2) = (hidden as u32, args.npc.trailing_zeros());
-        let config = |(items, threads): k::Shape| LaunchConfig::new(num_items.div_ceil(items as u32 * threads), threads);
+        let config = LaunchConfig::new(num_items.div_ceil(k::THREADS), k::THREADS);
         if wide {
             use k::wide as e;
             let entry: &'static Entry<e::Args> = match (f32_input, args.format, rule) {
@@ -140,11 +135,6 @@ fn launch(stream: &Stream, args: Args<'_>, max_tokens: u32, variant: u32) -> Res
                 (false, Format::E2m1, POWERS) => &e::bf16_e2m1_round,
                 (false, Format::E2m1, _) => &e::bf16_e2m1_sf8,
             };
-            let (entry, shape) = match (variant, f32_input, args.format, rule) {
-                (1, false, Format::E4m3, POWERS) => (&e::bf16_e4m3_round_2x256, (2, 256)),
-                (2, false, Format::E4m3, POWERS) => (&e::bf16_e4m3_round_1x512, (1, 512)),
-                _ => (entry, k::SHAPE),
-            };
             let kernel_args = e::Args {
                 x,
                 x_stride: stride,
@@ -155,7 +145,7 @@ fn launch(stream: &Stream, args: Args<'_>, max_tokens: u32, variant: u32) -> Res
                 row_magic: row.magic,
                 row_shift: row.shift,
             };
-            stream.launch(OP, entry, &config(shape), &kernel_args)?;
+            stream.launch(OP, entry, &config, &kernel_args)?;
         } else {
             use k::narrow as e;
             let entry: &'static Entry<e::Args> = match (f32_input, args.format) {
@@ -175,7 +165,7 @@ fn launch(stream: &Stream, args: Args<'_>, max_tokens: u32, variant: u32) -> Res
                 row_shift: row.shift,
                 rule,
             };
-            stream.launch(OP, entry, &config(k::SHAPE), &kernel_args)?;
+            stream.launch(OP, entry, &config, &kernel_args)?;
         }
         first += tokens;
     }

@@ -66,17 +66,7 @@ pub struct Args<'a> {
 /// assert_eq!(out.to_vec()?, [0x60, 0x80, 0x6D, 0x52, 0x80, 0xEB, 0x60, 0x06, 0xA4, 0x07, 0x80, 0x00]);
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
-pub fn per_token_cast_to_e5m6(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, false)
-}
-
-/// [`per_token_cast_to_e5m6`] with another number of vectors a lane where the fast path with rounded scales is taken.
-#[doc(hidden)]
-pub fn per_token_cast_to_e5m6_other(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, true)
-}
-
-fn launch(stream: &Stream, a: Args<'_>, other: bool) -> Result<()> {
+pub fn per_token_cast_to_e5m6(stream: &Stream, a: Args<'_>) -> Result<()> {
     let op = "per_token_cast_to_e5m6";
     check::rank(op, "x", &a.x, 2)?;
     check::dtype(op, "x", &a.x, &[DType::Bf16, DType::F32])?;
@@ -110,8 +100,6 @@ fn launch(stream: &Stream, a: Args<'_>, other: bool) -> Result<()> {
     use k::rows as e;
     let bf16 = a.x.dtype() == DType::Bf16;
     let (entry, vectors) = match (bf16, wide, a.round_sf) {
-        (true, true, true) if other => (&e::bf16_short, 2),
-        (false, true, true) if other => (&e::f32_long, 4),
         (true, true, false) => (&e::bf16, k::BF16_VECTORS),
         (true, true, true) => (&e::bf16_round, k::BF16_VECTORS),
         (false, true, false) => (&e::f32, k::F32_VECTORS),

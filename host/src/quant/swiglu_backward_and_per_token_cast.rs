@@ -114,12 +114,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn swiglu_backward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    with_threads(stream, args, k::THREADS)
-}
-
-/// The same with blocks of at most `threads` threads, a multiple of 32 and at most 256: to measure.
-#[doc(hidden)]
-pub fn with_threads(stream: &Stream, args: Args<'_>, threads: u32) -> Result<()> {
     let (x, grad, x_grad, fp8) = (&args.x, &args.act_x_grad, &args.x_grad, &args.x_grad_fp8);
     check::one_of(OP, "npc", args.npc, &[32, 128])?;
     check::rank(OP, "x", x, 2)?;
@@ -212,5 +206,5 @@ pub fn with_threads(stream: &Stream, args: Args<'_>, threads: u32) -> Result<()>
         (_, true, 32) => &f32_round_32,
         (_, true, _) => &f32_round_128,
     };
-    stream.launch(OP, entry, &k::config(num_rows, hidden, groups, of_weights.num_weights, threads), &kernel_args)
+    stream.launch(OP, entry, &k::config(num_rows, hidden, groups, of_weights.num_weights), &kernel_args)
 }

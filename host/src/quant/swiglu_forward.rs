@@ -92,27 +92,27 @@ pub fn swiglu_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
     check::contiguous(OP, "out", &args.out)?;
     check::aligned(OP, "out", &args.out, 16)?;
     let pieces_of_row = ceil_div(hidden, k::PIECE);
-    let num_pieces = num_rows as u64 * pieces_of_row as u64;
-    check::in_range(OP, "rows times 256-channel pieces", num_pieces, 0, i32::MAX as u64)?;
+    check::in_range(OP, "rows times 256-channel pieces", num_rows as u64 * pieces_of_row as u64, 0, i32::MAX as u64)?;
     let inputs = Tensors::inputs(&args.x, &args.rows, &args.weights);
     let outputs = [("out", &*args.out), ("clamped_count", counts.map_or(&*args.out, |t| &**t))];
     let outputs = if counts.is_some() { &outputs[..] } else { &outputs[..1] };
     check::same_device(OP, stream, inputs.list())?;
     check::same_device(OP, stream, outputs)?;
     check::no_overlaps(OP, inputs.list(), outputs)?;
-    if num_pieces == 0 {
+    if args.x.is_empty() {
         return Ok(());
     }
+    let steps = rows.steps(k::STEPS, counts.is_some());
     let divisor = Divisor::new(pieces_of_row);
     let kernel_args = k::activation::Args {
         x: args.x.input(),
         out: args.out.output(),
         x_stride: row_bytes(&args.x),
-        num_pieces: num_pieces as u32,
+        num_rows,
         hidden,
-        pieces_of_row,
-        row_magic: divisor.magic,
-        row_shift: divisor.shift,
+        steps,
+        warps_magic: divisor.magic,
+        warps_shift: divisor.shift,
         clamp: clamp.value,
         rows_kind: rows.kind,
         rows_map: rows.map,
@@ -128,7 +128,7 @@ pub fn swiglu_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
         num_counters: clamp.num_counters,
     };
     let entry = entry(args.x.dtype(), args.out.dtype(), args.clamp_value.is_some(), counts.is_some());
-    stream.launch(OP, entry, &k::config(num_pieces as u32, counts.is_some()), &kernel_args)
+    stream.launch(OP, entry, &k::config(ceil_div(num_rows, steps) * pieces_of_row), &kernel_args)
 }
 
 fn entry(from: DType, to: DType, clamp: bool, count: bool) -> &'static Entry<k::activation::Args> {

@@ -43,7 +43,8 @@ pub struct Args<'a> {
 /// but for one value in a million; such a value may come out as the neighbouring e4m3.
 ///
 /// NaN, of `x` or from an infinite gate of negative sign, does not count for a scale and becomes `0x7F`; clamping keeps it. An activation
-/// that is infinite counts as the largest finite bf16 for its scale and becomes 448 with its sign.
+/// that is infinite counts as the largest finite bf16 for its scale and becomes 448 with its sign, where
+/// [`per_channel_cast`](super::per_channel_cast()) makes the scale infinite.
 ///
 /// Asynchronous; allocates nothing; an empty `x` launches nothing. Any size and alignment works; it is fast when rows of `x` start at
 /// multiples of 16 bytes, `H` is a multiple of 8, `T` one of 16 (of 4 with `without_transpose`), and bf16 can hold the clamp.
@@ -82,20 +83,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn swiglu_forward_and_per_channel_cast_and_transpose(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, Variant::Chosen)
-}
-
-/// Other ways to do the same, to be measured.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Variant {
-    Chosen,
-    Turned,
-    Wide,
-}
-
-#[doc(hidden)]
-pub fn launch(stream: &Stream, args: Args<'_>, variant: Variant) -> Result<()> {
     let op = "swiglu_forward_and_per_channel_cast_and_transpose";
     check::rank(op, "x", &args.x, 2)?;
     check::dtype(op, "x", &args.x, &[DType::Bf16])?;
@@ -144,28 +131,8 @@ pub fn launch(stream: &Stream, args: Args<'_>, variant: Variant) -> Result<()> {
         clamp,
         round: args.round_sf.into(),
     };
-    let (num_tokens, hidden) = (num_tokens as u32, hidden as u32);
-    if fast && args.swiglu_clamp_value.is_none() && variant == Variant::Wide && args.npt == 128 {
-        let args_of = |a: k::cast::Args| k::cast_wide::Args {
-            x: a.x,
-            out: a.out,
-            sf: a.sf,
-            t: a.t,
-            h: a.h,
-            x_stride: a.x_stride,
-            sf_stride: a.sf_stride,
-            clamp: a.clamp,
-            round: a.round,
-        };
-        let entry = if args.without_transpose { &k::cast_wide::n128 } else { &k::cast_wide::t128 };
-        return stream.launch(op, entry, &k::config(num_tokens, hidden, 512, 16, false), &args_of(kernel_args));
-    }
-    if fast && args.swiglu_clamp_value.is_none() && variant == Variant::Turned && !args.without_transpose {
-        let entry = if args.npt == 32 { &k::cast::t32_turned } else { &k::cast::t128_turned };
-        return stream.launch(op, entry, &k::config(num_tokens, hidden, k::THREADS, 8, true), &kernel_args);
-    }
     let (entry, lanes) = pick(args.npt == 32, args.without_transpose, args.swiglu_clamp_value.is_some(), fast);
-    stream.launch(op, entry, &k::config(num_tokens, hidden, k::THREADS, lanes, false), &kernel_args)
+    stream.launch(op, entry, &k::config(num_tokens as u32, hidden as u32, lanes), &kernel_args)
 }
 
 /// The entry, and the lanes across its tiles.

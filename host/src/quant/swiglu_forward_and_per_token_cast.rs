@@ -3,6 +3,8 @@
 use super::common_swiglu::{Tensors, check_clamp, check_rows, check_weights, check_x, row_bytes};
 use super::{ExpertRows, RowWeights, SfLayout, SfMut};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, check};
+use ferrotile_kernels::launch::ceil_div;
+use ferrotile_kernels::quant::common::Divisor;
 use ferrotile_kernels::quant::swiglu_forward_and_per_token_cast as k;
 
 const OP: &str = "swiglu_forward_and_per_token_cast";
@@ -100,16 +102,16 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn swiglu_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, false)
+    launch(stream, args, None)
 }
 
-/// [`swiglu_forward_and_per_token_cast`] with two vectors a lane where there is such a kernel.
+/// [`swiglu_forward_and_per_token_cast`] where a warp takes so many rows, from 1 to 31.
 #[doc(hidden)]
-pub fn with_two_vectors(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, true)
+pub fn with_steps(stream: &Stream, args: Args<'_>, steps: u32) -> Result<()> {
+    launch(stream, args, Some(steps))
 }
 
-fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
+fn launch(stream: &Stream, args: Args<'_>, steps: Option<u32>) -> Result<()> {
     let (num_rows, hidden) = check_x(OP, &args.x)?;
     let rows = check_rows(OP, &args.rows, num_rows)?;
     let weights = check_weights(OP, &args.weights, num_rows)?;
@@ -132,6 +134,8 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
     }
     let groups = if hidden == 0 { 0 } else { u64::from(hidden).div_ceil(args.npc.into()) };
     let sf = args.sf.check(OP, "sf", SfLayout::COMMON, (num_rows.into(), groups))?;
+    let pieces = ceil_div(hidden, k::PIECE);
+    check::in_range(OP, "rows times 512-channel pieces", num_rows as u64 * pieces as u64, 0, i32::MAX as u64)?;
     let inputs = Tensors::inputs(&args.x, &args.rows, &args.weights);
     let outputs =
         [("out", &*args.out), ("sf", &*args.sf.tensor), ("clamped_count", counts.map_or(&*args.out, |counts| &**counts))];
@@ -144,7 +148,7 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
     }
     // The fields that all kernels here have, in one place.
     macro_rules! kernel_args {
-        ($kernel:ident { $($field:ident: $value:expr),* }) => {
+        ($kernel:ident { $($field:ident),* }) => {
             k::$kernel::Args {
                 x: args.x.input(),
                 out: args.out.output(),
@@ -169,7 +173,7 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
                 weights_factor: weights.factor,
                 counters: clamp.counters,
                 num_counters: clamp.num_counters,
-                $($field: $value),*
+                $($field),*
             }
         };
     }
@@ -190,23 +194,28 @@ fn launch(stream: &Stream, args: Args<'_>, two: bool) -> Result<()> {
         };
         return stream.launch(OP, entry, &config, &kernel_args!(rows {}));
     }
-    let npc_log2 = args.npc.trailing_zeros();
-    let wide = hidden.is_multiple_of(16) && args.out.ptr().is_multiple_of(16);
-    let vectors = if two && wide && bf16 && !counting { k::TWO } else { k::VECTORS };
-    let config = k::tile_config(num_rows, hidden, vectors, counting);
-    if counting {
-        let entry = if bf16 { &k::cast_count::bf16 } else { &k::cast_count::f32 };
-        return stream.launch(OP, entry, &config, &kernel_args!(cast_count { npc_log2: npc_log2, sf_col_stride: sf.col }));
+    let steps = steps.unwrap_or_else(|| rows.steps(k::STEPS, counting));
+    let divisor = Divisor::new(pieces);
+    let config = k::cast_config(ceil_div(num_rows, steps) * pieces);
+    macro_rules! launch {
+        ($kernel:ident::$entry:ident) => {{
+            let (steps, warps_magic, warps_shift, sf_col_stride) = (steps, divisor.magic, divisor.shift, sf.col);
+            let args = kernel_args!($kernel { steps, warps_magic, warps_shift, sf_col_stride });
+            stream.launch(OP, &k::$kernel::$entry, &config, &args)
+        }};
     }
-    if vectors == k::TWO {
-        let entry = if clamping { &k::cast_two::bf16_clamp } else { &k::cast_two::bf16 };
-        return stream.launch(OP, entry, &config, &kernel_args!(cast_two { npc_log2: npc_log2, sf_col_stride: sf.col }));
+    match (bf16, args.npc, clamping, counting) {
+        (true, 128, false, _) => launch!(cast::g128),
+        (true, 128, true, false) => launch!(cast::g128_clamp),
+        (true, 128, true, true) => launch!(cast_count::g128),
+        (true, _, false, _) => launch!(cast::g32),
+        (true, _, true, false) => launch!(cast::g32_clamp),
+        (true, _, true, true) => launch!(cast_count::g32),
+        (false, 128, false, _) => launch!(cast_f32::g128),
+        (false, 128, true, false) => launch!(cast_f32::g128_clamp),
+        (false, 128, true, true) => launch!(cast_f32_count::g128),
+        (false, _, false, _) => launch!(cast_f32::g32),
+        (false, _, true, false) => launch!(cast_f32::g32_clamp),
+        (false, _, true, true) => launch!(cast_f32_count::g32),
     }
-    let entry = match (bf16, clamping) {
-        (true, false) => &k::cast::bf16,
-        (true, true) => &k::cast::bf16_clamp,
-        (false, false) => &k::cast::f32,
-        (false, true) => &k::cast::f32_clamp,
-    };
-    stream.launch(OP, entry, &config, &kernel_args!(cast { npc_log2: npc_log2, sf_col_stride: sf.col }))
 }

@@ -218,6 +218,24 @@ pub fn bf16x2_mul(a: u32, b: u32) -> u32 {
     backend::fma_bf16x2(a, b, 0x8000_8000)
 }
 
+/// The smaller of two pairs of bf16; NaN if there is one.
+#[inline(always)]
+pub fn bf16x2_min_nan(a: u32, b: u32) -> u32 {
+    backend::min_nan_bf16x2(a, b)
+}
+
+/// The larger of two pairs of bf16; NaN if there is one.
+#[inline(always)]
+pub fn bf16x2_max_nan(a: u32, b: u32) -> u32 {
+    backend::max_nan_bf16x2(a, b)
+}
+
+/// 1.0 in each half where `a > b`, else 0.0, as bf16.
+#[inline(always)]
+pub fn bf16x2_greater(a: u32, b: u32) -> u32 {
+    backend::greater_bf16x2(a, b)
+}
+
 /// Two sums of bf16, rounded to nearest even.
 #[inline(always)]
 pub fn bf16x2_add(a: u32, b: u32) -> u32 {

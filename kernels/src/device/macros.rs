@@ -89,6 +89,7 @@ macro_rules! __kernel_args {
         pub struct Args { $(pub $arg: $ty),* }
 
         impl $crate::entry::KernelArgs for Args {
+            #[inline]
             fn pack(&self, params: &mut $crate::entry::Params) {
                 $(params.push(self.$arg);)*
             }
@@ -112,6 +113,7 @@ macro_rules! __kernel_entry {
             name: $name,
             max_threads: 0 $(+ $threads)?,
             run: |args| $call($(args.$arg),*),
+            loaded: $crate::entry::Loaded::new(),
         };
     };
 }

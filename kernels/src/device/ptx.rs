@@ -609,6 +609,8 @@ packed! {
     fma_f16x2 "fma.rn.f16x2 {0}, {1}, {2}, {3};" (a, b, c);
     min_abs_f16x2 "min.xorsign.abs.f16x2 {0}, {1}, {2};" (a, b);
     max_abs_f16x2 "max.xorsign.abs.f16x2 {0}, {1}, {2};" (a, b);
+    min_nan_bf16x2 "min.NaN.bf16x2 {0}, {1}, {2};" (a, b);
+    max_nan_bf16x2 "max.NaN.bf16x2 {0}, {1}, {2};" (a, b);
     max_abs_bf16x2 "max.xorsign.abs.bf16x2 {0}, {1}, {2};" (a, b);
 }
 
@@ -680,6 +682,10 @@ pub fn select_bits(mask: u32, a: u32, b: u32) -> u32 {
 #[inline(always)]
 pub fn fma_bf16x2(a: u32, b: u32, c: u32) -> u32 {
     pure!("fma.rn.bf16x2 {0}, {1}, {2}, {3};", reg32 u32, reg32 a, reg32 b, reg32 c)
+}
+#[inline(always)]
+pub fn greater_bf16x2(a: u32, b: u32) -> u32 {
+    pure!("set.gt.bf16x2.bf16x2 {0}, {1}, {2};", reg32 u32, reg32 a, reg32 b)
 }
 #[inline(always)]
 pub fn min_bf16x2(a: u32, b: u32) -> u32 {

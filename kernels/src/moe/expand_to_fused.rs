@@ -1,6 +1,6 @@
 //! expand_to_fused: copy the row of every token to all its rows of the expanded buffer and zero the padding rows.
 //!
-//! In   x any dtype [t, h]; x_sf f32 or ue8m0 [t, s]; token_topk_to_pos i32 [t, k]; pos_to_expert i32 [p]
+//! In   x any dtype [t, h]; x_sf f32 or ue8m0 [t, s]; token_topk_to_pos i32 [t, k]; pos_to_expert i32 \[p\]
 //! Out  out [p, h], out_sf [p, s], of the same dtypes: rows of tokens where a choice names them, zeros where the expert is negative
 //! Exact a copy of bytes.
 //! Map   one thread per 16 bytes of x (fewer where alignment wants it): it loads them once, stores them to each row of its token, and

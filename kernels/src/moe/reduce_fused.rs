@@ -1,8 +1,8 @@
 //! reduce_fused: add up the rows of the expanded buffer that belong to a token, with weights.
 //!
-//! In    x f32, bf16 or e4m3 [p, h]; x_sf f32 [p]; topk_weights f32 [t, k]; token_topk_to_pos i32 [t, k]; sf f32 [1]
+//! In    x f32, bf16 or e4m3 [p, h]; x_sf f32 \[p\]; topk_weights f32 [t, k]; token_topk_to_pos i32 [t, k]; sf f32 \[1\]
 //! Out   out f32, bf16 or e4m3 [t, h]
-//! Exact `acc = fma(x[p], topk_weights * x_sf[p], acc)` from 0 on in ascending order of the choices, `acc * sf`, then to nearest even.
+//! Exact `acc = fma(x\[p\], topk_weights * x_sf\[p\], acc)` from 0 on in ascending order of the choices, `acc * sf`, then to nearest even.
 //! Map   one thread per 8 columns of a token (4 where a tensor is f32; 1 where alignment wants it). It finds the choices that have a
 //!       row, mostly one or two of `k`, and loads the rows of two of them at a time.
 //! Cost  a row of x read for each choice that has one, out written once; 2 to 3 instructions a byte: memory bound.

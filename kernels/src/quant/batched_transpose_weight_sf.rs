@@ -1,7 +1,7 @@
 //! batched_transpose_weight_sf: power-of-two scales of many weights as packed exponents for both operands of a GEMM, a row of words each.
 //!
 //! In   per weight sf f32 [g, n_s, k_s]; a scale is for b by b values, b 32 or 128, and n = n_s b, k = k_s b      Out  sf0 ue8m0 words
-//!      [g, ceil(k_s/4), n], word (p, r) the exponents [r/b][4p..4p+4]; sf1 [g, ceil(n_s/4), k], word (p, c) those of [4p..4p+4][c/b]
+//!      [g, ceil(k_s/4), n], word (p, r) the exponents \[r/b\]\[4p..4p+4\]; sf1 [g, ceil(n_s/4), k], word (p, c) those of \[4p..4p+4\]\[c/b\]
 //! Exact  exponent fields; scales with a sign or mantissa bits are counted.
 //! Map   tasks are kernel parameters, of which a block finds its own; a warp takes 8 words, one scale a lane, and writes each b times.
 //! Cost  4 bytes written for each row, or column, and 4 of its scales; bound by the launch, or by memory for many groups.
@@ -19,10 +19,13 @@ pub const BLOCK_WORDS: u32 = THREADS / WARP_SIZE * WARP_WORDS;
 pub const TASKS: usize = 32;
 /// Bits of a number of scaling blocks in a [`shape`].
 pub const SIZE_BITS: u32 = 21;
+/// Bits of the number of groups in a [`shape`].
+pub const GROUP_BITS: u32 = 17;
 
-/// Groups, rows and columns of scales in one number. Rows and columns have [`SIZE_BITS`] bits.
-pub const fn shape(groups: u64, rows: u64, columns: u64) -> u64 {
-    groups << (2 * SIZE_BITS) | rows << SIZE_BITS | columns
+/// Number of a task, groups, rows and columns of scales in one number: the fewer words a task has, the shorter is the code that picks one.
+/// Rows and columns have [`SIZE_BITS`] bits, groups [`GROUP_BITS`], and a number the five that are left.
+pub const fn shape(number: u64, groups: u64, rows: u64, columns: u64) -> u64 {
+    number << (2 * SIZE_BITS + GROUP_BITS) | groups << (2 * SIZE_BITS) | rows << SIZE_BITS | columns
 }
 
 /// Blocks for one output of `groups` times `columns` rows of scales by `rows`.
@@ -83,8 +86,6 @@ struct Task {
     shape: u64,
     /// First block of the grid.
     first: u32,
-    /// Number in the launch.
-    number: u32,
 }
 
 /// One output of a task. Its words run along `rows` of the scales, and four scales of a word along `columns`.
@@ -124,7 +125,7 @@ impl Side {
 fn run(task: Task, block: u32, block_log2: u32, bad: Out<u32>, count: bool) {
     let mask = (1 << SIZE_BITS) - 1;
     let (n, k) = ((task.shape >> SIZE_BITS) as u32 & mask, task.shape as u32 & mask);
-    let groups = (task.shape >> (2 * SIZE_BITS)) as u32;
+    let groups = (task.shape >> (2 * SIZE_BITS)) as u32 & ((1 << GROUP_BITS) - 1);
     let by_rows = Side::new(task.sf0, groups, (n, k), (k, 1));
     let by_columns = Side::new(task.sf1, groups, (k, n), (1, k));
     let first_side = block < by_rows.blocks();
@@ -145,7 +146,7 @@ fn run(task: Task, block: u32, block_log2: u32, bad: Out<u32>, count: bool) {
     // Both outputs read every scale once; one of them counts.
     let odd = warp_ballot(scale & 0x807F_FFFF != 0).count_ones();
     if count && first_side && odd > 0 && lane_id() == 0 {
-        bad.atomic_add(task.number, odd, Scope::Gpu);
+        bad.atomic_add((task.shape >> (2 * SIZE_BITS + GROUP_BITS)) as u32, odd, Scope::Gpu);
     }
     let exponent = (scale >> 23) & 0xFF;
     let packed = warp_reduce::<4, u32>(exponent << (8 * byte), |a, b| a | b);
@@ -154,6 +155,7 @@ fn run(task: Task, block: u32, block_log2: u32, bad: Out<u32>, count: bool) {
     let to = side.out.at((first as u64) << block_log2);
     let mut vector = lane_id();
     while vector < WARP_WORDS << vectors_log2 {
+        rolled();
         let number = vector >> vectors_log2;
         let value = warp_shuffle(packed, 4 * number);
         if first + number < side.words {
@@ -164,28 +166,27 @@ fn run(task: Task, block: u32, block_log2: u32, bad: Out<u32>, count: bool) {
 }
 
 macro_rules! declare {
-    ($($sf:ident $sf0:ident $sf1:ident $shape:ident $first:ident),*) => {
+    (
+        $sf_0:ident $sf0_0:ident $sf1_0:ident $shape_0:ident $first_0:ident,
+        $($sf:ident $sf0:ident $sf1:ident $shape:ident $first:ident),*
+    ) => {
         kernel! {
             op = batched_transpose_weight_sf;
             threads = 256;
             /// Tasks in the order of their first blocks; those that are not there start at the largest number. Blocks of `2^block_log2` values.
             pub fn transpose(
                 bad: Out<u32>, count: u32, block_log2: u32,
+                $sf_0: In<u32>, $sf0_0: Out<u32>, $sf1_0: Out<u32>, $shape_0: u64, $first_0: u32,
                 $($sf: In<u32>, $sf0: Out<u32>, $sf1: Out<u32>, $shape: u64, $first: u32),*
             ) {
-                let mut number = 0;
-                let mut task = None;
+                // The first task starts at block 0.
+                let mut task = Task { sf: $sf_0, sf0: $sf0_0, sf1: $sf1_0, shape: $shape_0, first: $first_0 };
                 $(
                     if block_idx_x() >= $first {
-                        task = Some(Task { sf: $sf, sf0: $sf0, sf1: $sf1, shape: $shape, first: $first, number });
+                        task = Task { sf: $sf, sf0: $sf0, sf1: $sf1, shape: $shape, first: $first };
                     }
-                    number += 1;
                 )*
-                let _ = number;
-                // The first task starts at block 0.
-                if let Some(task) = task {
-                    run(task, block_idx_x() - task.first, block_log2, bad, count != 0);
-                }
+                run(task, block_idx_x() - task.first, block_log2, bad, count != 0);
             }
         }
     };

@@ -10,12 +10,8 @@
 use crate::device::*;
 use crate::{kernel, unroll};
 
-/// How a launch of `wide` is shaped: vectors of a thread, which all are read before the first is used, and threads of a block.
-pub type Shape = (usize, u32);
-/// The shape of all types but where a variant is measured.
-pub const SHAPE: Shape = (1, 256);
-/// Threads of a block of `narrow`.
-pub const NARROW_THREADS: u32 = 256;
+/// Threads of a block. Two vectors a thread, or 512 threads a block, take as long.
+pub const THREADS: u32 = 256;
 /// A number for each type, for `narrow`.
 pub const KIND_F32: u32 = 0;
 /// See [`KIND_F32`].
@@ -152,14 +148,14 @@ pub const fn vector(from: u32, to: u32) -> u32 {
 }
 
 /// Grid and block of `wide`; `vector` elements in a vector.
-pub fn wide_config((vectors, threads): Shape, vector: u32, n: u64) -> LaunchConfig {
+pub fn wide_config(vector: u32, n: u64) -> LaunchConfig {
     // More blocks than a grid can have are refused by the launch.
-    LaunchConfig::new(n.div_ceil(vectors as u64 * (threads * vector) as u64).min(u32::MAX as u64) as u32, threads)
+    LaunchConfig::new(n.div_ceil((THREADS * vector) as u64).min(u32::MAX as u64) as u32, THREADS)
 }
 
 /// Grid and block of `narrow`.
 pub fn narrow_config(n: u64) -> LaunchConfig {
-    LaunchConfig::new(n.div_ceil(4 * NARROW_THREADS as u64).min(u32::MAX as u64) as u32, NARROW_THREADS)
+    wide_config(4, n)
 }
 
 /// Four elements one by one, the first `count` of those at `x`; zeros behind them.
@@ -209,44 +205,34 @@ fn both(a: [f32; 4], b: [f32; 4]) -> [f32; 8] {
 /// The body of the wide kernels. `encode` makes the output of two quads from their values and the number of the first.
 #[inline(always)]
 #[track_caller]
-fn vectors<S: Source, T: Target, const N: usize, const THREADS: u32>(
-    x: In<u8>,
-    out: Out<u8>,
-    n: u64,
-    encode: impl Fn([[f32; 4]; 2], u32) -> [u32; 4],
-) {
+fn vectors<S: Source, T: Target>(x: In<u8>, out: Out<u8>, n: u64, encode: impl Fn([[f32; 4]; 2], u32) -> [u32; 4]) {
     let size = vector(S::KIND, T::KIND);
     let (from, to) = (bytes(S::KIND), bytes(T::KIND));
-    let tile = N as u64 * (THREADS * size) as u64;
+    let tile = (THREADS * size) as u64;
     let base = block_idx_x() as u64 * tile;
     let left = (n - base).min(tile) as u32;
     let first_quad = (base / 4) as u32;
-    let at = |i: usize| (i as u32 * THREADS + thread_idx()) * size;
+    let at = thread_idx() * size;
     let (x, out) = (x.at(base * from as u64), out.at(base * to as u64));
-    let raw: [[u32; 4]; N] = core::array::from_fn(|i| {
-        let here = x.at((at(i) * from) as u64);
-        match (at(i) + size <= left, size * from) {
-            (false, _) => [0; 4],
-            (_, 16) => here.load16(0),
-            (_, 8) => {
+    if at + size <= left {
+        let here = x.at((at * from) as u64);
+        let raw = match size * from {
+            16 => here.load16(0),
+            8 => {
                 let [a, b] = here.load8(0);
                 [a, b, 0, 0]
             }
             _ => [here.load4(0), 0, 0, 0],
+        };
+        let quads = [S::quad(raw, 0), if size == 8 { S::quad(raw, 1) } else { [0.0; 4] }];
+        let words = encode(quads, first_quad + at / 4);
+        let here = out.at((at * to) as u64);
+        match size * to {
+            16 => here.store16(0, words),
+            8 => here.store8(0, [words[0], words[1]]),
+            _ => here.store4(0, words[0]),
         }
-    });
-    unroll!(i in N {
-        if at(i) + size <= left {
-            let quads = [S::quad(raw[i], 0), if size == 8 { S::quad(raw[i], 1) } else { [0.0; 4] }];
-            let words = encode(quads, first_quad + at(i) / 4);
-            let here = out.at((at(i) * to) as u64);
-            match size * to {
-                16 => here.store16(0, words),
-                8 => here.store8(0, [words[0], words[1]]),
-                _ => here.store4(0, words[0]),
-            }
-        }
-    });
+    }
     // The last elements of all, fewer than a vector, as one or two quads.
     let done = left / size * size + 4 * thread_idx();
     if done < left {
@@ -258,26 +244,24 @@ fn vectors<S: Source, T: Target, const N: usize, const THREADS: u32>(
 
 kernel! {
     op = cast;
-    threads = 512, blocks = 4;
+    threads = 256, blocks = 8;
     /// `n` elements; `x` and `out` are aligned to vectors, see [`vector`].
-    pub fn wide[S: Source, T: Target, const N: usize, const THREADS: u32](x: In<u8>, out: Out<u8>, n: u64) {
-        vectors::<S, T, N, THREADS>(x, out, n, |quads, _| T::encode(both(quads[0], quads[1])));
+    pub fn wide[S: Source, T: Target](x: In<u8>, out: Out<u8>, n: u64) {
+        vectors::<S, T>(x, out, n, |quads, _| T::encode(both(quads[0], quads[1])));
     }
     entries {
-        f32_bf16[F32, Bf16, { SHAPE.0 }, { SHAPE.1 }],
-        f32_bf16_2x256[F32, Bf16, 2, 256],
-        f32_bf16_1x512[F32, Bf16, 1, 512],
-        f32_f16[F32, F16, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e4m3[F32, E4m3, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_f32[Bf16, F32, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_f16[Bf16, F16, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e4m3[Bf16, E4m3, { SHAPE.0 }, { SHAPE.1 }],
-        f16_f32[F16, F32, { SHAPE.0 }, { SHAPE.1 }],
-        f16_bf16[F16, Bf16, { SHAPE.0 }, { SHAPE.1 }],
-        f16_e4m3[F16, E4m3, { SHAPE.0 }, { SHAPE.1 }],
-        e4m3_f32[E4m3, F32, { SHAPE.0 }, { SHAPE.1 }],
-        e4m3_bf16[E4m3, Bf16, { SHAPE.0 }, { SHAPE.1 }],
-        e4m3_f16[E4m3, F16, { SHAPE.0 }, { SHAPE.1 }],
+        f32_bf16[F32, Bf16],
+        f32_f16[F32, F16],
+        f32_e4m3[F32, E4m3],
+        bf16_f32[Bf16, F32],
+        bf16_f16[Bf16, F16],
+        bf16_e4m3[Bf16, E4m3],
+        f16_f32[F16, F32],
+        f16_bf16[F16, Bf16],
+        f16_e4m3[F16, E4m3],
+        e4m3_f32[E4m3, F32],
+        e4m3_bf16[E4m3, Bf16],
+        e4m3_f16[E4m3, F16],
     }
 }
 
@@ -285,16 +269,16 @@ kernel! {
     op = cast;
     threads = 256, blocks = 6;
     /// As `wide`, rounded stochastically.
-    pub fn stochastic[S: Source, T: StochasticTarget, const N: usize, const THREADS: u32](x: In<u8>, out: Out<u8>, n: u64) {
-        vectors::<S, T, N, THREADS>(x, out, n, |quads, quad| {
+    pub fn stochastic[S: Source, T: StochasticTarget](x: In<u8>, out: Out<u8>, n: u64) {
+        vectors::<S, T>(x, out, n, |quads, quad| {
             let random = [random(quads[0], quad), random(quads[1], quad + 1)];
             T::encode_stochastic(both(quads[0], quads[1]), random)
         });
     }
     entries {
-        f32_bf16[F32, Bf16, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e4m3[F32, E4m3, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e4m3[Bf16, E4m3, { SHAPE.0 }, { SHAPE.1 }],
+        f32_bf16[F32, Bf16],
+        f32_e4m3[F32, E4m3],
+        bf16_e4m3[Bf16, E4m3],
     }
 }
 
@@ -303,7 +287,7 @@ kernel! {
     threads = 256;
     /// Any two types by their numbers, any alignment. `stochastic`: to bf16 or e4m3.
     pub fn narrow(x: In<u8>, out: Out<u8>, n: u64, from: u32, to: u32, stochastic: u32) {
-        let quad = block_idx_x() as u64 * NARROW_THREADS as u64 + thread_idx() as u64;
+        let quad = block_idx_x() as u64 * THREADS as u64 + thread_idx() as u64;
         if 4 * quad >= n {
             return;
         }

@@ -3,6 +3,7 @@
 
 use super::common::Divisor;
 use crate::device::*;
+use crate::unroll;
 
 /// Gates of larger magnitude may be too much for the short division: the reciprocal of `1 + e^87.4` is no normal number.
 const MODERATE: f32 = 87.0;
@@ -19,21 +20,30 @@ pub fn clamp_up(up: f32, clamp: f32) -> f32 {
     max_nan(min_nan(up, clamp), -clamp)
 }
 
-/// `gate / (1 + e^-gate)` of eight gates, bit for bit the IEEE quotient, in fewer instructions and without a branch a value.
+/// `gate / (1 + e^-gate)` of a gate whose magnitude is at most `MODERATE`, bit for bit the IEEE quotient, in fewer instructions and
+/// without a branch.
 ///
 /// This is what the hardware's division does for operands of moderate size: a reciprocal, a step that corrects it, the product and a
-/// step for its remainder. With `extreme`, which must be set if the magnitude of one exceeds [`MODERATE`], operands are scaled
-/// first. `tests/src/device/layer.rs` compares all 2^32 gates with the division.
+/// step for its remainder. `SHORT` leaves out the first step, which gates that bf16 can hold do not need.
+/// `tests/src/device/layer.rs` compares all 2^32 gates with the division.
 #[inline(always)]
-pub fn silu8(gates: [f32; 8], extreme: bool) -> [f32; 8] {
-    let divisors = gates.map(|l| one_plus_exp(-l));
-    if !extreme {
-        return core::array::from_fn(|i| quotient(gates[i], divisors[i]));
-    }
-    core::array::from_fn(|i| any_quotient(gates[i], divisors[i]))
+pub fn moderate_silu<const SHORT: bool>(gate: f32) -> f32 {
+    let d = one_plus_exp(-gate);
+    if SHORT { short_quotient(gate, d, fast_rcp(d)) } else { quotient(gate, d) }
 }
 
-/// [`silu8`] of one gate, whatever its size.
+/// `a / d`, given the reciprocal of `d` but for its last bits. Its error is 2^-44 of the quotient, so this is the IEEE quotient unless that
+/// is as close to a halfway point. With gates that bf16 can hold it is so for 2^-23 and 2^-24 only, and there the hardware's reciprocal
+/// of `2 - 2^-23` has to be the right one; tests run all of them.
+#[inline(always)]
+fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
+    let q = a * reciprocal;
+    // The negative of the remainder, see `quotient`.
+    let excess = fma(d, q, -a);
+    fma(-excess, reciprocal, q)
+}
+
+/// `gate / (1 + e^-gate)` of one gate, whatever its size.
 #[inline(always)]
 pub fn silu(gate: f32) -> f32 {
     any_quotient(gate, one_plus_exp(-gate))
@@ -63,6 +73,8 @@ fn quotient(a: f32, d: f32) -> f32 {
 pub trait Source: Copy {
     /// Bytes of an element.
     const BYTES: u32;
+    /// Whether bf16 can hold all values.
+    const SHORT: bool;
     /// Eight elements as read.
     type Raw: Copy;
     /// Eight zeros.
@@ -74,8 +86,17 @@ pub trait Source: Copy {
     /// Their values.
     fn values(raw: Self::Raw) -> [f32; 8];
 
-    /// Whether the magnitude of one exceeds [`MODERATE`]; NaN does not.
-    fn is_extreme(raw: Self::Raw) -> bool;
+    /// `f(gate, up)` of eight elements at a time, one after the other: little code, soon compiled.
+    fn map<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N];
+
+    /// [`clamp_gate`] and [`clamp_up`], with a clamp that the type can hold.
+    fn limit(gate: Self::Raw, up: Self::Raw, clamp: f32) -> [Self::Raw; 2];
+
+    /// Whether the magnitude of one exceeds `MODERATE`; NaN does not.
+    fn is_extreme<const N: usize>(raw: [Self::Raw; N]) -> bool;
+
+    /// How many gates are above a positive clamp, and how many other values are above it or below its negative.
+    fn count<const N: usize>(gates: [Self::Raw; N], ups: [Self::Raw; N], clamp: f32) -> Clamped;
 }
 
 /// bf16 input.
@@ -87,6 +108,7 @@ pub struct F32;
 
 impl Source for Bf16 {
     const BYTES: u32 = 2;
+    const SHORT: bool = true;
     type Raw = [u32; 4];
     const ZERO: [u32; 4] = [0; 4];
 
@@ -103,14 +125,67 @@ impl Source for Bf16 {
     }
 
     #[inline(always)]
-    fn is_extreme([a, b, c, d]: [u32; 4]) -> bool {
-        let [low, high] = bf16x2_to_f32(bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d)));
+    fn map<const N: usize>(gates: [[u32; 4]; N], ups: [[u32; 4]; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N] {
+        let mut pairs = [[0; 2]; 8];
+        unroll!(i in 8 {
+            if i < 4 * N {
+                pairs[i] = [gates[i / 4][i % 4], ups[i / 4][i % 4]];
+            }
+        });
+        for _ in 0..4 * N {
+            rolled();
+            // Results take the place of what they are made from, and all turn round, because registers have no index.
+            let before = pairs;
+            let (l, r) = (bf16x2_to_f32(before[0][0]), bf16x2_to_f32(before[0][1]));
+            let done = [f(l[0], r[0]).to_bits(), f(l[1], r[1]).to_bits()];
+            unroll!(i in 8 {
+                if i < 4 * N {
+                    pairs[i] = if i + 1 < 4 * N { before[(i + 1) % 8] } else { done };
+                }
+            });
+        }
+        let mut v = [[0.0; 8]; N];
+        unroll!(n in N {
+            v[n] = core::array::from_fn(|i| f32::from_bits(pairs[(4 * n + i / 2) % 8][i % 2]));
+        });
+        v
+    }
+
+    #[inline(always)]
+    fn limit(gate: [u32; 4], up: [u32; 4], clamp: f32) -> [[u32; 4]; 2] {
+        let clamp = (clamp.to_bits() >> 16) * 0x1_0001;
+        [gate.map(|l| bf16x2_min_nan(l, clamp)), up.map(|r| bf16x2_max_nan(bf16x2_min_nan(r, clamp), clamp | 0x8000_8000))]
+    }
+
+    #[inline(always)]
+    fn is_extreme<const N: usize>(raw: [[u32; 4]; N]) -> bool {
+        let largest = |[a, b, c, d]: [u32; 4]| bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d));
+        let [low, high] = bf16x2_to_f32(raw.map(largest).into_iter().fold(0, bf16x2_max_abs));
         max_abs(low, high).abs() > MODERATE
+    }
+
+    #[inline(always)]
+    fn count<const N: usize>(gates: [[u32; 4]; N], ups: [[u32; 4]; N], clamp: f32) -> Clamped {
+        // Above the clamp is above the largest bf16 that is not: both halves of a word at once.
+        let limit = (clamp.to_bits() >> 16) * 0x1_0001;
+        // From 128 on the sums have a unit in the last place of 1, so that the count is in the low bits.
+        let mut sums = [0x4300_4300; 3];
+        unroll!(i in 8 {
+          if i < 4 * N {
+            let (gate, up) = (gates[i / 4][i % 4], ups[i / 4][i % 4]);
+            sums[0] = bf16x2_add(bf16x2_greater(gate, limit), sums[0]);
+            sums[1] = bf16x2_add(bf16x2_greater(up, limit), sums[1]);
+            sums[2] = bf16x2_add(bf16x2_greater(limit | 0x8000_8000, up), sums[2]);
+          }
+        });
+        let [gates, above, below] = sums.map(|sum| (sum & 0x7F) + (sum >> 16 & 0x7F));
+        Clamped { above: gates + (above << 16), below }
     }
 }
 
 impl Source for F32 {
     const BYTES: u32 = 4;
+    const SHORT: bool = false;
     type Raw = [[u32; 4]; 2];
     const ZERO: [[u32; 4]; 2] = [[0; 4]; 2];
 
@@ -126,9 +201,62 @@ impl Source for F32 {
     }
 
     #[inline(always)]
-    fn is_extreme(raw: [[u32; 4]; 2]) -> bool {
-        amax(Self::values(raw)) > MODERATE
+    fn map<const N: usize>(gates: [[[u32; 4]; 2]; N], ups: [[[u32; 4]; 2]; N], f: impl Fn(f32, f32) -> f32) -> [[f32; 8]; N] {
+        let mut pairs = [[0.0; 2]; 16];
+        unroll!(i in 16 {
+            if i < 8 * N {
+                let value = |raw: [[[u32; 4]; 2]; N]| f32::from_bits(raw[i / 8][i / 4 % 2][i % 4]);
+                pairs[i] = [value(gates), value(ups)];
+            }
+        });
+        for _ in 0..8 * N {
+            rolled();
+            let before = pairs;
+            let done = [f(before[0][0], before[0][1]), 0.0];
+            unroll!(i in 16 {
+                if i < 8 * N {
+                    pairs[i] = if i + 1 < 8 * N { before[(i + 1) % 16] } else { done };
+                }
+            });
+        }
+        let mut v = [[0.0; 8]; N];
+        unroll!(n in N {
+            v[n] = core::array::from_fn(|i| pairs[(8 * n + i) % 16][0]);
+        });
+        v
     }
+
+    #[inline(always)]
+    fn limit(gate: [[u32; 4]; 2], up: [[u32; 4]; 2], clamp: f32) -> [[[u32; 4]; 2]; 2] {
+        let limited = |f: fn(f32, f32) -> f32, v: [u32; 4]| v.map(|v| f(f32::from_bits(v), clamp).to_bits());
+        [gate.map(|v| limited(clamp_gate, v)), up.map(|v| limited(clamp_up, v))]
+    }
+
+    #[inline(always)]
+    fn is_extreme<const N: usize>(raw: [[[u32; 4]; 2]; N]) -> bool {
+        raw.map(|raw| amax(Self::values(raw))).into_iter().fold(0.0, max_total) > MODERATE
+    }
+
+    #[inline(always)]
+    fn count<const N: usize>(gates: [[[u32; 4]; 2]; N], ups: [[[u32; 4]; 2]; N], clamp: f32) -> Clamped {
+        let mut count = Clamped::default();
+        unroll!(n in N {
+            let (gates, ups) = (Self::values(gates[n]), Self::values(ups[n]));
+            for i in 0..8 {
+                let (gate, up) = (gates[i], ups[i]);
+                count.above += (gate > clamp) as u32 + (((up > clamp) as u32) << 16);
+                count.below += (up < -clamp) as u32;
+            }
+        });
+        count
+    }
+}
+
+/// `a / d` for normal operands and quotients, without the branch that it has otherwise.
+#[inline(always)]
+pub fn normal_quotient(a: f32, d: f32) -> f32 {
+    // Scaled, so that the reciprocal of a huge number is not 0.
+    quotient(a * (1.0 / 256.0), d * (1.0 / 256.0))
 }
 
 /// Largest magnitude; NaN does not count unless all are NaN.
@@ -149,28 +277,58 @@ impl Clamp {
     pub const COUNT: u32 = 2;
 }
 
-/// `silu(gate) * up`, times the weight if there is one, of eight channels, and if `MODE` (one of [`Clamp`]'s) says so what
-/// [`Counters::count`] takes.
+/// `silu(gate) * up`, times the weight if there is one, of eight channels a vector, and if `MODE` (one of [`Clamp`]'s) says so what
+/// [`Counters::count`] takes. `small` is a constant: less code, which takes somewhat longer.
 #[inline(always)]
-pub fn activate<S: Source, const MODE: u32>(gate: S::Raw, up: S::Raw, clamp: f32, weight: Option<f32>) -> ([f32; 8], u32) {
-    let (mut gates, mut ups) = (S::values(gate), S::values(up));
-    let mut clamped = 0;
-    if MODE == Clamp::COUNT {
-        for i in 0..8 {
-            let (gate, above, below) = (gates[i] > clamp, ups[i] > clamp, ups[i] < -clamp);
-            clamped += gate as u32 + ((above as u32) << 10) + ((below as u32) << 20);
-        }
+pub fn activate<S: Source, const MODE: u32, const N: usize>(
+    gates: [S::Raw; N],
+    ups: [S::Raw; N],
+    clamp: f32,
+    weight: Option<f32>,
+    small: bool,
+) -> ([[f32; 8]; N], Clamped) {
+    let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { Clamped::default() };
+    // A clamp that bf16 cannot hold is a gate that it cannot hold.
+    let other_clamp = MODE != Clamp::NONE && S::SHORT && clamp.to_bits() & 0xFFFF != 0;
+    let mut v = [[0.0; 8]; N];
+    if small || other_clamp || S::is_extreme(gates) {
+        v = S::map(gates, ups, |l, r| {
+            let (l, r) = if MODE == Clamp::NONE { (l, r) } else { (clamp_gate(l, clamp), clamp_up(r, clamp)) };
+            silu(l) * r
+        });
+    } else {
+        unroll!(n in N {
+            let [gate, up] = if MODE == Clamp::NONE { [gates[n], ups[n]] } else { S::limit(gates[n], ups[n], clamp) };
+            let (l, r) = (S::values(gate), S::values(up));
+            v[n] = core::array::from_fn(|i| {
+                (if S::SHORT { moderate_silu::<true>(l[i]) } else { moderate_silu::<false>(l[i]) }) * r[i]
+            });
+        });
     }
-    if MODE != Clamp::NONE {
-        gates = gates.map(|l| clamp_gate(l, clamp));
-        ups = ups.map(|r| clamp_up(r, clamp));
-    }
-    let silu = silu8(gates, S::is_extreme(gate));
-    let mut v = core::array::from_fn(|i| silu[i] * ups[i]);
     if let Some(weight) = weight {
-        v = v.map(|v| v * weight);
+        unroll!(n in N {
+            v[n] = v[n].map(|v| v * weight);
+        });
     }
     (v, clamped)
+}
+
+/// What a lane clamped.
+#[derive(Clone, Copy, Default)]
+pub struct Clamped {
+    /// Gates, and in the upper half of the word other values from above.
+    above: u32,
+    /// Other values from below.
+    below: u32,
+}
+
+impl Clamped {
+    /// Together with others.
+    #[inline(always)]
+    pub fn add(&mut self, other: Self) {
+        self.above += other.above;
+        self.below += other.below;
+    }
 }
 
 /// Counts of a block: gates above the clamp, other values above it, other values below its negative, and all values.
@@ -196,16 +354,15 @@ impl Counters {
         block_sync();
     }
 
-    /// Add what the lanes of a warp clamped among eight values each, in 10 bits each of `clamped`, and those eight of the lanes that
-    /// are `inside` of the row; what the others read are zeros, which are not clamped.
+    /// Add what the lanes of a warp clamped, less than 2^16 of a kind, among so many values of the warp.
     #[inline(always)]
     #[track_caller]
-    pub fn count(self, clamped: u32, inside: bool) {
-        let values = 8 * warp_ballot(inside).count_ones();
-        let clamped = warp_sum_u32(clamped);
+    pub fn count(self, clamped: Clamped, values: u32) {
+        let (two, below) = (warp_sum_u32(clamped.above), warp_sum_u32(clamped.below));
         let lane = lane_id();
         if lane < 4 {
-            self.sums.atomic_add(lane, if lane == 3 { values } else { (clamped >> (10 * lane)) & 1023 });
+            let one = if lane == 2 { below } else { values };
+            self.sums.atomic_add(lane, if lane < 2 { two >> (16 * lane) & 0xFFFF } else { one });
         }
     }
 
@@ -215,10 +372,7 @@ impl Counters {
     pub fn finish(self, counters: Out<u64>, used: u32) {
         block_sync();
         if thread_idx() < used {
-            let sum = self.sums.get(thread_idx());
-            if sum > 0 {
-                counters.atomic_add(thread_idx(), sum as u64, Scope::Gpu);
-            }
+            counters.atomic_add(thread_idx(), self.sums.get(thread_idx()) as u64, Scope::Gpu);
         }
     }
 }
@@ -246,6 +400,12 @@ impl Rows {
     /// Rows between the start and the end of an expert.
     pub const PSUM: u32 = 2;
 
+    /// Rows for a warp to take: the first of these if all hold tokens, the second if not, the third at least if it counts.
+    pub fn steps(&self, [all, some, counting]: [u32; 3], count: bool) -> u32 {
+        let steps = if self.kind == Self::ALL { all } else { some };
+        if count { steps.max(counting) } else { steps }
+    }
+
     /// Whether `row`, the same for all lanes of the warp, holds a token.
     #[inline(always)]
     #[track_caller]
@@ -261,6 +421,7 @@ impl Rows {
         let start = self.divisor.divide(row) * self.alignment;
         let mut first = 0;
         while first < self.num_experts {
+            rolled();
             let expert = first + lane_id();
             let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
             if warp_any(end > start && end <= row) {
@@ -272,6 +433,42 @@ impl Rows {
             first += WARP_SIZE;
         }
         false
+    }
+
+    /// Which of `count` rows from `first` on hold tokens, the first in the lowest bit; the same for all lanes of the warp. `count` is
+    /// at most 31.
+    #[inline(always)]
+    #[track_caller]
+    pub fn holding_tokens(self, first: u32, count: u32) -> u32 {
+        let lane = lane_id();
+        if self.kind == Self::POS_TO_EXPERT {
+            return warp_ballot(lane < count && self.map.get(first + lane) >= 0);
+        }
+        if self.kind != Self::PSUM {
+            return (1 << count) - 1;
+        }
+        // As above, for all rows at once.
+        let (mut padding, mut before_an_end) = (0, 0);
+        let mut expert = lane;
+        while expert - lane < self.num_experts {
+            rolled();
+            let end = if expert < self.num_experts { self.map.get(expert) as u32 } else { 0 };
+            let (mut row, mut bit) = (first, 1);
+            while row != first + count {
+                rolled();
+                let start = self.divisor.divide(row) * self.alignment;
+                padding |= if warp_any(end > start && end <= row) { bit } else { 0 };
+                before_an_end |= if warp_any(end > row) { bit } else { 0 };
+                row += 1;
+                bit *= 2;
+            }
+            // Ends that come after the last row are not followed by others.
+            if 2 * before_an_end >= bit {
+                break;
+            }
+            expert += WARP_SIZE;
+        }
+        before_an_end & !padding
     }
 }
 

@@ -1,6 +1,6 @@
 //! norm_backward: gradients of the root mean square norm of rows.
 //!
-//! In    out_grad, x, residual_out_grad bf16 or f32 [t, h], weight [h], rstd f32 [t]    Out  x_grad [t, h], weight_grad [h]
+//! In    out_grad, x, residual_out_grad bf16 or f32 [t, h], weight \[h\], rstd f32 \[t\]    Out  x_grad [t, h], weight_grad \[h\]
 //! Close f32 arithmetic; sums have a fixed order, which depends on shape, type and number of multiprocessors (quant.md 6.11).
 //! Map   `rows`: one block a multiprocessor. It takes some rows at a time, which bulk copies bring into a ring in shared memory, and
 //!       keeps its share of `weight_grad` in registers; at the end the blocks' shares are added up, 64 channels a block, after a barrier

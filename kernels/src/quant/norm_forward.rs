@@ -1,6 +1,6 @@
 //! norm_forward: root mean square norm of rows, optionally of the sum with a residual.
 //!
-//! In    x, residual bf16 or f32 [b, t, h], weight [h]    Out  out, residual_out (x + residual) [b, t, h], rstd f32 [b, t]
+//! In    x, residual bf16 or f32 [b, t, h], weight \[h\]    Out  out, residual_out (x + residual) [b, t, h], rstd f32 [b, t]
 //! Close the sum is bitwise the specification's; `rstd` is an f32 sum in a fixed order and `rsqrt.approx`, `out` is f32 arithmetic
 //!       rounded once (quant.md 6.10).  The order depends on `h` and the type alone.
 //! Map   a row on 16 or 32 lanes, or on a block, which keep it in registers; a longer row is read twice, the second time from L2.

@@ -12,17 +12,19 @@ use crate::{kernel, unroll};
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
+/// Threads of a block of [`cast_many`].
+pub const MANY_THREADS: u32 = 512;
 /// Side of the smallest scaling block.
 const UNIT: u32 = 32;
 /// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
 const GRID_Y: u32 = 1 << 15;
 
 /// One block a tile of `tile` rows and columns, columns first: neighbours in x share DRAM pages.
-pub fn config(num_tokens: u32, hidden: u32, tile: (u32, u32)) -> LaunchConfig {
+pub fn config(num_tokens: u32, hidden: u32, tile: (u32, u32), threads: u32) -> LaunchConfig {
     let rows = ceil_div(num_tokens, tile.0);
     let y = if rows < GRID_Y { rows } else { GRID_Y };
     let z = if y == 0 { 0 } else { ceil_div(rows, y) };
-    LaunchConfig::grid([ceil_div(hidden, tile.1), y, z], THREADS).shared(&shared().0)
+    LaunchConfig::grid([ceil_div(hidden, tile.1), y, z], threads).shared(&shared().0)
 }
 
 /// Bits of the largest magnitude of each scaling block in a tile, 128 by 128 values at most.
@@ -258,42 +260,74 @@ fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, at: Place, 
     common::store_sf(sf, layout, packed, value, at.block(shape), at.col + (1 << shape.npc) >= shape.h);
 }
 
+/// Arguments of [`cast`] and [`cast_many`] beside the tensors.
+struct Options {
+    x_stride: u32,
+    sf: SfLayout,
+    round: bool,
+    packed: bool,
+}
+
+/// Scales and data of a tile of `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`. `SAFE` as for the store.
+#[inline(always)]
+fn cast_tile<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool, const SAFE: bool>(
+    x: In<u8>,
+    out: Out<u8>,
+    sf: Out<u8>,
+    shape: Shape,
+    options: Options,
+) {
+    let at = Place::new::<X, ROWS, COLS, N>();
+    // Blocks of the last z that have no rows: all threads of a block leave together.
+    if at.tile_row::<ROWS>() >= shape.t {
+        return;
+    }
+    let held = load::<X, N, ALIGNED>(x, options.x_stride, at, shape);
+    let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, options.round);
+    store_sf(sf, options.sf, options.packed, value, at, shape);
+    if at.col < shape.h {
+        X::store::<T, N, SAFE>(&held, inv, out, at, shape);
+    }
+}
+
 kernel! {
     op = per_block_cast;
     threads = 256;
-    /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two. A tile is
-    /// `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`. Where it is 32, the `flat` entries have less work a
-    /// block, which makes the tail shorter.
-    pub fn cast[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool](
+    /// Computes and stores scales and data. `x` and strides count elements; `npt` and `npc` are given as powers of two. Where `npt` is
+    /// 32, the `flat` entries have less work a block, which makes the tail shorter. The `round` entries take a shorter way that only
+    /// rounded scales allow; those without compute either scale.
+    pub fn cast[X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool, const SAFE: bool](
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
-        let (at, shape) = (Place::new::<X, ROWS, COLS, N>(), Shape { t, h, npt, npc });
-        // Blocks of the last z that have no rows: all threads of a block leave together.
-        if at.tile_row::<ROWS>() >= t {
-            return;
-        }
-        let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
-        let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
-        store_sf(sf, layout, packed != 0, value, at, shape);
-        if at.col >= h {
-            return;
-        }
-        // Only bf16 to e2m1 has a shorter way, so only it is there twice.
-        if X::BYTES == 2 && T::BITS == 4 && round != 0 {
-            X::store::<T, N, true>(&held, inv, out, at, shape);
-        } else {
-            X::store::<T, N, false>(&held, inv, out, at, shape);
-        }
+        let options = Options { x_stride, sf: layout, round: SAFE || round != 0, packed: packed != 0 };
+        cast_tile::<X, T, ROWS, COLS, N, ALIGNED, SAFE>(x, out, sf, Shape { t, h, npt, npc }, options);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, 128, 128, 8, true], bf16_e2m1[Bf16, E2m1, 128, 128, 8, true],
-        f32_e4m3[F32, E4m3, 128, 128, 16, true], f32_e2m1[F32, E2m1, 128, 128, 16, true],
-        bf16_e4m3_flat[Bf16, E4m3, 32, 128, 2, true], bf16_e2m1_flat[Bf16, E2m1, 32, 128, 2, true],
-        f32_e4m3_flat[F32, E4m3, 32, 128, 4, true], f32_e2m1_flat[F32, E2m1, 32, 128, 4, true],
-        bf16_e4m3_unaligned[Bf16, E4m3, 128, 128, 8, false], bf16_e2m1_unaligned[Bf16, E2m1, 128, 128, 8, false],
-        f32_e4m3_unaligned[F32, E4m3, 128, 128, 16, false], f32_e2m1_unaligned[F32, E2m1, 128, 128, 16, false],
+        bf16_e4m3[Bf16, E4m3, 128, 128, 8, true, false], f32_e4m3[F32, E4m3, 128, 128, 16, true, false],
+        bf16_e2m1_round[Bf16, E2m1, 128, 128, 8, true, true],
+        bf16_e4m3_flat[Bf16, E4m3, 32, 128, 2, true, false], f32_e4m3_flat[F32, E4m3, 32, 128, 4, true, false],
+        bf16_e2m1_flat[Bf16, E2m1, 32, 128, 2, true, false], bf16_e2m1_flat_round[Bf16, E2m1, 32, 128, 2, true, true],
+        f32_e2m1_flat[F32, E2m1, 32, 128, 4, true, false],
+        bf16_e4m3_unaligned[Bf16, E4m3, 128, 128, 8, false, false], f32_e4m3_unaligned[F32, E4m3, 128, 128, 16, false, false],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 512;
+    /// As [`cast`] with half the vectors a thread: the long way to e2m1 for twice as many takes the driver more than 100 ms to compile.
+    pub fn cast_many[X: Source, const N: usize, const ALIGNED: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        let options = Options { x_stride, sf: layout, round: round != 0, packed: packed != 0 };
+        cast_tile::<X, E2m1, 128, 128, N, ALIGNED, false>(x, out, sf, Shape { t, h, npt, npc }, options);
+    }
+    entries {
+        bf16_e2m1[Bf16, 4, true], f32_e2m1[F32, 8, true], bf16_e2m1_unaligned[Bf16, 4, false], f32_e2m1_unaligned[F32, 8, false],
     }
 }
 

@@ -1,7 +1,7 @@
 //! per_block_cast_lossless: FP4 with fine power-of-two scales to e4m3 with coarser ones, without rounding.
 //!
 //! In   x  e2m1 [t, h/2], x_sf  f32 or ue8m0 of blocks (x_npt, x_npc)      Out  data  e4m3 [t, h], sf  f32 or ue8m0 of blocks (npt, npc)
-//! Exact  integers alone; what e4m3 cannot hold is rounded to nearest even and counted in `lost`, see [`nearest`].
+//! Exact  integers alone; what e4m3 cannot hold is rounded to nearest even and counted in `lost`, see `nearest`.
 //! Map   a lane has 16 channels of one input block. `tile`: a block of threads per tile of whole output blocks, whose lanes join their
 //!       exponents in shared memory; `flat`: output blocks of one row, joined by shuffles, their scales collected and written together.
 //! Cost  h / 2 bytes read and h written a token, and the scales; 3 instructions a value: memory bound.
@@ -44,17 +44,11 @@ impl Tile {
 }
 
 /// Output blocks of up to 128 rows.
-pub const SQUARE: Tile = Tile { cols: 128, rows: 128, vectors: 4 };
-/// The same with fewer vectors a lane.
-#[doc(hidden)]
-pub const SQUARE_SHORT: Tile = Tile { cols: 128, rows: 128, vectors: 2 };
-/// The same with longer pieces of rows.
-#[doc(hidden)]
-pub const SQUARE_WIDE: Tile = Tile { cols: 256, rows: 128, vectors: 4 };
+pub const SQUARE: Tile = Tile { cols: 256, rows: 128, vectors: 4 };
 /// Output blocks of up to 32 rows.
 pub const BAND: Tile = Tile { cols: 256, rows: 32, vectors: 2 };
-/// Output blocks of one row.
-pub const FLAT: Tile = Tile { cols: 512, rows: 16, vectors: 2 };
+/// Output blocks of one row. Eight scales of 128 channels, or those of eight rows, fill a sector of 32 bytes.
+pub const FLAT: Tile = Tile { cols: 1024, rows: 8, vectors: 2 };
 
 /// One word for each output block of a tile: those of `flat` have a row, all others 16 at least.
 #[inline(always)]
@@ -85,13 +79,14 @@ impl Place {
     /// Neighbouring lanes take neighbouring vectors of a row, and a warp neighbouring rows.
     #[inline(always)]
     fn new<const COLS: u32, const ROWS: u32, const N: usize>() -> Self {
+        // Of a row; where those are more than a warp, its lanes are in the same rows.
         let lanes = COLS / CHANNELS;
-        let step = WARP_SIZE / lanes;
+        let step = if lanes < WARP_SIZE { WARP_SIZE / lanes } else { 1 };
         let tile_row = (block_idx_z() * grid_dim_y() + block_idx_y()) * ROWS;
         Self {
-            row: tile_row + warp_id() * (step * N as u32) + lane_id() / lanes,
+            row: tile_row + thread_idx() / (lanes * step) * (step * N as u32) + thread_idx() / lanes % step,
             step,
-            col: block_idx_x() * COLS + lane_id() % lanes * CHANNELS,
+            col: block_idx_x() * COLS + thread_idx() % lanes * CHANNELS,
         }
     }
 
@@ -282,10 +277,6 @@ kernel! {
     entries {
         square_f32[false, true, { SQUARE.cols }, { SQUARE.rows }, { SQUARE.vectors }],
         square_ue8m0[true, true, { SQUARE.cols }, { SQUARE.rows }, { SQUARE.vectors }],
-        short_f32[false, true, { SQUARE_SHORT.cols }, { SQUARE_SHORT.rows }, { SQUARE_SHORT.vectors }],
-        short_ue8m0[true, true, { SQUARE_SHORT.cols }, { SQUARE_SHORT.rows }, { SQUARE_SHORT.vectors }],
-        wide_f32[false, true, { SQUARE_WIDE.cols }, { SQUARE_WIDE.rows }, { SQUARE_WIDE.vectors }],
-        wide_ue8m0[true, true, { SQUARE_WIDE.cols }, { SQUARE_WIDE.rows }, { SQUARE_WIDE.vectors }],
         band_f32[false, true, { BAND.cols }, { BAND.rows }, { BAND.vectors }],
         band_ue8m0[true, true, { BAND.cols }, { BAND.rows }, { BAND.vectors }],
         unaligned_f32[false, false, { SQUARE.cols }, { SQUARE.rows }, { SQUARE.vectors }],

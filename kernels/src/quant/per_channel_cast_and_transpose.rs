@@ -100,18 +100,23 @@ fn store_pieces<S: Source, const STEPS: usize>(out: Out<u8>, tile: Tile) {
     });
 }
 
-/// The same for rows of any length and alignment, byte by byte.
+/// The same for rows of any length and alignment, byte by byte. A short tile's rows are shared by as many threads as a whole one's.
 #[inline(always)]
 #[track_caller]
 fn store_bytes<S: Source>(out: Out<u8>, tile: Tile) {
     let (_, shared) = shared::<S>();
-    let row = thread_idx() % ROWS;
-    let mut channel = thread_idx() / ROWS;
-    while channel < COLS && tile.col + channel < tile.h && tile.index * ROWS + row < tile.t {
+    let first = tile.index * ROWS;
+    let rows = (tile.t - first).min(ROWS);
+    // Threads of a channel, a power of two so that nothing is divided.
+    let lanes_log2 = WARP_SIZE - (rows - 1).leading_zeros();
+    let row = thread_idx() & ((1 << lanes_log2) - 1);
+    let mut channel = thread_idx() >> lanes_log2;
+    while channel < COLS && tile.col + channel < tile.h && row < rows {
+        rolled();
         let byte = shared.get(octet_at(channel, row / 8) + row % 8);
         let to = out.at((tile.col + channel) as u64 * tile.t as u64);
-        to.set(tile.index * ROWS + row, byte);
-        channel += block_dim() / ROWS;
+        to.set(first + row, byte);
+        channel += block_dim() >> lanes_log2;
     }
 }
 

@@ -1,6 +1,6 @@
 //! per_channel_cast_fused: as `per_channel_cast`, of rows that are gathered first.
 //!
-//! In   x  bf16, f32 [n, h], or e4m3 [n, h] with scales of 32 or 128 channels; pos_to_token  i32 [t]
+//! In   x  bf16, f32 [n, h], or e4m3 [n, h] with scales of 32 or 128 channels; pos_to_token  i32 \[t\]
 //! Out  data  e4m3 [t, h];  sf  f32, ue8m0 [ceil(t/npt), h]
 //! Exact  bit for bit, quant.md 2 and 5.5; a row whose index is negative counts as zeros.
 //! Map   as `per_channel_cast`; columns of tiles in groups, so that a row that is read again is still in the cache.
@@ -10,8 +10,15 @@ use super::common::{Divisor, SfLayout};
 use super::common_channels::{
     Bf16, F32, Input, Order, Place, Quantised, Rows, ScaleOutput, Source, Tile, load, store, tile_factors,
 };
+use super::per_channel_cast::Shape;
+pub use super::per_channel_cast::{F32_SHAPE, NARROW_F32_SHAPE, NARROW_SHAPE};
 use crate::device::*;
 use crate::kernel;
+
+/// bf16 input: more rows a thread than without gathering, so that more loads are under way behind an index.
+pub const BF16_SHAPE: Shape = (128, 8);
+/// e4m3 input: rows of a tile are whole cache lines, which gathered rows do not share with their neighbours in memory.
+pub const E4M3_SHAPE: Shape = (128, 4);
 
 /// Output row `r` is input row `pos_to_token[r]`.
 #[derive(Clone, Copy)]
@@ -49,9 +56,12 @@ kernel! {
         store::<S, N, WIDE>(&held, factors, out, tile, at);
     }
     entries {
-        bf16[Bf16, 128, 8, true], f32[F32, 128, 8, true], e4m3_f32[Quantised<false>, 128, 4, true], e4m3_ue8m0[Quantised<true>, 128, 4, true],
-        bf16_narrow[Bf16, 128, 8, false], f32_narrow[F32, 128, 8, false],
-        e4m3_f32_narrow[Quantised<false>, 128, 4, false], e4m3_ue8m0_narrow[Quantised<true>, 128, 4, false],
-        bf16_a[Bf16, 128, 4, true], bf16_b[Bf16, 64, 4, true], e4m3_f32_a[Quantised<false>, 64, 4, true],
+        bf16[Bf16, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }, true], f32[F32, { F32_SHAPE.0 }, { F32_SHAPE.1 }, true],
+        e4m3_f32[Quantised<false>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
+        e4m3_ue8m0[Quantised<true>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
+        bf16_narrow[Bf16, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
+        f32_narrow[F32, { NARROW_F32_SHAPE.0 }, { NARROW_F32_SHAPE.1 }, false],
+        e4m3_f32_narrow[Quantised<false>, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
+        e4m3_ue8m0_narrow[Quantised<true>, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! In and out  x bf16 or f32 [t, h], any row stride
 //! Exact bitwise `cast_back` of `per_token_cast`: one f32 product and a rounding to e4m3 or e2m1, one f32 product and a rounding back.
-//! Map   an item is 16 bytes of a row; items are numbered through all rows, rows filled up to whole groups, a lane has `N` of them. The
-//!       lanes of a group find its maximum by shuffles.
+//! Map   an item is 16 bytes of a row; items are numbered through all rows, rows filled up to whole groups, a lane has one. The lanes
+//!       of a group find its maximum by shuffles.
 //! Cost  h * (2 or 4) bytes read and as many written a token; memory bound.
 
 use super::per_token_cast::{AT_RUN_TIME, E4M3_SF, EXACT, Encode, POWERS, Source, group_max, scales};
@@ -13,10 +13,8 @@ use crate::quant::common::Divisor;
 pub use crate::quant::common::{E2m1, E4m3};
 use crate::{kernel, unroll};
 
-/// How a launch is shaped: items of a thread, and threads of a block.
-pub type Shape = (usize, u32);
-/// The shape of all entries but variants to measure.
-pub const SHAPE: Shape = (1, 256);
+/// Threads of a block. Two items a thread, or 512 threads a block, take as long.
+pub const THREADS: u32 = 256;
 /// Items of one launch must stay below this, see [`Divisor`].
 pub const MAX_ITEMS: u64 = 1 << 31;
 
@@ -98,30 +96,28 @@ fn store<S: Element>(x: Out<u8>, words: [u32; 4], channels: u32, wide: bool) {
 
 kernel! {
     op = per_token_cast_and_cast_back;
-    threads = 512, blocks = 4;
+    threads = 256, blocks = 8;
     /// Rows of `x` are whole numbers of aligned items. A row has `row_items` items, whole groups of `2^npc_log2` channels, of which the
     /// last may lie beyond `hidden`; there are `num_items` in all rows. `x_stride` counts bytes. The magic number divides by `row_items`.
-    pub fn wide[S: Element, T: Decode, const RULE: u32, const N: usize, const THREADS: u32](
+    pub fn wide[S: Element, T: Decode, const RULE: u32](
         x: Out<u8>, x_stride: u64, hidden: u32, npc_log2: u32, num_items: u32, row_items: u32, row_magic: u32, row_shift: u32,
     ) {
         let row = Divisor { magic: row_magic, shift: row_shift };
-        items::<S, T, RULE, N, THREADS>(x, x_stride, hidden, npc_log2, num_items, row_items, row, RULE, true);
+        items::<S, T, RULE>(x, x_stride, hidden, npc_log2, num_items, row_items, row, RULE, true);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, EXACT, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e4m3_round[Bf16, E4m3, POWERS, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e4m3_round_2x256[Bf16, E4m3, POWERS, 2, 256],
-        bf16_e4m3_round_1x512[Bf16, E4m3, POWERS, 1, 512],
-        bf16_e4m3_sf8[Bf16, E4m3, E4M3_SF, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e2m1[Bf16, E2m1, EXACT, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e2m1_round[Bf16, E2m1, POWERS, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e2m1_sf8[Bf16, E2m1, E4M3_SF, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e4m3[F32, E4m3, EXACT, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e4m3_round[F32, E4m3, POWERS, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e4m3_sf8[F32, E4m3, E4M3_SF, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e2m1[F32, E2m1, EXACT, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e2m1_round[F32, E2m1, POWERS, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e2m1_sf8[F32, E2m1, E4M3_SF, { SHAPE.0 }, { SHAPE.1 }],
+        bf16_e4m3[Bf16, E4m3, EXACT],
+        bf16_e4m3_round[Bf16, E4m3, POWERS],
+        bf16_e4m3_sf8[Bf16, E4m3, E4M3_SF],
+        bf16_e2m1[Bf16, E2m1, EXACT],
+        bf16_e2m1_round[Bf16, E2m1, POWERS],
+        bf16_e2m1_sf8[Bf16, E2m1, E4M3_SF],
+        f32_e4m3[F32, E4m3, EXACT],
+        f32_e4m3_round[F32, E4m3, POWERS],
+        f32_e4m3_sf8[F32, E4m3, E4M3_SF],
+        f32_e2m1[F32, E2m1, EXACT],
+        f32_e2m1_round[F32, E2m1, POWERS],
+        f32_e2m1_sf8[F32, E2m1, E4M3_SF],
     }
 }
 
@@ -129,18 +125,18 @@ kernel! {
     op = per_token_cast_and_cast_back;
     threads = 256, blocks = 4;
     /// As `wide`, of any alignment and channel by channel; the rule of the scales is an argument.
-    pub fn narrow[S: Element, T: Decode, const N: usize, const THREADS: u32](
+    pub fn narrow[S: Element, T: Decode](
         x: Out<u8>, x_stride: u64, hidden: u32, npc_log2: u32, num_items: u32, row_items: u32, row_magic: u32, row_shift: u32,
         rule: u32,
     ) {
         let row = Divisor { magic: row_magic, shift: row_shift };
-        items::<S, T, AT_RUN_TIME, N, THREADS>(x, x_stride, hidden, npc_log2, num_items, row_items, row, rule, false);
+        items::<S, T, AT_RUN_TIME>(x, x_stride, hidden, npc_log2, num_items, row_items, row, rule, false);
     }
     entries {
-        bf16_e4m3[Bf16, E4m3, { SHAPE.0 }, { SHAPE.1 }],
-        bf16_e2m1[Bf16, E2m1, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e4m3[F32, E4m3, { SHAPE.0 }, { SHAPE.1 }],
-        f32_e2m1[F32, E2m1, { SHAPE.0 }, { SHAPE.1 }],
+        bf16_e4m3[Bf16, E4m3],
+        bf16_e2m1[Bf16, E2m1],
+        f32_e4m3[F32, E4m3],
+        f32_e2m1[F32, E2m1],
     }
 }
 
@@ -148,7 +144,7 @@ kernel! {
 #[inline(always)]
 #[track_caller]
 #[allow(clippy::too_many_arguments)]
-fn items<S: Element, T: Decode, const RULE: u32, const N: usize, const THREADS: u32>(
+fn items<S: Element, T: Decode, const RULE: u32>(
     x: Out<u8>,
     x_stride: u64,
     hidden: u32,
@@ -159,30 +155,18 @@ fn items<S: Element, T: Decode, const RULE: u32, const N: usize, const THREADS: 
     rule: u32,
     wide: bool,
 ) {
-    let first = block_idx_x() * (N as u32 * THREADS) + thread_idx();
-    // Where an item is, and how many channels it has; none beyond the end of the row or of all rows.
-    let place: [(Out<u8>, u32); N] = core::array::from_fn(|i| {
-        let item = first + i as u32 * THREADS;
-        let row = by_row.divide(item);
-        let channel = (item - row * row_items) * S::CHANNELS;
-        let at = x.at(row as u64 * x_stride + (channel * (S::BITS / 8)) as u64);
-        let inside = item < num_items && channel < hidden;
-        (at, if inside { hidden - channel } else { 0 })
-    });
-    let raw: [[u32; 4]; N] = core::array::from_fn(|i| match place[i].1 {
-        0 => S::ZERO,
-        channels => load::<S>(place[i].0, channels, wide),
-    });
-    let amax = group_max::<S, N>(raw.map(S::amax), npc_log2 - S::CHANNELS.trailing_zeros());
-    let scales = scales::<T, RULE, N>(amax, rule);
-    unroll!(i in N {
-        let (at, channels) = place[i];
-        if channels > 0 {
-            let scale = scales(i);
-            let codes =
-                if RULE == POWERS { S::encode::<T, true>(raw[i], scale.inv) } else { S::encode::<T, false>(raw[i], scale.inv) };
-            let values = <T as Decode>::eight(codes).map(|q| q * scale.sf);
-            store::<S>(at, S::pack(values), channels.min(S::CHANNELS), wide);
-        }
-    });
+    let item = block_idx_x() * THREADS + thread_idx();
+    // Where the item is, and how many channels it has; none beyond the end of the row or of all rows.
+    let row = by_row.divide(item);
+    let channel = (item - row * row_items) * S::CHANNELS;
+    let at = x.at(row as u64 * x_stride + (channel * (S::BITS / 8)) as u64);
+    let channels = if item < num_items && channel < hidden { hidden - channel } else { 0 };
+    let raw = if channels == 0 { S::ZERO } else { load::<S>(at, channels, wide) };
+    let amax = group_max::<S, 1>([S::amax(raw)], npc_log2 - S::CHANNELS.trailing_zeros());
+    if channels > 0 {
+        let scale = scales::<T, RULE, 1>(amax, rule)(0);
+        let codes = if RULE == POWERS { S::encode::<T, true>(raw, scale.inv) } else { S::encode::<T, false>(raw, scale.inv) };
+        let values = <T as Decode>::eight(codes).map(|q| q * scale.sf);
+        store::<S>(at, S::pack(values), channels.min(S::CHANNELS), wide);
+    }
 }

@@ -1,6 +1,6 @@
 //! per_token_cast_to_e5m6: quantise rows to 12 bits a value, with one scale factor a row.
 //!
-//! In    x bf16, f32 [t, h], any row stride      Out  data e5m6, 12 bytes for 8 values [t, 3h/2]; sf  f32, ue8m0 [t]
+//! In    x bf16, f32 [t, h], any row stride      Out  data e5m6, 12 bytes for 8 values [t, 3h/2]; sf  f32, ue8m0 \[t\]
 //! Exact  bit for bit, quant.md 1.3 and 2, below 2^-14 too.  NaN never is the amax and stays NaN; infinity stays infinity.
 //! Map   a block per row; a lane holds vectors of 8 values between maximum and conversion, and four lanes write 48 bytes together.
 //! Cost  h * (2 or 4) bytes read and h * 3 / 2 written a token; memory bound; 11 instructions a value.
@@ -182,6 +182,7 @@ kernel! {
         // A row that is longer than what the threads can hold is read twice, the second time from L2.
         let mut i = N as u32;
         while i * block_dim() < count {
+            rolled();
             amax = max_total(amax, S::amax(read(number(i))));
             i += 1;
         }
@@ -195,6 +196,7 @@ kernel! {
         });
         let mut i = N as u32;
         while i * block_dim() < count {
+            rolled();
             write(read(number(i)), number(i));
             i += 1;
         }
@@ -208,6 +210,5 @@ kernel! {
         f32[F32, false, true, { F32_VECTORS }], f32_round[F32, true, true, { F32_VECTORS }],
         bf16_narrow[Bf16, false, false, 1], bf16_round_narrow[Bf16, true, false, 1],
         f32_narrow[F32, false, false, 1], f32_round_narrow[F32, true, false, 1],
-        bf16_short[Bf16, true, true, 2], f32_long[F32, true, true, 4],
     }
 }

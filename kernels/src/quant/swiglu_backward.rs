@@ -13,11 +13,11 @@ use crate::device::*;
 use crate::{kernel, unroll};
 
 /// Most threads of a block.
-pub const THREADS: u32 = 256;
+const THREADS: u32 = 256;
 
 /// Threads of a block for rows of `vectors` vectors: all take the same number of them, as far as whole warps allow.
-pub const fn row_threads(vectors: u32, most: u32) -> u32 {
-    let rounds = ceil_div(vectors, most);
+pub const fn row_threads(vectors: u32) -> u32 {
+    let rounds = ceil_div(vectors, THREADS);
     let threads = if rounds == 0 { 0 } else { align_up(ceil_div(vectors, rounds), WARP_SIZE) };
     if threads == 0 { WARP_SIZE } else { threads }
 }
@@ -207,6 +207,7 @@ pub fn clear_absent(token_topk_to_pos: In<i32>, weight_grad: Out<f32>, num_weigh
     let end = (first + share).min(num_weights);
     let mut slot = first + thread_idx();
     while slot < end {
+        rolled();
         if token_topk_to_pos.get(slot) < 0 {
             weight_grad.set(slot, 0.0);
         }
@@ -294,5 +295,5 @@ kernel! {
 
 /// Grid and block for rows that take `vectors` steps of a lane.
 pub fn config(num_rows: u32, vectors: u32, num_weights: u32) -> LaunchConfig {
-    LaunchConfig::new(blocks(num_rows, num_weights), row_threads(vectors, THREADS)).shared(&row_shared().0)
+    LaunchConfig::new(blocks(num_rows, num_weights), row_threads(vectors)).shared(&row_shared().0)
 }

@@ -10,7 +10,7 @@
 
 use super::common::{Divisor, E4m3, Scale, scale};
 use super::common_swiglu::{Rows, Weights};
-pub use super::swiglu_backward::{ACT_OUT, PACKED, THREADS, WEIGHT_GRAD};
+pub use super::swiglu_backward::{ACT_OUT, PACKED, WEIGHT_GRAD};
 use super::swiglu_backward::{
     Bf16, F32, Float, RowWeight, begin_sum, blocks, clear_absent, dot, gradients, row_shared, row_threads,
 };
@@ -24,8 +24,8 @@ const N: usize = 8;
 pub const MAX_GROUPS: u32 = 48 << 10;
 
 /// Grid and block; a row has `groups` scales.
-pub fn config(num_rows: u32, hidden: u32, groups: u32, num_weights: u32, most_threads: u32) -> LaunchConfig {
-    let threads = row_threads(ceil_div(hidden, N as u32), most_threads);
+pub fn config(num_rows: u32, hidden: u32, groups: u32, num_weights: u32) -> LaunchConfig {
+    let threads = row_threads(ceil_div(hidden, N as u32));
     LaunchConfig::new(blocks(num_rows, num_weights), threads).shared(&shared(groups).0)
 }
 
@@ -125,15 +125,13 @@ kernel! {
             let of = gradients::<N>(decode(raw.0, raw.2), decode(raw.1, raw.3), grad, of_row.weight, clamp);
             sum = dot(grad, of.act, sum);
             let at = channel as u64;
+            let (of_x, of_y) = (scale_of::<ROUND, LANES>(of.dx), scale_of::<ROUND, LANES>(of.dy));
             if inside {
                 Bf16::store::<N>(x_grad.at(2 * at), of.dx);
                 Bf16::store::<N>(x_grad.at(2 * (h + at)), of.dy);
                 if with_act {
                     Bf16::store::<N>(act_out.at(2 * at), of.act.map(|v| v * of_row.weight));
                 }
-            }
-            let (of_x, of_y) = (scale_of::<ROUND, LANES>(of.dx), scale_of::<ROUND, LANES>(of.dy));
-            if inside {
                 store(x_grad_fp8.at(at), of.dx, of_x.inv);
                 store(x_grad_fp8.at(h + at), of.dy, of_y.inv);
             }
@@ -162,6 +160,7 @@ kernel! {
         let sf = sf.at(row as u64 * sf_row_stride as u64);
         let mut word = thread_idx();
         while word < words {
+            rolled();
             sf.at(word as u64 * sf_col_stride as u64).set(0, staged.get(word));
             word += block_dim();
         }

@@ -7,7 +7,7 @@
 
 use super::common::Divisor;
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
-use super::common_swiglu::{Counters, Rows, Weights, activate};
+use super::common_swiglu::{Clamped, Counters, Rows, Weights, activate};
 use crate::device::*;
 use crate::kernel;
 
@@ -15,13 +15,13 @@ use crate::kernel;
 const THREADS: u32 = 256;
 /// Channels of a warp.
 pub const PIECE: u32 = 8 * WARP_SIZE;
-/// Blocks of a launch that counts: each ends with an atomic addition to the same few words.
-const COUNTING_BLOCKS: u32 = 132 * 8;
+/// Rows that a warp takes, if all hold tokens; if they may be padding; if values are counted, which ends with an atomic addition of
+/// each block to the same few words.
+pub const STEPS: [u32; 3] = [1, 4, 8];
 
-/// Grid and block for so many pieces of rows.
-pub fn config(num_pieces: u32, counting: bool) -> LaunchConfig {
-    let blocks = ceil_div(num_pieces, THREADS / WARP_SIZE);
-    LaunchConfig::new(if counting { blocks.min(COUNTING_BLOCKS) } else { blocks }, THREADS).shared(&shared().0)
+/// Grid and block for so many warps.
+pub fn config(num_warps: u32) -> LaunchConfig {
+    LaunchConfig::new(ceil_div(num_warps, THREADS / WARP_SIZE), THREADS).shared(&shared().0)
 }
 
 #[inline(always)]
@@ -65,10 +65,10 @@ impl Target for F32 {
 kernel! {
     op = swiglu_forward;
     threads = 256, blocks = 6;
-    /// `x_stride` counts bytes. Pieces of rows are numbered row by row, and a row has as many as the divisor of `row_magic` and
-    /// `row_shift` says. See [`Rows`], [`Weights`] and [`Clamp`] for the rest.
+    /// `x_stride` counts bytes. A warp takes a piece of up to `steps` rows, at most 31; its number is divided by the pieces of a row. See
+    /// [`Rows`], [`Weights`] and [`Clamp`] for the rest.
     pub fn activation[S: Source, T: Target, const MODE: u32](
-        x: In<u8>, out: Out<u8>, x_stride: u64, num_pieces: u32, hidden: u32, pieces_of_row: u32, row_magic: u32, row_shift: u32,
+        x: In<u8>, out: Out<u8>, x_stride: u64, num_rows: u32, hidden: u32, steps: u32, warps_magic: u32, warps_shift: u32,
         clamp: f32,
         rows_kind: u32, rows_map: In<i32>, num_experts: u32, alignment: u32, alignment_magic: u32, alignment_shift: u32,
         weights_kind: u32, weights: In<f32>, weights_map: In<i32>, weights_factor: f32, counters: Out<u64>, num_counters: u32,
@@ -80,26 +80,31 @@ kernel! {
         if MODE == Clamp::COUNT {
             shared.start();
         }
-        let mut piece = block_idx_x() * (THREADS / WARP_SIZE) + warp_id();
-        while piece < num_pieces {
-            let row = Divisor { magic: row_magic, shift: row_shift }.divide(piece);
-            if rows.holds_token(row) {
-                let first = (piece - row * pieces_of_row) * PIECE;
-                let channel = first + lane_id() * 8;
-                let inside = channel < hidden;
-                let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
-                let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
-                let (v, clamped) = activate::<S, MODE>(gate, up, clamp, weights.of(row));
-                if MODE == Clamp::COUNT {
-                    shared.count(clamped, inside);
-                }
-                if inside {
-                    T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);
-                }
+        let warp = block_idx_x() * (THREADS / WARP_SIZE) + warp_id();
+        let strip = Divisor { magic: warps_magic, shift: warps_shift }.divide(warp);
+        let piece = warp - strip * ceil_div(hidden, PIECE);
+        let first = strip * steps;
+        let mut used = rows.holding_tokens(first, steps.min(num_rows - num_rows.min(first)));
+        let channel = piece * PIECE + lane_id() * 8;
+        let inside = channel < hidden;
+        let values = used.count_ones() * PIECE.min(hidden - piece * PIECE);
+        let mut clamped = Clamped::default();
+        while used != 0 {
+            rolled();
+            let row = first + used.trailing_zeros();
+            used &= used - 1;
+            let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
+            let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
+            let ([v], count) = activate::<S, MODE, 1>([gate], [up], clamp, weights.of(row), false);
+            if MODE == Clamp::COUNT {
+                clamped.add(count);
             }
-            piece += grid_dim_x() * (THREADS / WARP_SIZE);
+            if inside {
+                T::store(out.at((row as u64 * hidden as u64 + channel as u64) * T::BYTES as u64), v);
+            }
         }
         if MODE == Clamp::COUNT {
+            shared.count(clamped, values);
             shared.finish(counters, num_counters);
         }
     }

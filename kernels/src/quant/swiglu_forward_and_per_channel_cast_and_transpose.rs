@@ -6,7 +6,7 @@
 //! Map   a block per tile of whole scaling blocks; a thread has 4 tokens by 8 channels in registers, from the load to the store. The
 //!       maxima of a channel meet in shared memory; four tokens of a channel are a word of the transposed tile, which goes through
 //!       shared memory too.
-//! Cost  4 bytes read and 1 written a value, 4/npt for its scale; about 22 instructions a value: memory bound, but not by far.
+//! Cost  4 bytes read and 1 written a value, 4/npt for its scale; about 29 instructions a value: memory bound, but not by far.
 
 use super::common::{E4m3, Scale, Target, scale};
 use super::common_swiglu::{clamp_gate, clamp_up, silu};
@@ -23,18 +23,17 @@ const CHANNELS: u32 = 8;
 const GRID_Y: u32 = 1 << 15;
 
 /// Tokens and channels of a tile with `lanes` threads across.
-pub const fn tile(threads: u32, lanes: u32) -> (u32, u32) {
-    (threads / lanes * TOKENS, lanes * CHANNELS)
+const fn tile(lanes: u32) -> (u32, u32) {
+    (THREADS / lanes * TOKENS, lanes * CHANNELS)
 }
 
-/// One block a tile, channels first: neighbours in x share DRAM pages of `x`. `turned`: tokens first, at most 65535 tiles of channels.
-pub const fn config(num_tokens: u32, hidden: u32, threads: u32, lanes: u32, turned: bool) -> LaunchConfig {
-    let (tokens, channels) = tile(threads, lanes);
+/// One block a tile, channels first: neighbours in x share DRAM pages of `x`.
+pub const fn config(num_tokens: u32, hidden: u32, lanes: u32) -> LaunchConfig {
+    let (tokens, channels) = tile(lanes);
     let (rows, columns) = (ceil_div(num_tokens, tokens), ceil_div(hidden, channels));
     let y = if rows < GRID_Y { rows } else { GRID_Y };
     let z = if y == 0 { 0 } else { ceil_div(rows, y) };
-    let grid = if turned { [rows, columns, 1] } else { [columns, y, z] };
-    LaunchConfig::grid(grid, threads).shared(&Scratch::new(threads, lanes).0)
+    LaunchConfig::grid([columns, y, z], THREADS).shared(&Scratch::new(lanes).0)
 }
 
 /// What a block keeps in shared memory.
@@ -49,10 +48,10 @@ struct Scratch {
 
 impl Scratch {
     #[inline(always)]
-    const fn new(threads: u32, lanes: u32) -> (SharedLayout, Self) {
-        let (tokens, channels) = tile(threads, lanes);
+    const fn new(lanes: u32) -> (SharedLayout, Self) {
+        let (tokens, channels) = tile(lanes);
         let mut layout = SharedLayout::new();
-        let maxima = layout.array(threads / WARP_SIZE * channels);
+        let maxima = layout.array(THREADS / WARP_SIZE * channels);
         let inverses = layout.array(tokens / 32 * channels);
         let tile = layout.array(tokens * channels);
         (layout, Self { maxima, inverses, tile })
@@ -95,33 +94,15 @@ trait Silu {
     fn silu(gate: f32) -> f32;
 }
 
-/// For gates that bf16 can hold, of a magnitude of at most [`LARGE_GATE`].
-struct Short;
 /// For gates that bf16 can hold.
-struct Careful;
+struct Short;
 /// For all gates.
 struct Any;
-
-/// Larger gates may have a divisor so large that its approximate reciprocal is 0. As bf16.
-const LARGE_GATE: u32 = 87f32.to_bits() >> 16;
 
 impl Silu for Short {
     #[inline(always)]
     fn silu(gate: f32) -> f32 {
-        let divisor = one_plus_exp(-gate);
-        short_quotient(gate, divisor, fast_rcp(divisor))
-    }
-}
-
-impl Silu for Careful {
-    #[inline(always)]
-    fn silu(gate: f32) -> f32 {
-        let divisor = one_plus_exp(-gate);
-        // The reciprocal may be subnormal, which it is good enough as.
-        let reciprocal = fast_rcp(divisor * 0.25) * 0.25;
-        let quotient = short_quotient(gate, divisor, reciprocal);
-        // Where a divisor or a gate is infinite there is no remainder, and no need of one.
-        if quotient.is_nan() { gate * reciprocal } else { quotient }
+        silu_of_bf16(gate)
     }
 }
 
@@ -132,31 +113,26 @@ impl Silu for Any {
     }
 }
 
-/// `silu` of a gate that bf16 can hold, the way the kernel takes: for the device layer's own tests.
+/// `silu` of a gate that bf16 can hold, the way the kernel takes.
 #[doc(hidden)]
 #[inline(always)]
 pub fn silu_of_bf16(gate: f32) -> f32 {
-    if gate.abs().to_bits() >> 16 > LARGE_GATE { Careful::silu(gate) } else { Short::silu(gate) }
+    // Quarters, because the reciprocal of a divisor beyond 2^126 would be 0; negative ones to keep the sign of a zero.
+    let divisor = one_plus_exp(-gate) * -0.25;
+    short_quotient(gate * -0.25, divisor, fast_rcp(divisor))
 }
 
 /// `a / d`, given the reciprocal of `d` but for its last bits. One step of correction leaves an error of 2^-44, so this is the IEEE quotient
 /// unless that is as close to a halfway point. For the numbers that come here it is not, but next to a divisor of 2 with gates around 2^-23;
-/// tests run all of them.
+/// tests run all of them. Subnormal quotients are by powers of two, whose reciprocals are exact.
 #[doc(hidden)]
 #[inline(always)]
 pub fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
     let q = a * reciprocal;
-    // The negative of the remainder, which is exact: if it is zero, the sum below keeps the sign of a zero quotient.
-    let excess = fma(d, q, -a);
-    fma(-excess, reciprocal, q)
-}
-
-/// Whether a finite or infinite gate is beyond [`LARGE_GATE`].
-#[inline(always)]
-fn has_large_gate(held: &Held) -> bool {
-    let max = held.iter().fold([0; 4], |max, [gate, _]| core::array::from_fn(|w| bf16x2_max_abs(max[w], gate[w])));
-    let max = bf16x2_max_abs(bf16x2_max_abs(max[0], max[1]), bf16x2_max_abs(max[2], max[3]));
-    max & 0x7FFF > LARGE_GATE || max >> 16 & 0x7FFF > LARGE_GATE
+    // Exact. Where `a` or `d` is infinite it is NaN, and then a number that leaves the quotient as it is. If it is zero, its product with
+    // the reciprocal of a negative `d` keeps the sign of a zero quotient.
+    let remainder = min_total(fma(-d, q, a), f32::MAX);
+    fma(remainder, reciprocal, q)
 }
 
 /// `silu(gate) * up` of two channels, rounded to bf16.
@@ -177,22 +153,27 @@ const PAIRS: usize = (TOKENS * CHANNELS / 2) as usize;
 /// Written out, the code would be longer than the driver compiles in good time before the first launch.
 #[inline(always)]
 fn activate_all<S: Silu, const CLAMP: bool, const N: usize>(held: &Held, clamp: f32) -> [[u32; 4]; TOKENS as usize] {
-    let mut pairs: [[u32; 2]; PAIRS] = core::array::from_fn(|i| [held[i / 4][0][i % 4], held[i / 4][1][i % 4]]);
+    let mut gates: [u32; PAIRS] = core::array::from_fn(|i| held[i / 4][0][i % 4]);
+    let mut ups: [u32; PAIRS] = core::array::from_fn(|i| held[i / 4][1][i % 4]);
     for _ in 0..PAIRS / N {
         rolled();
         let mut done = [0; N];
         unroll!(i in N {
-            let [gate, up] = pairs[i];
-            done[i] = activate::<S, CLAMP>(gate, up, clamp);
+            done[i] = activate::<S, CLAMP>(gates[i], ups[i], clamp);
         });
-        // Results take the place of the gates.
-        let before = pairs;
+        // All move up, and results follow the gates. No up is used after the last, but if those of a few pairs did not change, the
+        // compiler would peel steps off the loop.
+        let before = ups;
         unroll!(i in PAIRS {
-            let from = (i + N) % PAIRS;
-            pairs[i] = if i + N < PAIRS { before[from] } else { [done[from % N], before[from][1]] };
+            if i + N < PAIRS {
+                (gates[i], ups[i]) = (gates[i + N], ups[i + N]);
+            } else {
+                gates[i] = done[i + N - PAIRS];
+                ups[i] = if N < 8 { before[i + N - PAIRS] } else { ups[i] };
+            }
         });
     }
-    core::array::from_fn(|i| core::array::from_fn(|w| pairs[4 * i + w][0]))
+    core::array::from_fn(|i| core::array::from_fn(|w| gates[4 * i + w]))
 }
 
 /// [`scale`] without rounding, for a bf16: the exact quotients without the tests of IEEE division.
@@ -231,22 +212,11 @@ struct Call {
 
 /// What a block does.
 #[inline(always)]
-fn cast_tile<
-    const THREADS: u32,
-    const LANES: u32,
-    const NPT: u32,
-    const TRANSPOSE: bool,
-    const CLAMP: bool,
-    const ALIGNED: bool,
-    const TURNED: bool,
->(
-    call: Call,
-) {
+fn cast_tile<const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool>(call: Call) {
     let Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round } = call;
-    let (_, Scratch { maxima, inverses, tile: shared }) = Scratch::new(THREADS, LANES);
-    let (tokens, channels) = tile(THREADS, LANES);
-    let (row, column) =
-        if TURNED { (block_idx_x(), block_idx_y()) } else { (block_idx_z() * grid_dim_y() + block_idx_y(), block_idx_x()) };
+    let (_, Scratch { maxima, inverses, tile: shared }) = Scratch::new(LANES);
+    let (tokens, channels) = tile(LANES);
+    let (row, column) = (block_idx_z() * grid_dim_y() + block_idx_y(), block_idx_x());
     let (tile_token, tile_channel) = (row * tokens, column * channels);
     // Blocks of the last z that have no tokens: all threads of a block leave together.
     if tile_token >= t {
@@ -257,15 +227,7 @@ fn cast_tile<
     let (token, channel) = (tile_token + group * TOKENS, tile_channel + lane * CHANNELS);
 
     let held = load::<ALIGNED>(x, x_stride, (token, channel), (t, h));
-    let acts = if !ALIGNED {
-        activate_all::<Any, CLAMP, 1>(&held, clamp)
-    } else if has_large_gate(&held) {
-        activate_all::<Careful, CLAMP, 1>(&held, clamp)
-    } else if CLAMP {
-        activate_all::<Short, CLAMP, 8>(&held, clamp)
-    } else {
-        activate_all::<Short, CLAMP, 16>(&held, clamp)
-    };
+    let acts = if ALIGNED { activate_all::<Short, CLAMP, 8>(&held, clamp) } else { activate_all::<Any, CLAMP, 2>(&held, clamp) };
 
     // Maxima of the channels: of the thread, of the warp, of the tile. They start from a number, so no NaN is left.
     let mut own: [u32; 4] = acts.iter().fold([0; 4], |own, v| core::array::from_fn(|w| bf16x2_max_abs(own[w], v[w])));
@@ -346,16 +308,17 @@ fn cast_tile<
             }
         });
     } else {
-        // One byte a step: neighbouring threads write neighbouring tokens.
-        let mut item = thread;
-        while item < tokens * channels {
-            let (c, token) = (item / tokens, item % tokens);
-            let swizzled = (token / 16) ^ (c / CHANNELS % chunks);
-            let code = shared.get(c * tokens + swizzled * 16 + token % 16);
-            if tile_channel + c < h && tile_token + token < t {
+        // One byte a step: neighbouring threads write neighbouring tokens, each thread those of one.
+        let token = thread % tokens;
+        if tile_token + token < t {
+            let end = min(channels, h - tile_channel);
+            let mut c = thread / tokens;
+            while c < end {
+                let swizzled = (token / 16) ^ (c / CHANNELS % chunks);
+                let code = shared.get(c * tokens + swizzled * 16 + token % 16);
                 out.at((tile_channel + c) as u64 * t as u64 + (tile_token + token) as u64).set(0, code);
+                c += THREADS / tokens;
             }
-            item += THREADS;
         }
     }
 }
@@ -365,34 +328,20 @@ kernel! {
     threads = 256;
     /// `x_stride` and `sf_stride` count elements. `ALIGNED`: rows of `x` and `out` start at multiples of 16 bytes, `h` is a multiple of 8
     /// and `t` one of 4; transposed `t` is a multiple of 16.
-    pub fn cast[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool, const TURNED: bool](
+    pub fn cast[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool](
         x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
     ) {
         let call = Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round };
-        cast_tile::<256, LANES, NPT, TRANSPOSE, CLAMP, ALIGNED, TURNED>(call);
+        cast_tile::<LANES, NPT, TRANSPOSE, CLAMP, ALIGNED>(call);
     }
     entries {
-        t32[8, 32, true, false, true, false], t128[8, 128, true, false, true, false],
-        t32_clamp[8, 32, true, true, true, false], t128_clamp[8, 128, true, true, true, false],
-        n32[16, 32, false, false, true, false], n128[8, 128, false, false, true, false],
-        n32_clamp[16, 32, false, true, true, false], n128_clamp[8, 128, false, true, true, false],
-        t32_any[8, 32, true, true, false, false], t128_any[8, 128, true, true, false, false],
-        n32_any[16, 32, false, true, false, false], n128_any[8, 128, false, true, false, false],
-        t32_turned[8, 32, true, false, true, true], t128_turned[8, 128, true, false, true, true],
+        t32[8, 32, true, false, true], t128[8, 128, true, false, true],
+        t32_clamp[8, 32, true, true, true], t128_clamp[8, 128, true, true, true],
+        n32[16, 32, false, false, true], n128[8, 128, false, false, true],
+        n32_clamp[16, 32, false, true, true], n128_clamp[8, 128, false, true, true],
+        t32_any[8, 32, true, true, false], t128_any[8, 128, true, true, false],
+        n32_any[16, 32, false, true, false], n128_any[8, 128, false, true, false],
     }
-}
-
-kernel! {
-    op = swiglu_forward_and_per_channel_cast_and_transpose;
-    threads = 512;
-    /// [`cast`] in tiles of 128 channels, to be measured.
-    pub fn cast_wide[const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAMP: bool, const ALIGNED: bool](
-        x: In<u16>, out: Out<u8>, sf: Out<f32>, t: u32, h: u32, x_stride: u32, sf_stride: u32, clamp: f32, round: u32,
-    ) {
-        let call = Call { x, out, sf, t, h, x_stride, sf_stride, clamp, round };
-        cast_tile::<512, LANES, NPT, TRANSPOSE, CLAMP, ALIGNED, false>(call);
-    }
-    entries { t128[16, 128, true, false, true], n128[16, 128, false, false, true] }
 }
 
 /// `u32::min` and `max` as plain functions, which leave a single instruction.

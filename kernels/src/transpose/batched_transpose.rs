@@ -218,13 +218,26 @@ fn shift_chunks(a: [u32; 4], b: [u32; 4], offset: u32) -> [u32; 4] {
     core::array::from_fn(|i| byte_permute(by_one[i], by_one[i + 1], bytes))
 }
 
+/// `body` at 0, `by`, `2 * by` and so on, `steps` times.
+#[inline(always)]
+fn each_step(steps: u32, by: u32, body: impl Fn(u32)) {
+    if steps == 1 {
+        return body(0);
+    }
+    let mut step = 0;
+    while step < steps * by {
+        body(step);
+        step += by;
+    }
+}
+
 kernel! {
     op = batched_transpose;
     threads = 256, blocks = 2;
     /// As [`tiles`] for any `m` and for output rows that start anywhere, `start` elements past a 16-byte boundary for the first one:
     /// 16-byte pieces that straddle two chunks of the shared tile, then the elements before the first and after the last piece of a
-    /// row, `EDGES` = V²/16 by each thread.
-    pub fn ragged[T: Word, const V: usize, const EDGES: usize](
+    /// row, V²/16 by each thread in `STEPS` steps of `EDGES`.
+    pub fn ragged[T: Word, const V: usize, const EDGES: usize, const STEPS: usize](
         x: In<u8>, out: Out<u8>, m: u32, n: u32, row_stride: u64, batch_stride: u64, start: u32,
     ) {
         let cell = V as u32;
@@ -243,17 +256,24 @@ kernel! {
         if col + cell <= len && row < n {
             // The last piece has no chunk after its own, and begins with that.
             let next = min(piece + 1, CELLS - 1);
-            let mut columns = [[0; 4]; V];
-            unroll!(i in V {
-                let line = first + if row + i as u32 * CELLS < n { i as u32 * CELLS } else { 0 };
-                let chunk = |chunk: u32| shared.load16(tile_chunk::<V>(line, chunk) * CHUNK);
-                columns[i] = shift_chunks(chunk(piece), chunk(next), head * (CHUNK / cell));
-            });
-            unroll!(i in V {
-                if row + i as u32 * CELLS < n {
-                    out.at((row + i as u32 * CELLS) as u64 * m as u64).store16(col, columns[i]);
-                }
-            });
+            // Bytes four rows at a time: the code for all 16 takes the driver too long to compile.
+            let rows = if V == 16 { 4 } else { V };
+            let pieces = |step: u32| {
+                let mut columns = [[0; 4]; 16];
+                unroll!(i in rows {
+                    let down = step + i as u32 * CELLS;
+                    let line = first + if row + down < n { down } else { 0 };
+                    let chunk = |chunk: u32| shared.load16(tile_chunk::<V>(line, chunk) * CHUNK);
+                    columns[i] = shift_chunks(chunk(piece), chunk(next), head * (CHUNK / cell));
+                });
+                unroll!(i in rows {
+                    let down = step + i as u32 * CELLS;
+                    if row + down < n {
+                        out.at((row + down) as u64 * m as u64).store16(col, columns[i]);
+                    }
+                });
+            };
+            each_step((V / rows) as u32, rows as u32 * CELLS, pieces);
         }
 
         // Neighbouring threads write the single elements of a row: V, or up to 2·V - 2 where the matrix ends.
@@ -265,19 +285,24 @@ kernel! {
         let mut edge = lane;
         while edge < edges && row < n {
             let col = if edge < head { edge } else { len - edges + edge };
-            let values: [T; EDGES] = core::array::from_fn(|i| {
-                let line = first + if row + i as u32 * lines < n { i as u32 * lines } else { 0 };
-                shared.cast::<T>().get(tile_chunk::<V>(line, col / cell) * cell + col % cell)
-            });
-            let _: [(); EDGES] = core::array::from_fn(|i| {
-                if row + i as u32 * lines < n {
-                    out.at((row + i as u32 * lines) as u64 * m as u64).set(col, values[i]);
-                }
+            // As above, in steps of four rows.
+            each_step(STEPS as u32, EDGES as u32 * lines, |step| {
+                let values: [T; EDGES] = core::array::from_fn(|i| {
+                    let down = step + i as u32 * lines;
+                    let line = first + if row + down < n { down } else { 0 };
+                    shared.cast::<T>().get(tile_chunk::<V>(line, col / cell) * cell + col % cell)
+                });
+                let _: [(); EDGES] = core::array::from_fn(|i| {
+                    let down = step + i as u32 * lines;
+                    if row + down < n {
+                        out.at((row + down) as u64 * m as u64).set(col, values[i]);
+                    }
+                });
             });
             edge += cell;
         }
     }
-    entries { b1[u8, 16, 16], b2[u16, 8, 4], b4[u32, 4, 1] }
+    entries { b1[u8, 16, 4, 4], b2[u16, 8, 4, 1], b4[u32, 4, 1, 1] }
 }
 
 kernel! {

@@ -1,11 +1,11 @@
-//! Times ops on a device: `bench [FILTER] --device cuda:0|emulator --json FILE`.
+//! Times ops on a device: `bench [FILTER]... --device cuda:0|emulator --json FILE`.
 //!
 //! Prints a table and appends a JSON line per row to the file. `--launch-lab` instead compares ways to call the driver for the first row
 //! of each op; best on one processor, as in `taskset -c 2 bench --launch-lab --schedule spin`.
 
 use clap::{Parser, ValueEnum};
 use ferrotile_tests::support::bench::{Bench, Line, Row};
-use ferrotile_tests::support::suite;
+use ferrotile_tests::support::suite::{self, Filter};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashSet;
 use std::fs::OpenOptions;
@@ -16,9 +16,10 @@ use std::process::ExitCode;
 /// Time ops.
 #[derive(Parser)]
 struct Cli {
-    /// Only rows whose `op case` contains this.
-    #[arg(default_value = "")]
-    filter: String,
+    /// Which rows: `cast` is all whose `op case` contains that, `=cast` those of the op `cast` alone; after a colon, only cases that
+    /// contain that (`=cast:t=128`). What any of several filters chooses is timed; without one, all.
+    #[arg(value_name = "FILTER")]
+    filters: Vec<String>,
     /// Where to run: `cuda:N` or `emulator`.
     #[arg(long, default_value = "cuda:0")]
     device: String,
@@ -63,14 +64,15 @@ fn main() -> ExitCode {
 
 /// How many rows failed.
 fn run(cli: &Cli) -> Result<usize, String> {
-    let rows: Vec<Row> =
-        ferrotile_tests::benches().into_iter().filter(|row| format!("{} {}", row.op, row.case).contains(&cli.filter)).collect();
+    let filters = Filter::all(&cli.filters);
+    let chosen = |row: &Row| filters.is_empty() || filters.iter().any(|filter| filter.row(row.op, &row.case));
+    let rows: Vec<Row> = ferrotile_tests::benches().into_iter().filter(chosen).collect();
     if cli.list {
         rows.iter().for_each(|row| println!("{} {}", row.op, row.case));
         return Ok(0);
     }
     if rows.is_empty() && !cli.compile_times {
-        return Err(format!("no row contains `{}`; --list shows all", cli.filter));
+        return Err(format!("no row goes by `{}`; --list shows all", cli.filters.join("`, `")));
     }
     if let (Some(schedule), Some(ordinal)) = (cli.schedule, cli.device.strip_prefix("cuda:").and_then(|n| n.parse().ok())) {
         ferrotile::set_schedule(ordinal, schedule as u32).map_err(suite::text)?;
@@ -97,7 +99,7 @@ fn run(cli: &Cli) -> Result<usize, String> {
 
     let mut bench = Bench::new(&device)?;
     if cli.compile_times {
-        return bench.compile_times(&cli.filter)?.iter().try_for_each(&mut emit).map(|()| 0);
+        return bench.compile_times(&filters)?.iter().try_for_each(&mut emit).map(|()| 0);
     }
     let mut failed = 0;
     // First, because "first launch" is first only once per op and process.

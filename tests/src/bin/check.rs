@@ -1,4 +1,4 @@
-//! Checks ops on a device: `check [FILTER] --device emulator|cuda:0 --depth small|full --json FILE`.
+//! Checks ops on a device: `check [FILTER]... --device emulator|cuda:0 --depth small|full --json FILE`.
 //!
 //! Prints progress per op, appends a JSON line per op to the file, and exits with 1 if any op failed.
 
@@ -6,7 +6,7 @@ use clap::{Parser, ValueEnum};
 use ferrotile::Device;
 use ferrotile_tests::support::cases::Depth;
 use ferrotile_tests::support::golden;
-use ferrotile_tests::support::suite::{self, Ctx, Suite};
+use ferrotile_tests::support::suite::{self, Ctx, Filter, Suite};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
@@ -18,8 +18,10 @@ use std::time::{Duration, Instant};
 /// Check ops against their references.
 #[derive(Parser)]
 struct Cli {
-    /// Only ops whose name contains this; after a colon, only cases whose name contains that (`per_token_cast:h=576`).
-    filter: Option<String>,
+    /// Which ops: `cast` is all whose name contains that, `=cast` the op `cast` alone; after a colon, only cases whose name contains
+    /// that (`=per_token_cast:h=576`). What any of several filters chooses is checked; without one, all.
+    #[arg(value_name = "FILTER")]
+    filters: Vec<String>,
     /// Where to run: `emulator` (all its checks on) or `cuda:N`.
     #[arg(long, default_value = "emulator")]
     device: String,
@@ -74,16 +76,19 @@ fn main() -> ExitCode {
 
 /// Whether all chosen ops passed.
 fn run(cli: &Cli) -> Result<bool, String> {
-    let (op_filter, case_filter) = split_filter(cli.filter.as_deref().unwrap_or_default());
-    let suites: Vec<Suite> = ferrotile_tests::suites().into_iter().filter(|suite| suite.op.contains(op_filter)).collect();
+    let filters = Filter::all(&cli.filters);
+    // A word with a typing error must not go unnoticed beside others.
+    let suites = ferrotile_tests::suites();
+    if let Some(i) = filters.iter().position(|filter| !suites.iter().any(|suite| filter.op(suite.op))) {
+        return Err(format!("no op goes by `{}`; --list shows all", cli.filters[i]));
+    }
+    let chosen = |suite: &Suite| filters.is_empty() || filters.iter().any(|filter| filter.op(suite.op));
+    let suites: Vec<Suite> = suites.into_iter().filter(chosen).collect();
     if cli.list {
         suites.iter().for_each(|suite| println!("{}", suite.op));
         return Ok(true);
     }
-    if suites.is_empty() {
-        return Err(format!("no op has `{op_filter}` in its name; --list shows all"));
-    }
-    if cli.json.is_some() && case_filter.is_some() {
+    if cli.json.is_some() && filters.iter().any(|filter| filter.case().is_some()) {
         // A line says that an op passed, so it must not stand for some of the cases.
         return Err("--json records whole ops, so the filter can't choose cases".to_owned());
     }
@@ -106,7 +111,7 @@ fn run(cli: &Cli) -> Result<bool, String> {
 
     let mut failed = Vec::new();
     for suite in &suites {
-        let checked = check(suite, &device, depth, case_filter);
+        let checked = check(suite, &device, depth, &case_filters(&filters, suite.op));
         let line = Line {
             op: suite.op,
             device: &name,
@@ -148,7 +153,7 @@ struct Checked {
     seconds: f64,
 }
 
-fn check(suite: &Suite, device: &Device, depth: Depth, case_filter: Option<&str>) -> Checked {
+fn check(suite: &Suite, device: &Device, depth: Depth, case_filters: &[&str]) -> Checked {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(
         ProgressStyle::with_template("{spinner} {prefix} {pos} cases, {elapsed}: {wide_msg}")
@@ -161,7 +166,7 @@ fn check(suite: &Suite, device: &Device, depth: Depth, case_filter: Option<&str>
         shown.set_message(name.to_owned());
         shown.inc(1);
     });
-    if let Some(filter) = case_filter {
+    for filter in case_filters {
         ctx = ctx.with_filter(filter);
     }
     let start = Instant::now();
@@ -173,9 +178,9 @@ fn check(suite: &Suite, device: &Device, depth: Depth, case_filter: Option<&str>
     Checked { result: result.map(|report| report.notes), cases, seconds }
 }
 
-/// Op and case part of a filter.
-fn split_filter(filter: &str) -> (&str, Option<&str>) {
-    filter.split_once(':').map_or((filter, None), |(op, case)| (op, Some(case)))
+/// What names of an op's cases contain, one of these; none if a filter chooses the whole op.
+fn case_filters<'a>(filters: &'a [Filter], op: &str) -> Vec<&'a str> {
+    filters.iter().filter(|filter| filter.op(op)).map(Filter::case).collect::<Option<_>>().unwrap_or_default()
 }
 
 fn open(path: &Path) -> Result<File, String> {
@@ -187,10 +192,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_name_ops_and_cases() {
-        assert_eq!(split_filter(""), ("", None));
-        assert_eq!(split_filter("cast"), ("cast", None));
-        assert_eq!(split_filter("cast:h=576,t=1"), ("cast", Some("h=576,t=1")));
+    fn cases_are_those_of_all_filters_that_name_the_op() {
+        let filters = Filter::all(&["=cast:t=1".to_owned(), "cast:h=576".to_owned(), "cast_back".to_owned()]);
+        assert_eq!(case_filters(&filters, "cast"), ["t=1", "h=576"]);
+        assert_eq!(case_filters(&filters, "per_token_cast"), ["h=576"]);
+        // The whole op, by the last filter.
+        assert!(case_filters(&filters, "cast_back").is_empty());
     }
 
     #[test]

@@ -439,6 +439,13 @@ fn packed(r: &Run) -> Result<(), String> {
                     [(a, _), (b, _)] => a.max(b),
                 }
             };
+            // No operand is a zero but the first, so there are no equal ones with different signs.
+            let ordered = |choose: fn(f32, f32) -> f32| {
+                move |a: u16, b: u16| {
+                    let (x, y) = (num::bf16_to_f32(a), num::bf16_to_f32(b));
+                    if x.is_nan() || y.is_nan() { 0x7FFF } else { num::f32_to_bf16(choose(x, y)) }
+                }
+            };
             let expected = [
                 e2m1,
                 halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) * num::bf16_to_f32(b))),
@@ -447,6 +454,9 @@ fn packed(r: &Run) -> Result<(), String> {
                 halves(&|a, b| a.max(b)),
                 (a & b) | (!a & !b),
                 halves(&|a, b| num::f32_to_bf16(num::bf16_to_f32(a) + num::bf16_to_f32(b))),
+                halves(&|a, b| if num::bf16_to_f32(a) > num::bf16_to_f32(b) { 0x3F80 } else { 0 }),
+                halves(&ordered(|a, b| if a < b { a } else { b })),
+                halves(&ordered(|a, b| if a < b { b } else { a })),
             ];
             for (j, expected) in expected.into_iter().enumerate() {
                 let got = if j == 0 { got[0] & mask } else { got[j] };

@@ -1,7 +1,15 @@
 //! Mixture of experts: gating and routing.
 
+pub mod aux_fi;
+mod common_count;
 mod common_expanded;
+mod common_route;
 pub mod expand_to_fused;
 pub mod get_fused_mapping;
+pub mod group_count;
+pub mod inplace_unique_group_indices;
+pub mod mask_indices_by_tp;
+pub mod normalize_weight;
 pub mod reduce_fused;
 pub mod topk_gate;
+pub mod topk_sum_and_topk_group_idx;

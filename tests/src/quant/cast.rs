@@ -12,7 +12,7 @@ use crate::support::golden::{self, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::Format;
-use ferrotile::quant::cast::{Args, cast_shaped};
+use ferrotile::quant::cast::{Args, cast};
 use ferrotile::{Buffer, DType, Device, Stream, TensorMut, TensorRef};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -57,23 +57,23 @@ fn reference(from: DType, to: DType, x: &[u32], stochastic: bool) -> Vec<u32> {
     if !stochastic {
         return x.par_iter().map(|bits| encode(to, decode(from, *bits))).collect();
     }
-    let quads = x.par_chunks(4).enumerate().flat_map_iter(|(i, quad)| {
+    let mut out = vec![0; x.len()];
+    out.par_chunks_mut(4).zip(x.par_chunks(4)).enumerate().for_each(|(i, (out, quad))| {
         let mut v = [0f32; 4];
         v.iter_mut().zip(quad).for_each(|(v, bits)| *v = decode(from, *bits));
+        if to == DType::E4m3 {
+            let codes = round_e4m3(v, i as u32);
+            return out.iter_mut().zip(codes).for_each(|(out, code)| *out = code.into());
+        }
         let words = random_words(v.map(f32::to_bits), i as u32);
-        let e4m3 = (to == DType::E4m3).then(|| round_e4m3(v, i as u32));
-        let codes = std::array::from_fn::<u32, 4, _>(|j| match e4m3 {
-            Some(codes) => codes[j].into(),
-            None => {
-                // The largest bf16; what is beyond it stays it.
-                let largest = f32::from_bits(0x7F7F_0000);
-                let random = (words[j / 2] >> (16 * (j % 2))) as u16;
-                encode(to, neighbour(v[j], random, largest, -126, 128.0))
-            }
-        });
-        codes.into_iter().take(quad.len())
+        for (j, out) in out.iter_mut().enumerate() {
+            // The largest bf16; what is beyond it stays it.
+            let largest = f32::from_bits(0x7F7F_0000);
+            let random = (words[j / 2] >> (16 * (j % 2))) as u16;
+            *out = encode(to, neighbour(v[j], random, largest, -126, 128.0));
+        }
     });
-    quads.collect()
+    out
 }
 
 /// Codes of four values; those of NaN are hashed with their own bits here, as there is no product that would change them.
@@ -89,14 +89,17 @@ fn round_e4m3(v: [f32; 4], quad: u32) -> [u8; 4] {
 fn to_bytes(dtype: DType, elements: &[u32]) -> Vec<u8> {
     match dtype.size() {
         1 => elements.par_iter().map(|bits| *bits as u8).collect(),
-        2 => elements.par_iter().flat_map_iter(|bits| (*bits as u16).to_le_bytes()).collect(),
-        _ => elements.par_iter().flat_map_iter(|bits| bits.to_le_bytes()).collect(),
+        2 => bytemuck::cast_slice(&elements.par_iter().map(|bits| *bits as u16).collect::<Vec<_>>()).to_vec(),
+        _ => bytemuck::cast_slice(elements).to_vec(),
     }
 }
 
 fn from_bytes(dtype: DType, bytes: &[u8]) -> Vec<u32> {
-    let element = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | *byte as u32);
-    bytes.par_chunks_exact(dtype.size() as usize).map(element).collect()
+    match dtype.size() {
+        1 => bytes.par_iter().map(|byte| *byte as u32).collect(),
+        2 => bytes.par_chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]) as u32).collect(),
+        _ => bytes.par_chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+    }
 }
 
 /// Bytes behind an output that must stay as they are.
@@ -121,7 +124,7 @@ impl Tensors {
         Ok(Self { x: device.upload(&bytes).map_err(text)?, out, from, to, shape: shape.to_vec() })
     }
 
-    fn cast(&mut self, stream: &Stream, stochastic: bool, variant: u32) -> ferrotile::Result<()> {
+    fn cast(&mut self, stream: &Stream, stochastic: bool) -> ferrotile::Result<()> {
         let strides: Vec<u64> = (0..self.shape.len()).map(|i| self.shape[i + 1..].iter().product()).collect();
         let at = |buffer: &Buffer<u8>, (dtype, offset): (DType, u64)| buffer.as_ptr() + offset * dtype.size();
         // SAFETY: the buffers have room for these elements, and outlive the call.
@@ -132,7 +135,7 @@ impl Tensors {
                 TensorMut::from_raw(device, at(&self.out, self.to), self.to.0, &self.shape, &strides)?,
             )
         };
-        cast_shaped(stream, Args { x, out, stochastic }, variant)
+        cast(stream, Args { x, out, stochastic })
     }
 
     fn check(&self, name: &str, expected: &[u32]) -> Result<(), String> {
@@ -154,22 +157,19 @@ struct Case<'a> {
     shape: &'a [u64],
     kind: &'a str,
     stochastic: bool,
-    variant: u32,
 }
 
 fn check(ctx: &Ctx, case: Case<'_>, x: &[u32]) -> Result<(), String> {
-    let Case { from, to, shape, kind, stochastic, variant } = case;
-    let name = format!(
-        "from={},kind={kind},offsets={}+{},shape={shape:?},stochastic={stochastic},to={},variant={variant}",
-        from.0, from.1, to.1, to.0
-    );
+    let Case { from, to, shape, kind, stochastic } = case;
+    let name =
+        format!("from={},kind={kind},offsets={}+{},shape={shape:?},stochastic={stochastic},to={}", from.0, from.1, to.1, to.0);
     if !ctx.case(&name) {
         return Ok(());
     }
     let stream = ctx.device.stream().map_err(text)?;
     let mut tensors = Tensors::new(&ctx.device, from, to, shape, x)?;
     for _ in 0..if ctx.depth == Depth::Small { 1 } else { 2 } {
-        tensors.cast(&stream, stochastic, variant).map_err(|e| format!("{e}; {name}"))?;
+        tensors.cast(&stream, stochastic).map_err(|e| format!("{e}; {name}"))?;
     }
     tensors.check(&name, &reference(from.0, to.0, x, stochastic))
 }
@@ -192,20 +192,21 @@ fn all_elements(dtype: DType, most: usize) -> Vec<u32> {
 
 /// Normal values times powers of two, so that all formats get something to round and to cut off.
 fn elements(dtype: DType, n: u64, name: &str) -> Vec<u32> {
-    let rng = Rng::named(name);
-    rng.fill(n as usize, |rng, i| encode(dtype, rng.normal(i) * 2f32.powi((rng.bits(i ^ 1 << 40) % 24) as i32 - 14)))
+    let power = |i: u64| f32::from_bits((127 - 14 + i as u32) << 23);
+    Rng::named(name).fill(n as usize, |rng, i| encode(dtype, rng.normal(i) * power(rng.bits(i ^ 1 << 40) % 24)))
 }
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
     let full = ctx.depth == Depth::Full;
     for from in TYPES {
         let all = all_elements(from, if full { usize::MAX } else { 6_000 });
+        let large = elements(from, if full { 2001 * 7168 + 4 } else { 0 }, &format!("cast {from} large"));
         for to in TYPES {
             for stochastic in [false, true] {
                 if stochastic && !may_be_stochastic(from, to) {
                     continue;
                 }
-                let case = Case { from: (from, 0), to: (to, 0), shape: &[all.len() as u64], kind: "all", stochastic, variant: 0 };
+                let case = Case { from: (from, 0), to: (to, 0), shape: &[all.len() as u64], kind: "all", stochastic };
                 check(ctx, case, &all)?;
                 // Around vectors, quads and blocks, and tensors that start at any element.
                 for (i, n) in [0u64, 1, 3, 4, 5, 7, 8, 9, 63, 1023, 1024, 1025, 2047, 2052, 4099].into_iter().enumerate() {
@@ -219,17 +220,10 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
                 check(ctx, Case { shape: &[2, 3, 5, 11], kind: "normal", ..case }, &x)?;
                 check(ctx, Case { shape: &[3, 0, 5], kind: "normal", ..case }, &[])?;
                 if full {
-                    let x = elements(from, 2001 * 7168 + 4, &format!("cast {from} large"));
-                    check(ctx, Case { shape: &[x.len() as u64], kind: "normal", ..case }, &x)?;
+                    check(ctx, Case { shape: &[large.len() as u64], kind: "normal", ..case }, &large)?;
                 }
             }
         }
-    }
-    let x = elements(DType::F32, 4099, "cast variants");
-    for variant in [1, 2] {
-        let case =
-            Case { from: (DType::F32, 0), to: (DType::Bf16, 0), shape: &[4099], kind: "normal", stochastic: false, variant };
-        check(ctx, case, &x)?;
     }
     if !ctx.device.is_emulator() {
         check_graph(ctx)?;
@@ -253,7 +247,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &golden::Case) -> Result<(), S
     let (from, to) = (dtype(x.dtype)?, dtype(out.dtype)?);
     let stream = ctx.device.stream().map_err(text)?;
     let mut tensors = Tensors::new(&ctx.device, (from, 0), (to, 0), &x.shape, &from_bytes(from, x.bytes))?;
-    tensors.cast(&stream, false, 0).map_err(text)?;
+    tensors.cast(&stream, false).map_err(text)?;
     tensors.check(&case.name(), &from_bytes(to, out.bytes))
 }
 
@@ -274,7 +268,7 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
         (make((f32, 0), (f32, 0))?, false),
     ];
     let stream = ctx.device.stream().map_err(text)?;
-    let graph = stream.capture(|s| casts.iter_mut().try_for_each(|(tensors, stochastic)| tensors.cast(s, *stochastic, 0)));
+    let graph = stream.capture(|s| casts.iter_mut().try_for_each(|(tensors, stochastic)| tensors.cast(s, *stochastic)));
     let graph = graph.map_err(text)?;
     for _ in 0..2 {
         casts.iter_mut().try_for_each(|(tensors, _)| tensors.out.fill_bytes(FILL)).map_err(text)?;
@@ -311,7 +305,7 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
         out: out.tensor_mut(&[n]).map_err(text)?.reinterpret(DType::E4m3).map_err(text)?,
         stochastic: false,
     };
-    cast_shaped(&stream, args, 0).map_err(text)?;
+    cast(&stream, args).map_err(text)?;
     let mut one = device.alloc::<u8>(512).map_err(text)?;
     for start in starts {
         let found = out.strided(&[512], &[1], start).map_err(text)?;
@@ -323,38 +317,35 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 }
 
 /// A row of the benchmark.
-fn row(from: DType, to: DType, (t, h): (u64, u64), stochastic: bool, variant: (u32, &str)) -> Row {
+fn row(from: DType, to: DType, (t, h): (u64, u64), stochastic: bool) -> Row {
     let rounding = if stochastic { ",rounding=stochastic" } else { "" };
-    let suffix = if variant.0 == 0 { String::new() } else { format!(",variant={}", variant.1) };
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let x = Rng::named("cast benchmark").fill((t * h) as usize, |rng, i| encode(from, rng.normal(i)));
         let mut tensors = Tensors::new(device, (from, 0), (to, 0), &[t, h], &x)?;
-        Ok(Box::new(move |stream| tensors.cast(stream, stochastic, variant.0)))
+        Ok(Box::new(move |stream| tensors.cast(stream, stochastic)))
     };
     Row {
         op: "cast",
-        case: format!("h={h},input={from},out={to}{rounding},t={t}{suffix}"),
+        case: format!("h={h},input={from},out={to}{rounding},t={t}"),
         bytes: t * h * (from.size() + to.size()),
         build: Box::new(build),
     }
 }
 
-/// The peer's case, the same in other shapes of the launch, other types, stochastic rounding, and small inputs.
+/// The peer's case, other types, stochastic rounding, and small inputs.
 pub fn bench() -> Vec<Row> {
-    let (large, plain) = ((8064, 7168), (0, ""));
+    let large = (8064, 7168);
     let (f32, bf16, e4m3) = (DType::F32, DType::Bf16, DType::E4m3);
-    let mut rows = vec![row(f32, bf16, large, false, plain)];
-    rows.extend([(1, "2x256"), (2, "1x512")].map(|variant| row(f32, bf16, large, false, variant)));
-    rows.extend([(f32, e4m3), (bf16, f32), (bf16, e4m3), (e4m3, f32), (e4m3, bf16)].map(|(a, b)| row(a, b, large, false, plain)));
-    rows.extend([(f32, bf16), (f32, e4m3), (bf16, e4m3)].map(|(a, b)| row(a, b, large, true, plain)));
-    rows.extend([1, 16, 128].map(|t| row(f32, bf16, (t, 7168), false, plain)));
+    let mut rows = vec![row(f32, bf16, large, false)];
+    rows.extend([(f32, e4m3), (bf16, f32), (bf16, e4m3), (e4m3, f32), (e4m3, bf16)].map(|(a, b)| row(a, b, large, false)));
+    rows.extend([(f32, bf16), (f32, e4m3), (bf16, e4m3)].map(|(a, b)| row(a, b, large, true)));
+    rows.extend([1, 16, 128].map(|t| row(f32, bf16, (t, 7168), false)));
     rows
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrotile::quant::cast::cast;
     use ferrotile::{E4m3, Error};
     use proptest::prelude::{ProptestConfig, any, proptest};
 
@@ -373,7 +364,7 @@ mod tests {
         let bits: Vec<u32> = x.iter().map(|v| v.to_bits()).collect();
         for (to, steps) in [(DType::Bf16, 128.0), (DType::E4m3, 8.0)] {
             let mut tensors = Tensors::new(&device, (DType::F32, 0), (to, 0), &[n], &bits).unwrap();
-            tensors.cast(&stream, true, 0).unwrap();
+            tensors.cast(&stream, true).unwrap();
             let got = from_bytes(to, &tensors.out.to_vec().unwrap()[..(n * to.size()) as usize]);
             // Errors in units of the spacing have a standard deviation of at most a half each.
             let smallest = if to == DType::Bf16 { -126 } else { -6 };
@@ -389,7 +380,7 @@ mod tests {
             let away: f64 = errors.iter().zip(&x).map(|(e, x)| e * x.signum() as f64).sum();
             assert!(away.abs() < bound, "{to}: away from zero {away}, allowed {bound}");
             let mut again = Tensors::new(&device, (DType::F32, 0), (to, 0), &[n], &bits).unwrap();
-            again.cast(&stream, true, 0).unwrap();
+            again.cast(&stream, true).unwrap();
             assert_eq!(again.out.to_vec().unwrap(), tensors.out.to_vec().unwrap());
         }
     }
@@ -456,7 +447,7 @@ mod tests {
             let ctx = Ctx::new(Device::emulator().checked(), Depth::Small);
             let stochastic = stochastic && may_be_stochastic(from, to);
             let shape = [n];
-            let case = Case { from: (from, offsets.0), to: (to, offsets.1), shape: &shape, kind: "any", stochastic, variant: 0 };
+            let case = Case { from: (from, offsets.0), to: (to, offsets.1), shape: &shape, kind: "any", stochastic };
             check(&ctx, case, &x).unwrap();
         }
     }

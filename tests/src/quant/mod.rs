@@ -6,6 +6,7 @@ pub mod cast_back;
 pub mod cast_back_e5m6;
 mod common_channels;
 pub mod common_swiglu;
+pub mod convert_sf;
 pub mod norm_backward;
 pub mod norm_forward;
 pub mod norm_forward_and_per_token_cast;

@@ -250,19 +250,7 @@ impl Outputs {
         self.lost.copy_from(&vec![BEFORE; self.lost.len()]).map_err(text)
     }
 
-    fn cast(&mut self, stream: &Stream, input: &Input, sf: &InputSf, block: Block, counts: bool) -> ferrotile::Result<()> {
-        self.cast_by(op::per_block_cast_lossless, stream, input, sf, block, counts)
-    }
-
-    fn cast_by(
-        &mut self,
-        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-        stream: &Stream,
-        input: &Input,
-        x_sf: &InputSf,
-        block: Block,
-        counts: bool,
-    ) -> ferrotile::Result<()> {
+    fn cast(&mut self, stream: &Stream, input: &Input, x_sf: &InputSf, block: Block, counts: bool) -> ferrotile::Result<()> {
         let x = input.x.strided(&[input.t, input.h / 2], &[input.stride, 1], input.offset)?.reinterpret(DType::E2m1x2)?;
         let tensor = x_sf.words.strided(&x_sf.shape, &x_sf.strides, 0)?.reinterpret(x_sf.layout.dtype())?;
         let x_sf = Sf { tensor, layout: x_sf.layout };
@@ -270,7 +258,7 @@ impl Outputs {
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let sf = SfMut { tensor: sf, layout: self.layout };
         let lost = if counts { Some(self.lost.tensor_mut(&[input.t])?) } else { None };
-        launcher(stream, Args { x, x_sf, x_block: input.block, out_block: block, out, sf, lost })
+        op::per_block_cast_lossless(stream, Args { x, x_sf, x_block: input.block, out_block: block, out, sf, lost })
     }
 
     fn check(&self, name: &str, expected: &Lossless, columns: usize, counts: bool) -> Result<(), String> {
@@ -369,7 +357,6 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     check((0, 384), (0, 0), (1, 32), &BLOCKS, some, Kind::Normal)?;
     check((5, 0), (0, 0), (1, 32), &BLOCKS, some, Kind::Normal)?;
     check((1, 16), (0, 0), (1, 32), &BLOCKS, some, Kind::Wild)?;
-    check_tiles(ctx)?;
     if ctx.depth == Depth::Small {
         check((1, 2048), (0, 0), (1, 32), &BLOCKS, plain, Kind::Normal)?;
         return Ok(ctx.report());
@@ -410,31 +397,6 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
             graph.launch(&stream).map_err(text)?;
             stream.synchronize().map_err(text)?;
             out.check(&format!("{name},replay={replay}"), &expected, 576usize.div_ceil(block.1 as usize), true)?;
-        }
-    }
-    Ok(())
-}
-
-/// Other tiles for large blocks, which the benchmark compares.
-fn check_tiles(ctx: &Ctx) -> Result<(), String> {
-    let stream = ctx.device.stream().map_err(text)?;
-    let shapes = [(133, 272, Kind::Wild), (4001, 576, Kind::Normal), (389, 7168, Kind::Spread)];
-    for (t, h, kind) in shapes.into_iter().take(if ctx.depth == Depth::Full { 3 } else { 1 }) {
-        let input = Input::new(&ctx.device, (t, h), (0, 0), (1, 32), kind)?;
-        for block in [(128, 128), (64, 32)] {
-            let expected = input.reference(block);
-            for (variant, tile) in VARIANTS {
-                for layout in [ROW, PACKED] {
-                    let name = format!("block={}x{},h={h},kind={variant},sf={layout},t={t}", block.0, block.1);
-                    if ctx.case(&name) {
-                        let x_sf = input.sf(&ctx.device, layout, 0)?;
-                        let mut out = Outputs::new(&ctx.device, &input, block, layout)?;
-                        let launcher = |s: &Stream, args: Args<'_>| op::per_block_cast_lossless_by(s, args, tile);
-                        out.cast_by(launcher, &stream, &input, &x_sf, block, true).map_err(text)?;
-                        out.check(&name, &expected, h.div_ceil(block.1.into()) as usize, true)?;
-                    }
-                }
-            }
         }
     }
     Ok(())
@@ -489,23 +451,14 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
-const VARIANTS: [(&str, ferrotile_kernels::quant::per_block_cast_lossless::Tile); 3] = {
-    use ferrotile_kernels::quant::per_block_cast_lossless::{SQUARE, SQUARE_SHORT, SQUARE_WIDE};
-    [("square", SQUARE), ("short", SQUARE_SHORT), ("wide", SQUARE_WIDE)]
-};
-
-fn row(case: String, (t, h): (u64, u64), block: Block, layouts: [SfLayout; 2], variant: usize) -> Row {
+fn row(case: String, (t, h): (u64, u64), block: Block, layouts: [SfLayout; 2]) -> Row {
     let (x_sf, sf) = (sf_shape(t, h, (1, 32), layouts[0]), sf_shape(t, h, block, layouts[1]));
     let bytes = t * h / 2 + 4 * x_sf.shape[0] * x_sf.shape[1] + t * h + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let input = Input::new(device, (t, h), (0, 0), (1, 32), Kind::Normal)?;
         let x_sf = input.sf(device, layouts[0], 0)?;
         let mut out = Outputs::new(device, &input, block, layouts[1])?;
-        let tile = VARIANTS[variant].1;
-        Ok(Box::new(move |stream| {
-            let launcher = |s: &Stream, args: Args<'_>| op::per_block_cast_lossless_by(s, args, tile);
-            out.cast_by(launcher, stream, &input, &x_sf, block, false)
-        }))
+        Ok(Box::new(move |stream| out.cast(stream, &input, &x_sf, block, false)))
     };
     Row { op: "per_block_cast_lossless", case, bytes, build: Box::new(build) }
 }
@@ -513,11 +466,7 @@ fn row(case: String, (t, h): (u64, u64), block: Block, layouts: [SfLayout; 2], v
 /// The peers' case, those of 1.0.0's own benchmark (8001 tokens), and small inputs.
 pub fn bench() -> Vec<Row> {
     let name = |layout| if layout == ROW { "row" } else { "packed" };
-    let peer = "h=7168,input=e2m1,1x32,out=e4m3,128x128,t=8064";
-    let mut rows = vec![row(peer.to_owned(), (8064, 7168), (128, 128), [ROW, ROW], 0)];
-    for (i, (variant, _)) in VARIANTS.iter().enumerate().skip(1) {
-        rows.push(row(format!("{peer},variant={variant}"), (8064, 7168), (128, 128), [ROW, ROW], i));
-    }
+    let mut rows = vec![row("h=7168,input=e2m1,1x32,out=e4m3,128x128,t=8064".to_owned(), (8064, 7168), (128, 128), [ROW, ROW])];
     for x in [ROW, PACKED] {
         for out in [ROW, PACKED] {
             for block in BLOCKS {
@@ -528,13 +477,13 @@ pub fn bench() -> Vec<Row> {
                     block.1,
                     name(out)
                 );
-                rows.push(row(case, (8001, 7168), block, [x, out], 0));
+                rows.push(row(case, (8001, 7168), block, [x, out]));
             }
         }
     }
     for (t, h, block) in [(4001, 2048, (1, 128)), (1, 7168, (128, 128)), (16, 7168, (128, 128)), (128, 7168, (128, 128))] {
         let case = format!("h={h},input=e2m1,1x32,out=e4m3,{}x{},t={t}", block.0, block.1);
-        rows.push(row(case, (t, h), block, [ROW, ROW], 0));
+        rows.push(row(case, (t, h), block, [ROW, ROW]));
     }
     rows
 }

@@ -1,4 +1,4 @@
-//! Cases, checks and benchmark rows of `per_channel_cast`; the reference is in [`common_channels`](super::common_channels).
+//! Cases, checks and benchmark rows of `per_channel_cast`; the reference is in `common_channels`.
 
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
@@ -207,16 +207,13 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
-fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): (bool, SfLayout), variant: u32) -> Row {
+fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): (bool, SfLayout)) -> Row {
     let sf = Outputs::sf_shape((t, h), npt, layout, 0);
     let bytes = kind.bytes(t, h) + t * h + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let source = Source::random(device, kind, (t, h), (h, 0), false)?;
         let mut to = outputs(device, &source, npt, layout, (0, 0))?;
-        Ok(Box::new(move |stream| {
-            let (out, sf) = to.tensors()?;
-            op::per_channel_cast_variant(stream, Args { x: source.input()?, npt, round_sf: round, out, sf }, variant)
-        }))
+        Ok(Box::new(move |stream| cast(stream, &source, npt, round, &mut to)))
     };
     Row { op: "per_channel_cast", case, bytes, build: Box::new(build) }
 }
@@ -224,14 +221,10 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): 
 /// The peers' case, those of 1.0.0's own benchmark, the types of input that 2.1.0 has, and small inputs.
 pub fn bench() -> Vec<Row> {
     let rounded = (true, SfLayout::RowMajor);
-    let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, (8064, 7168), 128, rounded, 0)];
-    for (variant, name) in [(1, "128x4"), (2, "64x4"), (8, "width1"), (11, "width4"), (15, "width8")] {
-        let case = format!("h=7168,npt=128,t=8064,variant={name}");
-        rows.push(row(case, Kind::Bf16, (8064, 7168), 128, rounded, variant));
-    }
+    let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, (8064, 7168), 128, rounded)];
     for (t, h) in [(8064, 7168), (4096, 2048)] {
         let case = format!("h={h},npt=128,round_sf=false,t={t}");
-        rows.push(row(case, Kind::Bf16, (t, h), 128, (false, SfLayout::RowMajor), 0));
+        rows.push(row(case, Kind::Bf16, (t, h), 128, (false, SfLayout::RowMajor)));
     }
     let kinds = [
         (Kind::Bf16, "bf16"),
@@ -243,16 +236,12 @@ pub fn bench() -> Vec<Row> {
         for npt in [32, 128] {
             for (layout, sf) in [(SfLayout::RowMajor, "row"), (SfLayout::PerChannelPacked, "packed")] {
                 let case = format!("h=7168,input={input},npt={npt},sf={sf},t=8064");
-                rows.push(row(case, kind, (8064, 7168), npt, (true, layout), 0));
+                rows.push(row(case, kind, (8064, 7168), npt, (true, layout)));
             }
         }
     }
-    for (kind, input) in [(Kind::F32, "f32"), (Kind::Pair(SfLayout::RowMajor, 128), "e4m3 1x128")] {
-        let case = format!("h=7168,input={input},npt=128,sf=row,t=8064,variant=64");
-        rows.push(row(case, kind, (8064, 7168), 128, rounded, 1));
-    }
     for t in [1, 16, 128] {
-        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, rounded, 0));
+        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, rounded));
     }
     rows
 }
@@ -281,14 +270,26 @@ mod tests {
         for case in golden.cases_of("per_channel_cast").unwrap() {
             let name = case.name();
             let (npt, round) = (case.param("num_per_tokens").unwrap(), case.param("round_sf").unwrap());
-            let x = golden.tensor(case, "in/x").unwrap();
-            let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
+            let packed = case.param_or("use_packed_ue8m0", false).unwrap();
+            let layout = if packed { SfLayout::PerChannelPacked } else { SfLayout::RowMajor };
+            // A quantised input, if a number of channels is given.
+            let npc: Option<u32> = case.param_or("num_per_channels", None).unwrap();
+            let x = golden.tensor(case, if npc.is_some() { "in/x.0" } else { "in/x" }).unwrap();
             let shape = (x.shape[0], x.shape[1]);
-            let source = Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap();
-            let mut out = outputs(&device, &source, npt, SfLayout::RowMajor, (0, 0)).unwrap();
+            let source = match npc {
+                None => {
+                    let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
+                    Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap()
+                }
+                Some(npc) => {
+                    let scales = golden.tensor(case, "in/x.1").unwrap().to_vec::<f32>().unwrap();
+                    Source::pair(&device, (SfLayout::RowMajor, npc), shape, (shape.1, 0), x.bytes, &scales).unwrap()
+                }
+            };
+            let mut out = outputs(&device, &source, npt, layout, (0, 0)).unwrap();
             cast(&stream, &source, npt, round, &mut out).unwrap();
             let sf = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(sf.shape, [shape.0.div_ceil(npt.into()), shape.1], "{name}");
+            assert_eq!(sf.shape, sf_shape(shape.0, shape.1, (npt, 1), layout).shape, "{name}");
             out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf.to_vec::<u32>().unwrap()).unwrap();
         }
     }

@@ -1,5 +1,5 @@
 //! Cases, checks and benchmark rows of `per_channel_cast_and_transpose`; the reference is in
-//! [`common_channels`](super::common_channels).
+//! `common_channels`.
 
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
@@ -23,11 +23,10 @@ fn outputs(device: &Device, source: &Source, npt: u32, layout: SfLayout, (offset
     Outputs::new(device, [source.h, source.t], offset, shape, layout)
 }
 
-/// By the launcher, or a variant of it.
-fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Outputs, variant: u32) -> ferrotile::Result<()> {
+fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Outputs) -> ferrotile::Result<()> {
     let (out, sf) = to.tensors()?;
     let (Input::Plain(x) | Input::Quantised { data: x, .. }) = source.input()?;
-    op::per_channel_cast_and_transpose_variant(stream, Args { x, npt, round_sf, out, sf }, variant)
+    op::per_channel_cast_and_transpose(stream, Args { x, npt, round_sf, out, sf })
 }
 
 /// All options on one input; `place` is bytes before the data and elements between rows of scales.
@@ -55,11 +54,11 @@ fn check_source(ctx: &Ctx, source: &Source, place: (u64, u64)) -> Result<(), Str
             });
             let words = expected.sf_words(h, layout);
             let mut out = outputs(&ctx.device, source, npt, layout, place)?;
-            cast(&stream, source, npt, round, &mut out, 0).map_err(text)?;
+            cast(&stream, source, npt, round, &mut out).map_err(text)?;
             out.check(&name, data, &words)?;
             if npt == 128 && !round {
                 // Once more, over its own results.
-                cast(&stream, source, npt, round, &mut out, 0).map_err(text)?;
+                cast(&stream, source, npt, round, &mut out).map_err(text)?;
                 out.check(&name, data, &words)?;
             }
         }
@@ -117,7 +116,7 @@ fn check_both_backends(ctx: &Ctx) -> Result<(), String> {
         for device in [&ctx.device, &emulator] {
             let source = Source::random(device, kind, (t, 264), (264, 0), true)?;
             let mut out = outputs(device, &source, npt, layout, (0, 0))?;
-            cast(&device.stream().map_err(text)?, &source, npt, round, &mut out, 0).map_err(text)?;
+            cast(&device.stream().map_err(text)?, &source, npt, round, &mut out).map_err(text)?;
             results.push((out.data.to_vec().map_err(text)?, out.sf.to_vec().map_err(text)?));
         }
         ensure(results[0] == results[1], || format!("the backends differ; {name}"))?;
@@ -135,7 +134,7 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
     let source = Source::random(&ctx.device, Kind::Bf16, (144, 576), (576, 0), false)?;
     let expected = expected(&source, 128, true);
     let mut out = outputs(&ctx.device, &source, 128, SfLayout::RowMajor, (0, 0))?;
-    let graph = stream.capture(|s| cast(s, &source, 128, true, &mut out, 0)).map_err(text)?;
+    let graph = stream.capture(|s| cast(s, &source, 128, true, &mut out)).map_err(text)?;
     for replay in 0..2 {
         out.clear()?;
         graph.launch(&stream).map_err(text)?;
@@ -156,7 +155,7 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
     let expected = expected(&row, 128, true);
     let source = row.repeated(t);
     let mut out = outputs(&ctx.device, &source, 128, SfLayout::RowMajor, (0, 0))?;
-    cast(&ctx.device.stream().map_err(text)?, &source, 128, true, &mut out, 0).map_err(text)?;
+    cast(&ctx.device.stream().map_err(text)?, &source, 128, true, &mut out).map_err(text)?;
     let data = out.data.to_vec().map_err(text)?;
     let rows = data[..(t * h) as usize].chunks_exact(t as usize);
     let bad = rows.zip(&expected.data).position(|(row, code)| row.iter().any(|q| q != code));
@@ -169,12 +168,12 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
-fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool, variant: u32) -> Row {
+fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool) -> Row {
     let bytes = kind.bytes(t, h) + t * h + 4 * t.div_ceil(npt.into()) * h;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let source = Source::random(device, kind, (t, h), (h, 0), false)?;
         let mut to = outputs(device, &source, npt, SfLayout::RowMajor, (0, 0))?;
-        Ok(Box::new(move |stream| cast(stream, &source, npt, round, &mut to, variant)))
+        Ok(Box::new(move |stream| cast(stream, &source, npt, round, &mut to)))
     };
     Row { op: "per_channel_cast_and_transpose", case, bytes, build: Box::new(build) }
 }
@@ -182,16 +181,13 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool, vari
 /// The peer's case, those of its own benchmark, f32, and small inputs.
 pub fn bench() -> Vec<Row> {
     let large = (8064, 7168);
-    let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, large, 128, true, 0)];
-    for width in [1, 2, 4, 8] {
-        rows.push(row(format!("h=7168,npt=128,t=8064,variant=width{width}"), Kind::Bf16, large, 128, true, width));
-    }
+    let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, large, 128, true)];
     for (npt, round, (t, h)) in [(32, true, large), (128, false, large), (32, false, large), (32, true, (4096, 2048))] {
-        rows.push(row(format!("h={h},npt={npt},round_sf={round},t={t}"), Kind::Bf16, (t, h), npt, round, 0));
+        rows.push(row(format!("h={h},npt={npt},round_sf={round},t={t}"), Kind::Bf16, (t, h), npt, round));
     }
-    rows.push(row("h=7168,input=f32,npt=128,t=8064".to_owned(), Kind::F32, large, 128, true, 0));
+    rows.push(row("h=7168,input=f32,npt=128,t=8064".to_owned(), Kind::F32, large, 128, true));
     for t in [1, 16, 128] {
-        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, true, 0));
+        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, true));
     }
     rows
 }
@@ -225,7 +221,7 @@ mod tests {
             let shape = (x.shape[0], x.shape[1]);
             let source = Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap();
             let mut out = outputs(&device, &source, npt, SfLayout::RowMajor, (0, 0)).unwrap();
-            cast(&stream, &source, npt, round, &mut out, 0).unwrap();
+            cast(&stream, &source, npt, round, &mut out).unwrap();
             let sf = golden.tensor(case, "out/1").unwrap();
             assert_eq!(sf.shape, [shape.0.div_ceil(npt.into()), shape.1], "{name}");
             out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf.to_vec::<u32>().unwrap()).unwrap();
@@ -322,11 +318,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Any shape, distance of rows, alignment, order of tiles and range of values.
+        /// Any shape, distance of rows, alignment and range of values.
         #[test]
         fn any_input(
             t in 0u64..300, h in 1u64..300, whole: bool, gap in 0u64..9, offset in 0u64..9, out_offset in 0u64..3, sf_gap in 0u64..3,
-            f32_input: bool, npt_32: bool, scales in 0usize..3, exponent in -130i32..120, width in 0u32..3, seed: u64,
+            f32_input: bool, npt_32: bool, scales in 0usize..3, exponent in -130i32..120, seed: u64,
         ) {
             let device = Device::emulator();
             let stream = device.stream().unwrap();
@@ -343,7 +339,7 @@ mod tests {
             let source = Source::plain(&device, kind, (t, h), (h + gap, offset), values).unwrap();
             let expected = expected(&source, npt, round);
             let mut out = outputs(&device, &source, npt, layout, (out_offset, sf_gap)).unwrap();
-            cast(&stream, &source, npt, round, &mut out, width).unwrap();
+            cast(&stream, &source, npt, round, &mut out).unwrap();
             out.check("any", &expected.transposed(h as usize), &expected.sf_words(h as usize, layout)).unwrap();
         }
     }

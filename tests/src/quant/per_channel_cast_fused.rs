@@ -1,4 +1,4 @@
-//! Cases, checks and benchmark rows of `per_channel_cast_fused`; the reference is in [`common_channels`](super::common_channels).
+//! Cases, checks and benchmark rows of `per_channel_cast_fused`; the reference is in `common_channels`.
 
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
@@ -66,19 +66,10 @@ fn outputs(
     Outputs::new(device, [rows.len, h], offset, shape, layout)
 }
 
-/// By the launcher, or a variant of it.
-fn cast(
-    stream: &Stream,
-    source: &Source,
-    rows: &Rows,
-    npt: u32,
-    round_sf: bool,
-    to: &mut Outputs,
-    variant: u32,
-) -> ferrotile::Result<()> {
+fn cast(stream: &Stream, source: &Source, rows: &Rows, npt: u32, round_sf: bool, to: &mut Outputs) -> ferrotile::Result<()> {
     let (out, sf) = to.tensors()?;
     let pos_to_token = rows.pos.as_ref().map(|(_, buffer)| buffer.tensor(&[rows.len])).transpose()?;
-    op::per_channel_cast_fused_variant(stream, Args { x: source.input()?, pos_to_token, npt, round_sf, out, sf }, variant)
+    op::per_channel_cast_fused(stream, Args { x: source.input()?, pos_to_token, npt, round_sf, out, sf })
 }
 
 /// Given options on one input; `place` is bytes before the data and elements between rows of scales.
@@ -99,7 +90,7 @@ fn check(
             let expected = expected(source, rows, npt, round);
             let words = expected.sf_words(h as usize, layout);
             let mut out = outputs(&ctx.device, h, rows, npt, layout, place)?;
-            cast(&stream, source, rows, npt, round, &mut out, 0).map_err(text)?;
+            cast(&stream, source, rows, npt, round, &mut out).map_err(text)?;
             out.check(&name, &expected.data, &words)?;
         }
     }
@@ -234,7 +225,7 @@ fn check_both_backends(ctx: &Ctx) -> Result<(), String> {
                 let source = Source::random(device, kind, (60, 264), (264, 0), true)?;
                 let rows = Rows::gathered(device, Rng::named("rows").ints_i32(133, -1, 60))?;
                 let mut out = outputs(device, 264, &rows, npt, layout, (0, 0))?;
-                cast(&device.stream().map_err(text)?, &source, &rows, npt, round, &mut out, 0).map_err(text)?;
+                cast(&device.stream().map_err(text)?, &source, &rows, npt, round, &mut out).map_err(text)?;
                 results.push((out.data.to_vec().map_err(text)?, out.sf.to_vec().map_err(text)?));
             }
             ensure(results[0] == results[1], || format!("the backends differ; {name}"))?;
@@ -254,7 +245,7 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
     let rows = Rows::gathered(&ctx.device, Rng::named("rows").ints_i32(144, -1, 133))?;
     let expected = expected(&source, &rows, 128, true);
     let mut out = outputs(&ctx.device, 576, &rows, 128, SfLayout::RowMajor, (0, 0))?;
-    let graph = stream.capture(|s| cast(s, &source, &rows, 128, true, &mut out, 0)).map_err(text)?;
+    let graph = stream.capture(|s| cast(s, &source, &rows, 128, true, &mut out)).map_err(text)?;
     for replay in 0..2 {
         out.clear()?;
         graph.launch(&stream).map_err(text)?;
@@ -275,7 +266,7 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
     let expected = expected(&source, &Rows::all(1), 128, true);
     let rows = Rows::gathered(&ctx.device, vec![0; t as usize])?;
     let mut out = outputs(&ctx.device, h, &rows, 128, SfLayout::RowMajor, (0, 0))?;
-    cast(&ctx.device.stream().map_err(text)?, &source, &rows, 128, true, &mut out, 0).map_err(text)?;
+    cast(&ctx.device.stream().map_err(text)?, &source, &rows, 128, true, &mut out).map_err(text)?;
     let data = out.data.to_vec().map_err(text)?;
     let bad = data[..(t * h) as usize].chunks_exact(h as usize).position(|row| row != expected.data);
     ensure(bad.is_none(), || format!("data: row {bad:?} differs; {name}"))
@@ -284,7 +275,7 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 // The benchmark.
 
 /// `t` rows of input; gathered by a routing, or all of them.
-fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>, variant: u32) -> Row {
+fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>) -> Row {
     let pos = routing.map(|case| routed(&case, 128).1);
     let t = pos.as_ref().map_or(4096, |pos| pos.len() as u64);
     let indices = pos.as_ref().map_or(0, |pos| 4 * pos.len() as u64);
@@ -296,7 +287,7 @@ fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>, variant: u32)
             Some(pos) => Rows::gathered(device, pos.clone())?,
         };
         let mut to = outputs(device, h, &rows, 128, SfLayout::RowMajor, (0, 0))?;
-        Ok(Box::new(move |stream| cast(stream, &source, &rows, 128, false, &mut to, variant)))
+        Ok(Box::new(move |stream| cast(stream, &source, &rows, 128, false, &mut to)))
     };
     Row { op: "per_channel_cast_fused", case, bytes, build: Box::new(build) }
 }
@@ -307,7 +298,7 @@ pub fn bench() -> Vec<Row> {
     let inputs = [(false, Kind::Bf16), (true, Kind::Pair(SfLayout::RowMajor, 128))];
     for h in [7168, 2048] {
         for (back, kind) in inputs {
-            rows.push(row(format!("back={back},h={h},t=4096"), kind, h, None, 0));
+            rows.push(row(format!("back={back},h={h},t=4096"), kind, h, None));
         }
     }
     let routings: Vec<_> = moe_bench_cases().into_iter().filter(|case| case.num_topk == 6).collect();
@@ -315,14 +306,7 @@ pub fn bench() -> Vec<Row> {
         for (back, kind) in inputs {
             let MoeCase { num_send_tokens, num_topk, num_experts, num_ranks } = case;
             let name = format!("back={back},e={num_experts},ep={num_ranks},h=7168,k={num_topk},send={num_send_tokens}");
-            rows.push(row(name.clone(), kind, 7168, Some(*case), 0));
-            for (variant, what) in
-                [(8, "rows"), (16, "width1"), (24, "width2"), (40, "width4"), (72, "width8"), (1, "a"), (2, "b")]
-            {
-                if num_experts == &9 && (!back || variant != 2) {
-                    rows.push(row(format!("{name},variant={what}"), kind, 7168, Some(*case), variant));
-                }
-            }
+            rows.push(row(name, kind, 7168, Some(*case)));
         }
     }
     rows
@@ -368,7 +352,7 @@ mod tests {
             };
             let source = source.unwrap();
             let mut out = outputs(&device, shape.1, &rows, 128, SfLayout::RowMajor, (0, 0)).unwrap();
-            cast(&stream, &source, &rows, 128, round, &mut out, 0).unwrap();
+            cast(&stream, &source, &rows, 128, round, &mut out).unwrap();
             let sf = golden.tensor(case, "out/1").unwrap().to_vec::<u32>().unwrap();
             out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf).unwrap();
         }
@@ -382,7 +366,7 @@ mod tests {
                 let rows = Rows::gathered(&device, pos.clone()).unwrap();
                 let mut out = outputs(&device, 8, &rows, 128, SfLayout::RowMajor, (0, 0)).unwrap();
                 let stream = device.stream().unwrap();
-                let result = cast(&stream, &source, &rows, 128, true, &mut out, 0).and_then(|_| stream.synchronize());
+                let result = cast(&stream, &source, &rows, 128, true, &mut out).and_then(|_| stream.synchronize());
                 match fault.filter(|_| checked) {
                     Some(fault) => assert!(result.unwrap_err().to_string().ends_with(fault)),
                     None => {
@@ -476,11 +460,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Any rows, shape, distance of rows, alignment and order of tiles.
+        /// Any rows, shape, distance of rows and alignment.
         #[test]
         fn any_input(
             t in 0usize..300, n in 0u64..60, h in 1u64..300, eights: bool, gap in 0u64..9, offset in 0u64..9, out_offset in 0u64..9,
-            kind in 0usize..6, npt_32: bool, scales in 0usize..3, padded in 1i32..9, width in 0u32..4, seed: u64,
+            kind in 0usize..6, npt_32: bool, scales in 0usize..3, padded in 1i32..9, seed: u64,
         ) {
             let device = Device::emulator();
             let stream = device.stream().unwrap();
@@ -490,7 +474,7 @@ mod tests {
             let rows = Rows::gathered(&device, Rng::new(seed).ints_i32(t, -padded, n.max(1) as i32)).unwrap();
             let expected = expected(&source, &rows, npt, round);
             let mut out = outputs(&device, h, &rows, npt, layout, (out_offset, 0)).unwrap();
-            cast(&stream, &source, &rows, npt, round, &mut out, width * 8).unwrap();
+            cast(&stream, &source, &rows, npt, round, &mut out).unwrap();
             out.check("any", &expected.data, &expected.sf_words(h as usize, layout)).unwrap();
         }
     }

@@ -96,9 +96,10 @@ pub(super) fn encode_e4m3(v: f32) -> u8 {
         return sign | 0x7E;
     }
     let binade = ((v.to_bits() >> 23 & 0xFF) as i32 - 127).max(-6);
-    // `powi` is slow, and the grids have billions of values.
+    // `powi` is slow, and so is `round_ties_even`, a call on older processors; the grids have billions of values. Around 2^23 the
+    // neighbours of an f32 are whole numbers.
     let per_unit = f32::from_bits(((127 + 3 - binade) as u32) << 23);
-    let steps = (v.abs() * per_unit).round_ties_even() as i32;
+    let steps = (v.abs() * per_unit + 8_388_608.0 - 8_388_608.0) as i32;
     sign | ((binade + 6) * 8 + steps) as u8
 }
 
@@ -141,8 +142,9 @@ pub(super) fn neighbour(v: f32, bits: u16, largest: f32, smallest_binade: i32, s
     }
     let a = v.abs().min(largest);
     let binade = ((a.to_bits() >> 23) as i32 - 127).max(smallest_binade);
-    let spacing = 2f64.powi(binade) / steps;
-    (((a as f64 / spacing + bits as f64 / 65536.0).floor() * spacing) as f32).copysign(v)
+    let spacing = f64::from_bits(((1023 + binade) as u64) << 52) / steps;
+    // Cut off by going through an integer.
+    (((a as f64 / spacing + bits as f64 / 65536.0) as u64 as f64 * spacing) as f32).copysign(v)
 }
 
 /// Codes of four values, rounded stochastically.
@@ -208,15 +210,6 @@ impl Values {
         }
     }
 
-    /// Products of values and scales.
-    fn product(&self) -> Vec<f32> {
-        let mut out = self.values.clone();
-        out.par_chunks_mut(self.hidden.max(1)).enumerate().for_each(|(row, values)| {
-            values.iter_mut().zip(self.row_scales(row)).for_each(|(v, s)| *v *= s);
-        });
-        out
-    }
-
     /// The cast, with `given` scales `(T, K)` instead of computed ones.
     pub(super) fn cast(&self, format: Format, npc: usize, rule: Rule, given: Option<&[f32]>) -> Quantised {
         self.cast_rounded(format, npc, rule, given, false)
@@ -262,6 +255,34 @@ impl Values {
             }
         });
         Quantised { data, sf }
+    }
+}
+
+impl Quantised {
+    /// What [`compare::bias_within`] takes: for every value 2 if its cast lies below it, 1 if it is exact.
+    fn bias(&self, exact: &[f32], format: Format, hidden: usize, npc: u32) -> u64 {
+        if exact.is_empty() {
+            return 0;
+        }
+        let (columns, row_bytes) = (hidden.div_ceil(npc as usize), format.columns(hidden as u64) as usize);
+        let values: [f32; 256] = std::array::from_fn(|code| match format {
+            Format::E4m3 => decode_e4m3(code as u8),
+            Format::E2m1 => decode_e2m1(code as u8 & 15),
+        });
+        let rows = self.data.par_chunks(row_bytes).zip(self.sf.par_chunks(columns)).zip(exact.par_chunks(hidden));
+        let twice = rows.map(|((data, sf), exact)| {
+            let back = |i: usize| match format {
+                Format::E4m3 => values[data[i] as usize],
+                Format::E2m1 => values[(data[i / 2] >> (4 * (i % 2)) & 15) as usize],
+            };
+            let groups = exact.chunks(npc as usize).enumerate();
+            let twice = groups.map(|(k, exact)| {
+                let row = exact.iter().enumerate().map(|(i, exact)| (back(k * npc as usize + i) * sf[k], *exact));
+                row.map(|(back, exact)| 2 * (back < exact) as u64 + (back == exact) as u64).sum::<u64>()
+            });
+            twice.sum::<u64>()
+        });
+        twice.sum()
     }
 }
 
@@ -322,10 +343,15 @@ fn sf_words(sf: &[f32], columns: usize, layout: SfLayout) -> Vec<u32> {
         return sf.chunks(4).map(word).collect();
     }
     if !layout.is_packed() {
-        return sf.iter().map(|v| v.to_bits()).collect();
+        return sf.par_iter().map(|v| v.to_bits()).collect();
     }
     let word = |four: &[f32]| four.iter().enumerate().fold(0, |word, (i, v)| word | (v.to_bits() >> 23) << (8 * i));
-    sf.chunks(columns.max(1)).flat_map(|row| row.chunks(4).map(word)).collect()
+    let (columns, row_words) = (columns.max(1), columns.div_ceil(4).max(1));
+    let mut words = vec![0; sf.len() / columns * row_words];
+    words.par_chunks_mut(row_words).zip(sf.par_chunks(columns)).for_each(|(words, row)| {
+        words.iter_mut().zip(row.chunks(4)).for_each(|(to, four)| *to = word(four));
+    });
+    words
 }
 
 // Inputs.
@@ -348,6 +374,9 @@ enum Elements {
 impl Rows {
     /// Rows of `columns` elements that lie `stride` elements apart, from element `offset` of a buffer on.
     fn place<T: Copy + Send + Sync>(data: &[T], columns: u64, (stride, offset): (u64, u64), between: T) -> Vec<T> {
+        if (stride, offset) == (columns, 0) {
+            return data.to_vec();
+        }
         let rows = (data.len() as u64).checked_div(columns).unwrap_or(0);
         let len = if rows == 0 { offset } else { offset + (rows - 1) * stride + columns };
         let mut all = vec![between; len as usize];
@@ -790,9 +819,7 @@ fn check_source(ctx: &Ctx, source: &Source, formats: &[Format], plan: &Plan<'_>)
                     out.check_sf(&name, &words)?;
                     out.check_data(&name, &expected.data)?;
                     if let Some(exact) = plan.bias.filter(|_| !layout.is_packed()) {
-                        let scales = Some(BlockScales { sf: expected.sf.clone(), block: (1, npc) });
-                        let back = Values { values: decode(&expected.data, format), hidden: hidden as usize, scales };
-                        compare::check_bias("data", &name, &back.product(), exact)?;
+                        compare::bias_within("data", &name, expected.bias(exact, format, hidden as usize, npc), exact.len())?;
                     }
                 }
                 if !plan.variants || whole_row {
@@ -978,10 +1005,12 @@ fn check_grid(ctx: &Ctx) -> Result<(), String> {
                 let configs = if h == 576 { &CONFIGS[..] } else { PUBLISHED };
                 let plan = Plan { npcs: &npcs, configs, variants: true, bias: Some(&values.values), ..Plan::default() };
                 check_source(ctx, &source, &FORMATS, &plan)?;
-                // The same as a view of rows twice as long.
-                let view = Source::plain(device, dtype, reference.clone(), (2 * h, 0), "normal")?;
-                let plan = Plan { npcs: &npcs, configs: &CONFIGS[1..2], variants: true, ..Plan::default() };
-                check_source(ctx, &view, &FORMATS[..1], &plan)?;
+                // The same as a view of rows twice as long, for which one number of tokens is enough.
+                if t == TOKENS[0] {
+                    let view = Source::plain(device, dtype, reference.clone(), (2 * h, 0), "normal")?;
+                    let plan = Plan { npcs: &npcs, configs: &CONFIGS[1..2], variants: true, ..Plan::default() };
+                    check_source(ctx, &view, &FORMATS[..1], &plan)?;
+                }
                 if dtype == DType::F32 {
                     continue;
                 }

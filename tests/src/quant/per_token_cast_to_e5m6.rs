@@ -242,19 +242,12 @@ impl Outputs {
     }
 
     pub(super) fn cast(&mut self, stream: &Stream, input: &Input, round_sf: bool) -> ferrotile::Result<()> {
-        self.cast_by(op::per_token_cast_to_e5m6, stream, input, round_sf)
-    }
-
-    fn cast_by(
-        &mut self,
-        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-        stream: &Stream,
-        input: &Input,
-        round_sf: bool,
-    ) -> ferrotile::Result<()> {
         let out = self.data.strided_mut(&self.shape, &[self.shape[1], 1], self.offset)?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
-        launcher(stream, Args { x: input.tensor()?, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } })
+        op::per_token_cast_to_e5m6(
+            stream,
+            Args { x: input.tensor()?, round_sf, out, sf: SfMut { tensor: sf, layout: self.layout } },
+        )
     }
 
     fn check(&self, name: &str, expected: &Quantised) -> Result<(), String> {
@@ -314,8 +307,8 @@ fn check_input(ctx: &Ctx, shape: (u64, u64), apart: (u64, u64), dtype: DType, ki
             out.cast(&stream, &input, round).map_err(text)?;
             out.check(&name, expected)?;
             if layout == SfLayout::RowMajor && !full {
-                // Once more, over its own results, and with the other number of vectors a lane.
-                out.cast_by(op::per_token_cast_to_e5m6_other, &stream, &input, round).map_err(text)?;
+                // Once more, over its own results.
+                out.cast(&stream, &input, round).map_err(text)?;
                 out.check(&name, expected)?;
             }
         }
@@ -435,13 +428,12 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
-fn row(case: String, dtype: DType, (t, h): (u64, u64), layout: SfLayout, other: bool) -> Row {
+fn row(case: String, dtype: DType, (t, h): (u64, u64), layout: SfLayout) -> Row {
     let bytes = t * h * dtype.size() + t * h / 2 * 3 + 4 * t;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let input = Input::new(device, dtype, (t, h), (0, 0), values(dtype, (t, h), Kind::Normal))?;
         let mut out = Outputs::new(device, &input, layout, 0)?;
-        let launcher = if other { op::per_token_cast_to_e5m6_other } else { op::per_token_cast_to_e5m6 };
-        Ok(Box::new(move |stream| out.cast_by(launcher, stream, &input, true)))
+        Ok(Box::new(move |stream| out.cast(stream, &input, true)))
     };
     Row { op: "per_token_cast_to_e5m6", case, bytes, build: Box::new(build) }
 }
@@ -449,20 +441,17 @@ fn row(case: String, dtype: DType, (t, h): (u64, u64), layout: SfLayout, other: 
 /// The peers' case, those of 1.0.0's own benchmark, and small inputs.
 pub fn bench() -> Vec<Row> {
     let (plain, packed) = (SfLayout::RowMajor, SfLayout::ColMajorPacked);
-    let peer = "h=7168,input=bf16,t=8064";
     let mut rows = vec![
-        row(peer.to_owned(), DType::Bf16, (8064, 7168), plain, false),
-        row(format!("{peer},variant=2 vectors"), DType::Bf16, (8064, 7168), plain, true),
-        row("h=7168,input=f32,t=8064".to_owned(), DType::F32, (8064, 7168), plain, false),
-        row("h=7168,input=f32,t=8064,variant=4 vectors".to_owned(), DType::F32, (8064, 7168), plain, true),
+        row("h=7168,input=bf16,t=8064".to_owned(), DType::Bf16, (8064, 7168), plain),
+        row("h=7168,input=f32,t=8064".to_owned(), DType::F32, (8064, 7168), plain),
     ];
     for (dtype, input) in [(DType::Bf16, "bf16"), (DType::F32, "f32")] {
         for (layout, sf) in [(plain, "row"), (packed, "packed")] {
-            rows.push(row(format!("h=7168,input={input},sf={sf},t=8001"), dtype, (8001, 7168), layout, false));
+            rows.push(row(format!("h=7168,input={input},sf={sf},t=8001"), dtype, (8001, 7168), layout));
         }
     }
     for (t, h) in [(4001, 2048), (1, 7168), (16, 7168), (128, 7168)] {
-        rows.push(row(format!("h={h},input=bf16,t={t}"), DType::Bf16, (t, h), plain, false));
+        rows.push(row(format!("h={h},input=bf16,t={t}"), DType::Bf16, (t, h), plain));
     }
     rows
 }

@@ -850,7 +850,9 @@ pub(super) fn golden_problem(
         problem.topk_weights = floats("in/weight")?;
     } else {
         let by = if has("in/psum") { RowsBy::Psum } else { RowsBy::All };
-        options = Options { rows: by, weights: WeightsBy::PerRow(1.0), ..options };
+        let weighted = has("in/topk_weights");
+        let weights = if weighted { WeightsBy::PerRow(1.0) } else { WeightsBy::None };
+        options = Options { rows: by, weights, weight_grad: weighted, ..options };
         problem.row_weights = floats("in/topk_weights")?;
     }
     Ok((problem, options))
@@ -864,9 +866,13 @@ pub(super) fn matches_golden(ctx: &Ctx, what: &str, name: &str, got: &[f32], rec
     compare::equal(what, name, &[got.len() as u64], got, recorded)
 }
 
-/// Values of a recorded bf16 tensor.
-pub(super) fn golden_bf16(golden: &Golden, case: &Case, key: &str) -> Result<Vec<f32>, String> {
-    Ok(golden.tensor(case, key)?.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect())
+/// Values of a recorded tensor, bf16 or f32.
+pub(super) fn golden_values(golden: &Golden, case: &Case, key: &str) -> Result<Vec<f32>, String> {
+    let tensor = golden.tensor(case, key)?;
+    if tensor.dtype == safetensors::Dtype::F32 {
+        return tensor.to_vec();
+    }
+    Ok(tensor.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect())
 }
 
 /// The recorded gradients of weights, within the specification's tolerance.
@@ -882,16 +888,21 @@ fn check_golden(ctx: &Ctx, golden: &Golden) -> Result<(), String> {
             continue;
         }
         let hidden = golden.tensor(case, "in/act_x_grad")?.shape[1];
-        let (x, grad) = (golden_bf16(golden, case, "in/x")?, golden_bf16(golden, case, "in/act_x_grad")?);
-        let (problem, options) = golden_problem(golden, case, hidden, x, grad)?;
-        let inputs = Inputs::new(&ctx.device, &problem, DType::Bf16, (0, 0))?;
-        let mut outputs = Outputs::new(&ctx.device, &inputs, &options, DType::Bf16)?;
+        let values = |key| golden_values(golden, case, key);
+        let (problem, options) = golden_problem(golden, case, hidden, values("in/x")?, values("in/act_x_grad")?)?;
+        let dtype = if case.param::<String>("fmt")? == "fp32" { DType::F32 } else { DType::Bf16 };
+        let inputs = Inputs::new(&ctx.device, &problem, dtype, (0, 0))?;
+        let mut outputs = Outputs::new(&ctx.device, &inputs, &options, dtype)?;
         outputs.run(&ctx.device.stream().map_err(text)?, &inputs, &options).map_err(text)?;
-        matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &golden_bf16(golden, case, "out/bwd.0")?)?;
-        let weight_grad = outputs.weight_grad.to_vec().map_err(text)?;
-        matches_golden_weight_grad(&name, &weight_grad[..outputs.num_weights], golden, case, "out/bwd.1")?;
+        matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &values("out/bwd.0")?)?;
+        // Without weights their gradient is not among the results.
+        if options.weight_grad {
+            let weight_grad = outputs.weight_grad.to_vec().map_err(text)?;
+            matches_golden_weight_grad(&name, &weight_grad[..outputs.num_weights], golden, case, "out/bwd.1")?;
+        }
+        let act_out = if options.weight_grad { "out/bwd.2" } else { "out/bwd.1" };
         // Not bit for bit: the release's division may be off.
-        near("act_out", &name, &outputs.act_out.values()?, &golden_bf16(golden, case, "out/bwd.2")?)?;
+        near("act_out", &name, &outputs.act_out.values()?, &values(act_out)?)?;
     }
     Ok(())
 }

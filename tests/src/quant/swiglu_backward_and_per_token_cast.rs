@@ -1,8 +1,9 @@
 //! Reference, cases, checks and benchmark rows of `swiglu_backward_and_per_token_cast`.
 
 use super::swiglu_backward::{
-    Expected, FILL, Floats, GUARD, Layout, Options, Problem, Routing, RowsBy, WeightsBy, awkward, check_weight_grad, golden_bf16,
-    golden_problem, matches_golden, matches_golden_weight_grad, moe_cases, near, nothing_here, plain_layout, small_layout,
+    Expected, FILL, Floats, GUARD, Layout, Options, Problem, Routing, RowsBy, WeightsBy, awkward, check_weight_grad,
+    golden_problem, golden_values, matches_golden, matches_golden_weight_grad, moe_cases, near, nothing_here, plain_layout,
+    small_layout,
 };
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, MoeCase};
@@ -151,24 +152,12 @@ impl Outputs {
         self.weight_grad.fill_bytes(FILL).map_err(text)
     }
 
-    fn run(&mut self, stream: &Stream, inputs: &Inputs, options: &Options, round: bool) -> ferrotile::Result<()> {
-        self.run_by(op::swiglu_backward_and_per_token_cast, stream, inputs, options, round)
-    }
-
-    /// By one of the launchers that do the same.
-    fn run_by(
-        &mut self,
-        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-        stream: &Stream,
-        inputs: &Inputs,
-        options: &Options,
-        round_sf: bool,
-    ) -> ferrotile::Result<()> {
+    fn run(&mut self, stream: &Stream, inputs: &Inputs, options: &Options, round_sf: bool) -> ferrotile::Result<()> {
         let (p, h) = (inputs.rows(), inputs.hidden);
         let groups = 2 * h / inputs.npc;
         let (gap, offset) = inputs.apart;
         let SfShape { shape, strides, dtype, .. } = &self.sf_shape;
-        launcher(
+        op::swiglu_backward_and_per_token_cast(
             stream,
             Args {
                 x: inputs.x.strided(&[p, 2 * h], &[2 * h + gap, 1], offset)?.reinterpret(DType::E4m3)?,
@@ -491,14 +480,14 @@ fn check_golden(ctx: &Ctx, golden: &Golden) -> Result<(), String> {
         let hidden = golden.tensor(case, key)?.shape[1];
         let x = Quantised { codes: golden.tensor(case, "in/x.0")?.to_vec()?, sf: golden.tensor(case, "in/x.1")?.to_vec()? };
         let (problem, options) =
-            golden_problem(golden, case, hidden, dequantised(&x, npc as usize), golden_bf16(golden, case, key)?)?;
+            golden_problem(golden, case, hidden, dequantised(&x, npc as usize), golden_values(golden, case, key)?)?;
         let inputs = Inputs::new(&ctx.device, &problem, &x, npc, DType::Bf16, (0, 0))?;
         let mut outputs = Outputs::new(&ctx.device, &inputs, &options, SfLayout::RowMajor)?;
         let round = case.param("round_sf")?;
         outputs.run(&ctx.device.stream().map_err(text)?, &inputs, &options, round).map_err(text)?;
         let [x_grad, act_out] = if v1 { ["out/2", "out/0"] } else { ["out/0", "out/3"] };
-        matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &golden_bf16(golden, case, x_grad)?)?;
-        let recorded = golden_bf16(golden, case, act_out)?;
+        matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &golden_values(golden, case, x_grad)?)?;
+        let recorded = golden_values(golden, case, act_out)?;
         if v1 {
             matches_golden(ctx, "act_out", &name, &outputs.act_out.values()?, &recorded)?;
         } else {
@@ -526,9 +515,7 @@ fn repeated<T: Copy>(values: &[T], len: u64) -> Vec<T> {
     values.iter().copied().cycle().take(len as usize).collect()
 }
 
-type Launcher = fn(&Stream, Args<'_>) -> ferrotile::Result<()>;
-
-fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Options, launcher: Launcher) -> Row {
+fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Options) -> Row {
     let (rows, slots) = {
         let layout = layout();
         (layout.rows(), layout.token_topk_to_pos.len() as u64)
@@ -547,7 +534,7 @@ fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Opti
         let x = Quantised { codes: repeated(&x.codes, rows * 2 * h), sf: repeated(&x.sf, rows * 2 * h / npc) };
         let inputs = Inputs::new(device, &problem, &x, npc, DType::Bf16, (0, 0))?;
         let mut outputs = Outputs::new(device, &inputs, &options, SfLayout::RowMajor)?;
-        Ok(Box::new(move |stream| outputs.run_by(launcher, stream, &inputs, &options, true)))
+        Ok(Box::new(move |stream| outputs.run(stream, &inputs, &options, true)))
     };
     Row { op: SUITE.op, case, bytes, build: Box::new(build) }
 }
@@ -555,15 +542,12 @@ fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Opti
 /// The case of 2.1.0, cases of 1.0.0's own benchmark, and small inputs.
 pub fn bench() -> Vec<Row> {
     let all = Options { rows: RowsBy::All, weights: WeightsBy::PerRow(1.0), clamp: None, weight_grad: true, act_out: true };
-    let of: Launcher = op::swiglu_backward_and_per_token_cast;
     let peer = |t: u64| format!("h=2048,npc=128,recompute=True,t={t},weights=True");
     let mut rows = vec![
-        row(peer(32768), || plain_layout(32768), (2048, 128), all, of),
-        row(peer(32768) + ",variant=128", || plain_layout(32768), (2048, 128), all, |s, a| op::with_threads(s, a, 128)),
-        row(peer(32768) + ",variant=64", || plain_layout(32768), (2048, 128), all, |s, a| op::with_threads(s, a, 64)),
-        row(peer(128), || plain_layout(128), (2048, 128), all, of),
-        row(peer(16), || plain_layout(16), (2048, 128), all, of),
-        row(peer(1), || plain_layout(1), (2048, 128), all, of),
+        row(peer(32768), || plain_layout(32768), (2048, 128), all),
+        row(peer(128), || plain_layout(128), (2048, 128), all),
+        row(peer(16), || plain_layout(16), (2048, 128), all),
+        row(peer(1), || plain_layout(1), (2048, 128), all),
     ];
     // 4001 tokens a rank; `e` counts the experts of a rank.
     const SHAPES: [fn() -> Layout; 4] = [
@@ -574,14 +558,11 @@ pub fn bench() -> Vec<Row> {
     ];
     let moe = |e, h, k, npc, clamp: &str| format!("clamp={clamp},e={e},ep=8,h={h},k={k},npc={npc},t=4001");
     rows.extend([
-        row(moe(9, 7168, 8, 32, "None"), SHAPES[0], (7168, 32), Options::v1(None), of),
-        row(moe(9, 7168, 8, 32, "0.5"), SHAPES[0], (7168, 32), Options::v1(Some(0.5)), of),
-        row(moe(9, 7168, 8, 128, "None"), SHAPES[1], (7168, 128), Options::v1(None), of),
-        row(moe(9, 7168, 8, 128, "None") + ",variant=128", SHAPES[1], (7168, 128), Options::v1(None), |s, a| {
-            op::with_threads(s, a, 128)
-        }),
-        row(moe(32, 7168, 8, 128, "0.5"), SHAPES[2], (7168, 128), Options::v1(Some(0.5)), of),
-        row(moe(9, 2048, 2, 32, "None"), SHAPES[3], (2048, 32), Options::v1(None), of),
+        row(moe(9, 7168, 8, 32, "None"), SHAPES[0], (7168, 32), Options::v1(None)),
+        row(moe(9, 7168, 8, 32, "0.5"), SHAPES[0], (7168, 32), Options::v1(Some(0.5))),
+        row(moe(9, 7168, 8, 128, "None"), SHAPES[1], (7168, 128), Options::v1(None)),
+        row(moe(32, 7168, 8, 128, "0.5"), SHAPES[2], (7168, 128), Options::v1(Some(0.5))),
+        row(moe(9, 2048, 2, 32, "None"), SHAPES[3], (2048, 32), Options::v1(None)),
     ]);
     rows
 }

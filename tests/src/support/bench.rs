@@ -5,7 +5,7 @@
 //! time of a 1 GiB copy, are rows of the same run.
 
 use super::bytes::gbs;
-use super::suite::{ptx_sha, text};
+use super::suite::{Filter, ptx_sha, text};
 use ferrotile::{BareLaunch, Buffer, Device, Event, LaunchWay, Stream};
 use serde::Serialize;
 use std::time::Instant;
@@ -167,11 +167,10 @@ impl Bench {
         Ok(lines)
     }
 
-    /// How long the driver compiles each kernel whose name contains `filter`, the longest first: the first launch takes that and little
-    /// more.
-    pub fn compile_times(&self, filter: &str) -> Result<Vec<Line>, String> {
+    /// How long the driver compiles each kernel that a filter chooses, the longest first: the first launch takes that and little more.
+    pub fn compile_times(&self, filters: &[Filter]) -> Result<Vec<Line>, String> {
         let mut times = self.device.compile_times().map_err(text)?;
-        times.retain(|(name, _)| name.contains(filter));
+        times.retain(|(name, _)| filters.is_empty() || filters.iter().any(|filter| filter.entry(name)));
         times.sort_by(|a, b| b.1.total_cmp(&a.1));
         Ok(times.into_iter().map(|(name, us)| self.line("compile", &format!("entry={name}"), 0, vec![us])).collect())
     }

@@ -24,13 +24,60 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
+/// Which ops and cases a command line asks for: `OP` is any op whose name contains it, `=OP` that op alone; behind a colon, cases whose
+/// name contains the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    op: String,
+    exact: bool,
+    case: Option<String>,
+}
+
+impl Filter {
+    /// From the text of an argument.
+    pub fn new(text: &str) -> Self {
+        let (op, case) = text.split_once(':').map_or((text, None), |(op, case)| (op, Some(case)));
+        let name = op.strip_prefix('=');
+        Self { op: name.unwrap_or(op).to_owned(), exact: name.is_some(), case: case.map(str::to_owned) }
+    }
+
+    /// From all arguments.
+    pub fn all(texts: &[String]) -> Vec<Self> {
+        texts.iter().map(|text| Self::new(text)).collect()
+    }
+
+    /// Whether it chooses an op of this name, or some of its cases.
+    pub fn op(&self, name: &str) -> bool {
+        if self.exact { name == self.op } else { name.contains(&self.op) }
+    }
+
+    /// Whether it chooses a kernel, whose name is that of its op and more behind two underscores.
+    pub fn entry(&self, name: &str) -> bool {
+        if self.exact { name.split("__").next() == Some(self.op.as_str()) } else { name.contains(&self.op) }
+    }
+
+    /// Whether it chooses a row of the benchmark. Without equals sign and colon it may also be a part of `op case`.
+    pub fn row(&self, op: &str, case: &str) -> bool {
+        match &self.case {
+            Some(part) => self.op(op) && case.contains(part.as_str()),
+            None if self.exact => self.op(op),
+            None => format!("{op} {case}").contains(&self.op),
+        }
+    }
+
+    /// The part behind the colon.
+    pub fn case(&self) -> Option<&str> {
+        self.case.as_deref()
+    }
+}
+
 /// Where and how much to check, and the count of what was checked.
 pub struct Ctx {
     /// The device under test.
     pub device: Device,
     /// How much.
     pub depth: Depth,
-    filter: Option<String>,
+    filters: Vec<String>,
     cases: Cell<u64>,
     on_case: Box<dyn Fn(&str)>,
 }
@@ -38,12 +85,12 @@ pub struct Ctx {
 impl Ctx {
     /// All cases of this depth.
     pub fn new(device: Device, depth: Depth) -> Self {
-        Self { device, depth, filter: None, cases: Cell::new(0), on_case: Box::new(|_| ()) }
+        Self { device, depth, filters: Vec::new(), cases: Cell::new(0), on_case: Box::new(|_| ()) }
     }
 
-    /// Only cases whose name contains `filter`.
+    /// Only cases whose name contains `filter`, or another one that was given before.
     pub fn with_filter(mut self, filter: &str) -> Self {
-        self.filter = Some(filter.to_owned());
+        self.filters.push(filter.to_owned());
         self
     }
 
@@ -65,7 +112,7 @@ impl Ctx {
     /// Ok(ctx.report())
     /// ```
     pub fn case(&self, name: &str) -> bool {
-        let chosen = self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()));
+        let chosen = self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()));
         if chosen {
             self.cases.set(self.cases.get() + 1);
             (self.on_case)(name);
@@ -164,6 +211,31 @@ mod tests {
         assert_eq!(ran, [true, false, true]);
         assert_eq!(ctx.report().cases, 2);
         assert_eq!(*names.borrow(), ["h=576,t=1", "h=576,t=37"]);
+        let ctx = self::ctx().with_filter("h=576,t=1").with_filter("h=384");
+        assert_eq!(["h=576,t=1", "h=384,t=1", "h=576,t=37"].map(|n| ctx.case(n)), [true, true, false]);
+    }
+
+    #[test]
+    fn filters_name_ops_exactly_or_in_part() {
+        let chosen = |filter: &str| {
+            let filter = Filter::new(filter);
+            ["cast", "cast_back", "per_token_cast"].map(|op| filter.op(op))
+        };
+        assert_eq!(chosen(""), [true; 3]);
+        assert_eq!(chosen("cast"), [true; 3]);
+        assert_eq!(chosen("per"), [false, false, true]);
+        assert_eq!(chosen("=cast"), [true, false, false]);
+        assert_eq!(chosen("=per"), [false; 3]);
+        assert_eq!(
+            Filter::new("=cast:h=576,t=1"),
+            Filter { op: "cast".to_owned(), exact: true, case: Some("h=576,t=1".to_owned()) }
+        );
+        assert_eq!(Filter::new("cast").case(), None);
+        let row = |filter: &str| Filter::new(filter).row("cast", "h=7168,t=128");
+        let filters = ["=cast", "=cast:t=128", "cas:t=128", "cast h=7168", "t=128", "=cas", "=cast:t=16", "cast t=128"];
+        assert_eq!(filters.map(row), [true, true, true, true, true, false, false, false]);
+        let entries = |filter: &str| ["cast__wide__f32_bf16", "cast_back__row"].map(|name| Filter::new(filter).entry(name));
+        assert_eq!((entries("=cast"), entries("cast"), entries("row")), ([true, false], [true; 2], [false, true]));
     }
 
     #[test]

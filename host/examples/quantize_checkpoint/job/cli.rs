@@ -1,12 +1,13 @@
 //! The command line.
 
+use super::codec;
 use super::error::{Result, io};
 use super::storage::Create;
 use super::table::Table;
 use super::{Block, Options, run, synthetic};
 use clap::{Args, Parser, ValueEnum};
 use ferrotile::Device;
-use ferrotile::quant::Format;
+use ferrotile::quant::QuantFormat;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::ffi::OsString;
 use std::io::Write;
@@ -15,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use std::{env, fs};
 
-/// Quantises the matrices of a checkpoint to FP8 or FP4 with scale factors, as DeepSeek's own FP8 checkpoints have them.
+/// Quantises the matrices of a checkpoint to FP8, FP4 or e5m6 with scale factors, as DeepSeek's own FP8 checkpoints have them.
 ///
 /// The output holds X as quantised data and X_scale_inv with an f32 for each block: weight = data * scale_inv. Integers, vectors
 /// and tensors of higher rank are copied. The output is read back and compared with the input before it gets its name.
@@ -36,9 +37,9 @@ struct Cli {
     /// What the weights become
     #[arg(long, value_enum, default_value_t)]
     format: FormatName,
-    /// Rows and columns that share a scale factor
-    #[arg(long, value_enum, default_value_t)]
-    block: BlockName,
+    /// Rows and columns that share a scale factor [default: 128x128, for e5m6 row]
+    #[arg(long, value_enum)]
+    block: Option<BlockName>,
     /// What runs the kernels: auto, emulator or cuda:N. auto is the first GPU, or the emulator where there is none
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     device: DeviceName,
@@ -64,17 +65,28 @@ enum FormatName {
     /// FP4: 2 exponent bits and 1 mantissa bit, largest value 6
     #[value(name = "e2m1")]
     E2m1,
+    /// 12 bits: 5 exponent and 6 mantissa bits, largest value 65024; with a scale factor for each row
+    #[value(name = "e5m6")]
+    E5m6,
 }
 
-#[derive(Clone, Copy, Default, ValueEnum)]
+#[derive(Clone, Copy, ValueEnum)]
 enum BlockName {
-    #[default]
+    /// A square, usual for weights
     #[value(name = "128x128")]
     B128x128,
+    /// Part of a row
     #[value(name = "1x128")]
     B1x128,
+    /// Part of a row, usual for FP4
     #[value(name = "1x32")]
     B1x32,
+    /// A whole row
+    #[value(name = "row")]
+    Row,
+    /// Part of a column; e4m3 only
+    #[value(name = "128x1")]
+    B128x1,
 }
 
 #[derive(Clone, Copy)]
@@ -115,8 +127,10 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>, stop: &
 
 fn quantise(cli: &Cli, stop: &AtomicBool, create: &Create) -> Result<()> {
     let begin = Instant::now();
+    let format = cli.format.value();
+    let block = cli.block.map_or(codec::blocks(format)[0], BlockName::value);
+    codec::check(format, block)?;
     let (device, why) = device(cli.device)?;
-    let (format, block, block_text) = (cli.format.value(), cli.block.value(), cli.block.text());
     let input = match &cli.source.input {
         Some(path) => path.clone(),
         None => {
@@ -130,10 +144,11 @@ fn quantise(cli: &Cli, stop: &AtomicBool, create: &Create) -> Result<()> {
         Some(path) => path.clone(),
         None => {
             let stem = input.file_stem().unwrap_or_default().display();
-            demo_folder()?.join(format!("{stem}-{format}-{block_text}.safetensors"))
+            demo_folder()?.join(format!("{stem}-{format}-{block}.safetensors"))
         }
     };
-    say(&format!("device: {why}\nquantising {} to {format}, a scale factor for {block_text} weights\n", input.display()));
+    let each = if block == Block::Row { "each row".to_owned() } else { format!("{block} weights") };
+    say(&format!("device: {why}\nquantising {} to {format}, a scale factor for {each}\n", input.display()));
 
     let piece_values = if device.is_emulator() { 1 << 21 } else { 1 << 24 };
     let options = Options { input, output, format, block, piece_values };
@@ -178,10 +193,11 @@ fn say(text: &str) {
 }
 
 impl FormatName {
-    fn value(self) -> Format {
+    fn value(self) -> QuantFormat {
         match self {
-            FormatName::E4m3 => Format::E4m3,
-            FormatName::E2m1 => Format::E2m1,
+            FormatName::E4m3 => QuantFormat::E4m3,
+            FormatName::E2m1 => QuantFormat::E2m1,
+            FormatName::E5m6 => QuantFormat::E5m6,
         }
     }
 }
@@ -189,14 +205,11 @@ impl FormatName {
 impl BlockName {
     fn value(self) -> Block {
         match self {
-            BlockName::B128x128 => (128, 128),
-            BlockName::B1x128 => (1, 128),
-            BlockName::B1x32 => (1, 32),
+            BlockName::B128x128 => Block::Of(128, 128),
+            BlockName::B1x128 => Block::Of(1, 128),
+            BlockName::B1x32 => Block::Of(1, 32),
+            BlockName::Row => Block::Row,
+            BlockName::B128x1 => Block::Of(128, 1),
         }
-    }
-
-    fn text(self) -> String {
-        let (rows, columns) = self.value();
-        format!("{rows}x{columns}")
     }
 }

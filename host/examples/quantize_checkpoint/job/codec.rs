@@ -1,22 +1,43 @@
 //! The part that uses the library: values to the device, one launch, results back.
 
 use super::Block;
-use super::error::Result;
-use ferrotile::quant::{Format, Input, Sf, SfLayout, SfMut, cast_back, per_block_cast, per_token_cast, sf_shape};
-use ferrotile::{Device, Event, Stream, TensorMut, TensorRef};
+use super::error::{Error, Result};
+use ferrotile::quant::{QuantFormat, QuantSpec, QuantTensor, SfLayout};
+use ferrotile::{Device, Event, Stream};
 use std::borrow::Cow;
 
-/// The casts take a hidden size that is a multiple of this. Other matrices get columns of zeros on the way in, which change
+/// Some of the casts take a hidden size that is a multiple of this. Other matrices get columns of zeros on the way in, which change
 /// neither the scale factors nor the other values, and lose them on the way out.
 const COLUMN_MULTIPLE: usize = 64;
 
 /// DeepSeek's checkpoints have f32 scale factors, row by row.
 const LAYOUT: SfLayout = SfLayout::RowMajor;
 
+/// Blocks that the library can quantise to a format, the usual one first.
+pub fn blocks(format: QuantFormat) -> &'static [Block] {
+    const BLOCKS: [Block; 5] = [Block::Of(128, 128), Block::Of(1, 128), Block::Of(1, 32), Block::Row, Block::Of(128, 1)];
+    match format {
+        QuantFormat::E4m3 => &BLOCKS,
+        // A scale for each channel is for operands of FP8 matrix products.
+        QuantFormat::E2m1 => BLOCKS.split_at(4).0,
+        QuantFormat::E5m6 => &[Block::Row],
+    }
+}
+
+/// Refuses what no op of the library does.
+pub fn check(format: QuantFormat, block: Block) -> Result<()> {
+    let allowed = blocks(format);
+    if allowed.contains(&block) {
+        return Ok(());
+    }
+    let allowed = allowed.iter().map(Block::to_string).collect::<Vec<_>>().join(", ");
+    Err(Error::Block { format, block, allowed })
+}
+
 /// Quantises to one format and back.
 pub struct Codec {
     stream: Stream,
-    format: Format,
+    format: QuantFormat,
     block: Block,
 }
 
@@ -34,106 +55,79 @@ pub struct Quantised {
 
 impl Codec {
     /// A codec that runs on `device`.
-    pub fn new(device: &Device, format: Format, block: Block) -> Result<Self> {
+    pub fn new(device: &Device, format: QuantFormat, block: Block) -> Result<Self> {
+        check(format, block)?;
         let codec = Self { stream: device.stream()?, format, block };
         // The first launch of a kernel compiles it for the GPU. That is no part of a tensor's throughput.
         codec.quantise(&[0.0; COLUMN_MULTIPLE], COLUMN_MULTIPLE)?;
         Ok(codec)
     }
 
-    /// Type of the data in a safetensors file; FP4 has none there that readers agree on.
+    /// Type of the data in a safetensors file; FP4 and e5m6 have none there that readers agree on.
     pub fn data_dtype(&self) -> &'static str {
         match self.format {
-            Format::E4m3 => "F8_E4M3",
-            Format::E2m1 => "I8",
+            QuantFormat::E4m3 => "F8_E4M3",
+            QuantFormat::E2m1 => "I8",
+            QuantFormat::E5m6 => "U8",
         }
     }
 
-    /// Bytes in a row of data. An odd last FP4 value has a byte of its own, whose upper half is 0.
+    /// Bytes in a row of data, filled up with zeros to values that are stored together: two of FP4 in a byte, eight of e5m6 in twelve.
     pub fn data_columns(&self, columns: u64) -> u64 {
-        match self.format {
-            Format::E4m3 => columns,
-            Format::E2m1 => columns.div_ceil(2),
-        }
+        self.format.columns(columns.next_multiple_of(self.format.channels_together()))
     }
 
     /// Rows and columns of the scale factors of a matrix.
     pub fn sf_shape(&self, [rows, columns]: [u64; 2]) -> [u64; 2] {
-        sf_shape(rows, columns, self.block, LAYOUT).shape
+        self.spec(columns).sf_shape(rows, columns).shape
     }
 
     /// Quantises rows of `columns` values.
     pub fn quantise(&self, values: &[f32], columns: usize) -> Result<Quantised> {
         let device = self.stream.device();
-        let size = self.padded(values.len() / columns, columns);
-
-        let x = device.upload(&with_columns(Cow::Borrowed(values), columns, size.hidden as usize))?;
-        let mut data = device.alloc::<u8>((size.rows * size.data_columns) as usize)?;
-        let mut sf = device.alloc::<f32>((size.sf[0] * size.sf[1]) as usize)?;
+        let (rows, hidden) = ((values.len() / columns) as u64, padded(columns));
+        let x = device.upload(&with_columns(Cow::Borrowed(values), columns, hidden as usize))?;
+        let mut q = QuantTensor::alloc(device, self.spec(hidden), rows, hidden)?;
         let (start, end) = (Event::new(device)?, Event::new(device)?);
         start.record(&self.stream)?;
-        self.cast(
-            x.tensor(&[size.rows, size.hidden])?,
-            data.tensor_mut(&[size.rows, size.data_columns])?.reinterpret(self.format.dtype())?,
-            SfMut { tensor: sf.tensor_mut(&size.sf)?, layout: LAYOUT },
-        )?;
+        // The scales of DeepSeek's checkpoints are exact quotients, not rounded to powers of two.
+        q.quantise(&self.stream, x.tensor(&[rows, hidden])?, false)?;
         end.record(&self.stream)?;
         let micros = end.elapsed_us_since(&start)?;
 
-        let (data, sf) = (data.to_vec()?, sf.to_vec()?);
+        let (data, sf) = (q.data_to_vec()?, q.scales_to_vec()?);
         let bytes_moved = (4 * x.len() + data.len() + 4 * sf.len()) as u64;
-        let data = with_columns(Cow::Owned(data), size.data_columns as usize, self.data_columns(columns as u64) as usize);
-        let sf = with_columns(Cow::Owned(sf), size.sf[1] as usize, self.sf_shape([size.rows, columns as u64])[1] as usize);
+        let [data_from, data_to] = [hidden, columns as u64].map(|columns| self.data_columns(columns) as usize);
+        let [sf_from, sf_to] = [hidden, columns as u64].map(|columns| self.sf_shape([rows, columns])[1] as usize);
+        let (data, sf) = (with_columns(Cow::Owned(data), data_from, data_to), with_columns(Cow::Owned(sf), sf_from, sf_to));
         Ok(Quantised { data: data.into_owned(), sf: sf.into_owned(), micros, bytes_moved })
     }
 
     /// The values that data and scale factors of `rows` rows of `columns` values stand for.
-    pub fn dequantise(&self, data: Vec<u8>, sf: Vec<f32>, rows: usize, columns: usize) -> Result<Vec<f32>> {
+    pub fn dequantise(&self, data: &[u8], sf: &[f32], rows: usize, columns: usize) -> Result<Vec<f32>> {
         let device = self.stream.device();
-        let size = self.padded(rows, columns);
-        let (data_columns, sf_columns) = (data.len() / rows, self.sf_shape([size.rows, columns as u64])[1]);
+        let (rows, hidden) = (rows as u64, padded(columns));
+        let [data_from, data_to] = [columns as u64, hidden].map(|columns| self.data_columns(columns) as usize);
+        let [sf_from, sf_to] = [columns as u64, hidden].map(|columns| self.sf_shape([rows, columns])[1] as usize);
+        let data = with_columns(Cow::Borrowed(data), data_from, data_to);
+        let sf = with_columns(Cow::Borrowed(sf), sf_from, sf_to);
 
-        let data = device.upload(&with_columns(Cow::Owned(data), data_columns, size.data_columns as usize))?;
-        let sf = device.upload(&with_columns(Cow::Owned(sf), sf_columns as usize, size.sf[1] as usize))?;
-        let mut out = device.alloc::<f32>((size.rows * size.hidden) as usize)?;
-        self.cast_back(
-            data.tensor(&[size.rows, size.data_columns])?.reinterpret(self.format.dtype())?,
-            Sf { tensor: sf.tensor(&size.sf)?, layout: LAYOUT },
-            out.tensor_mut(&[size.rows, size.hidden])?,
-        )?;
+        let q = QuantTensor::from_host(device, self.spec(hidden), rows, hidden, &data, &sf)?;
+        let mut out = device.alloc::<f32>((rows * hidden) as usize)?;
+        q.cast_back(&self.stream, out.tensor_mut(&[rows, hidden])?)?;
         self.stream.synchronize()?;
-        Ok(with_columns(Cow::Owned(out.to_vec()?), size.hidden as usize, columns).into_owned())
+        Ok(with_columns(Cow::Owned(out.to_vec()?), hidden as usize, columns).into_owned())
     }
 
-    /// One launch. The scales of DeepSeek's checkpoints are exact quotients, not rounded to powers of two.
-    fn cast(&self, x: TensorRef<'_>, out: TensorMut<'_>, sf: SfMut<'_>) -> Result<()> {
-        let (block, round_sf) = (self.block, false);
-        if block.0 == 1 {
-            let args = per_token_cast::Args { x: Input::Plain(x), npc: block.1, round_sf, stochastic: false, out, sf };
-            Ok(per_token_cast::per_token_cast(&self.stream, args)?)
-        } else {
-            Ok(per_block_cast::per_block_cast(&self.stream, per_block_cast::Args { x, block, round_sf, out, sf })?)
-        }
-    }
-
-    /// One launch back.
-    fn cast_back(&self, x: TensorRef<'_>, sf: Sf<'_>, out: TensorMut<'_>) -> Result<()> {
-        Ok(cast_back::cast_back(&self.stream, cast_back::Args { x, sf, block: self.block, out })?)
-    }
-
-    /// Sizes on the device.
-    fn padded(&self, rows: usize, columns: usize) -> Size {
-        let (rows, hidden) = (rows as u64, columns.next_multiple_of(COLUMN_MULTIPLE) as u64);
-        Size { rows, hidden, data_columns: self.format.columns(hidden), sf: self.sf_shape([rows, hidden]) }
+    /// How matrices of `columns` columns are quantised.
+    fn spec(&self, columns: u64) -> QuantSpec {
+        QuantSpec { format: self.format, block: self.block.size(columns), layout: LAYOUT }
     }
 }
 
-/// Sizes on the device, with the columns that were added.
-struct Size {
-    rows: u64,
-    hidden: u64,
-    data_columns: u64,
-    sf: [u64; 2],
+/// Columns on the device.
+fn padded(columns: usize) -> u64 {
+    columns.next_multiple_of(COLUMN_MULTIPLE) as u64
 }
 
 /// The same rows with `to` columns: cut, or filled up with zeros.

@@ -1,5 +1,7 @@
 //! What can go wrong, each with a text that names the file.
 
+use super::Block;
+use ferrotile::quant::QuantFormat;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +11,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// Why the checkpoint was not quantised. No output is left behind in any of these cases.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// No op quantises like this.
+    #[error("{format} has no scale factor for `{block}`; it has one for: {allowed}")]
+    Block { format: QuantFormat, block: Block, allowed: String },
     /// The input is something else, or damaged in its header.
     #[error("{}: not a safetensors file: {why}", path.display())]
     NotSafetensors { path: PathBuf, why: String },
@@ -42,9 +47,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code of the program; 130 is what shells expect after Ctrl-C.
+    /// The exit code of the program: 130 is what shells expect after Ctrl-C, 2 is that of a wrong command line.
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Error::Interrupted) { 130 } else { 1 }
+        match self {
+            Error::Interrupted => 130,
+            Error::Block { .. } => 2,
+            _ => 1,
+        }
     }
 }
 

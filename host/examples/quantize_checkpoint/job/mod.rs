@@ -15,19 +15,51 @@ mod table;
 use codec::Codec;
 use error::{Error, Result, io};
 use ferrotile::Device;
-use ferrotile::quant::Format;
+use ferrotile::quant::QuantFormat;
 use header::{Header, Tensor};
 use indicatif::ProgressBar;
 use plan::{Plan, Values, metadata, outputs, plan, sf_name};
 use std::collections::HashMap;
+use std::fmt::{self, Display};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use storage::{Create, NewFile, read_at};
 
-/// Rows and columns that share a scale factor.
-pub type Block = (u32, u32);
+/// Weights that share a scale factor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block {
+    /// So many rows and columns.
+    Of(u32, u32),
+    /// A row.
+    Row,
+}
+
+impl Block {
+    /// How many rows.
+    pub fn rows(self) -> u32 {
+        if let Block::Of(rows, _) = self { rows } else { 1 }
+    }
+
+    /// Rows and columns in a matrix of `columns` columns.
+    pub fn size(self, columns: u64) -> (u32, u32) {
+        match self {
+            Block::Of(rows, columns) => (rows, columns),
+            // The library refuses a longer row.
+            Block::Row => (1, u32::try_from(columns).unwrap_or(u32::MAX)),
+        }
+    }
+}
+
+impl Display for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Block::Of(rows, columns) => write!(f, "{rows}x{columns}"),
+            Block::Row => f.write_str("row"),
+        }
+    }
+}
 
 /// Bytes copied at a time.
 const COPY_BYTES: u64 = 8 << 20;
@@ -36,7 +68,7 @@ const COPY_BYTES: u64 = 8 << 20;
 pub struct Options {
     pub input: PathBuf,
     pub output: PathBuf,
-    pub format: Format,
+    pub format: QuantFormat,
     pub block: Block,
     /// How many weights are worked on at once: enough to keep the device busy, few enough that the progress bar moves.
     pub piece_values: u64,
@@ -199,7 +231,7 @@ impl Job<'_> {
             let data = self.read_output(place, start, end)?;
             let [start, end] = [rows.start, rows.end].map(|row| self.sf_bytes(shape, row));
             let sf = Values::F32.decode(&self.read_output(sf_place, start, end)?);
-            let y = self.codec.dequantise(data, sf, (rows.end - rows.start) as usize, shape[1] as usize)?;
+            let y = self.codec.dequantise(&data, &sf, (rows.end - rows.start) as usize, shape[1] as usize)?;
             quality.compare(&x, &y);
             self.done(x.len() * values.bytes() as usize)?;
         }
@@ -208,7 +240,7 @@ impl Job<'_> {
 
     /// Pieces of a matrix: ranges of rows that start where a scaling block starts. A matrix without columns has none.
     fn row_pieces(&self, [rows, columns]: [u64; 2]) -> impl Iterator<Item = Range<u64>> + use<> {
-        let block_rows = self.options.block.0 as u64;
+        let block_rows = self.options.block.rows() as u64;
         let fitting = self.options.piece_values.checked_div(columns).unwrap_or(0) / block_rows * block_rows;
         pieces(if columns == 0 { 0 } else { rows }, fitting.max(block_rows))
     }

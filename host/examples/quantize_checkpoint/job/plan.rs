@@ -1,9 +1,9 @@
 //! What becomes of each tensor, and what the output holds. Decided before any data are read.
 
-use super::Options;
 use super::codec::Codec;
 use super::error::{Error, Result};
 use super::header::{Header, Metadata, Tensor};
+use super::{Block, Options};
 use half::{bf16, f16};
 use std::collections::HashSet;
 
@@ -86,16 +86,19 @@ pub fn outputs(options: &Options, codec: &Codec, plans: &[Plan]) -> Result<Vec<T
     Ok(tensors)
 }
 
-/// The texts of the input, and what one needs to know to dequantise: FP4 data do not tell their columns when these are odd, nor
-/// does anything tell the original type.
+/// The texts of the input, and what one needs to know to dequantise: FP4 and e5m6 data do not tell their columns when these were filled
+/// up, nor does anything tell the original type.
 pub fn metadata(options: &Options, header: &Header, plans: &[Plan]) -> Metadata {
     let mut metadata = header.metadata.clone();
     let matrices = plans.iter().filter(|p| p.values.is_some()).map(|p| &p.source);
     let matrices: serde_json::Map<_, _> =
         matrices.map(|t| (t.name.clone(), serde_json::json!({ "dtype": t.dtype, "shape": t.shape }))).collect();
     if !matrices.is_empty() {
-        let [rows, columns] = [options.block.0, options.block.1];
-        let how = serde_json::json!({ "format": options.format.name(), "block": [rows, columns], "matrices": matrices });
+        let block = match options.block {
+            Block::Of(rows, columns) => serde_json::json!([rows, columns]),
+            Block::Row => "row".into(),
+        };
+        let how = serde_json::json!({ "format": options.format.name(), "block": block, "matrices": matrices });
         metadata.insert("ferrotile".to_owned(), how.to_string());
     }
     metadata

@@ -572,6 +572,15 @@ pub fn max_abs_bf16x2(a: u32, b: u32) -> u32 {
         larger | (a ^ b) & 0x8000
     })
 }
+pub fn min_nan_bf16x2(a: u32, b: u32) -> u32 {
+    halves([a, b], |[a, b]| num::f32_to_bf16(min_nan(num::bf16_to_f32(a), num::bf16_to_f32(b))))
+}
+pub fn max_nan_bf16x2(a: u32, b: u32) -> u32 {
+    halves([a, b], |[a, b]| num::f32_to_bf16(max_nan(num::bf16_to_f32(a), num::bf16_to_f32(b))))
+}
+pub fn greater_bf16x2(a: u32, b: u32) -> u32 {
+    halves([a, b], |[a, b]| if num::bf16_to_f32(a) > num::bf16_to_f32(b) { 0x3F80 } else { 0 })
+}
 pub fn byte_permute(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = (b as u64) << 32 | a as u64;
     (0..4).fold(0, |word, n| {
