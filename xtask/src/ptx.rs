@@ -32,8 +32,6 @@ impl Options {
 const BUDGET_EXCEPTIONS: &[(&str, &str)] = &[
     ("topk_gate__gate__r8v4", "its first launch takes 82 ms on an H100"),
     ("topk_gate__gate__r32", "simple code as r8v4, whose first launch takes 82 ms on an H100"),
-    ("norm_backward__rows__bf16", "does not meet it yet: 124 ms were measured with 1224 instructions"),
-    ("norm_backward__rows__f32", "does not meet it yet, as bf16"),
 ];
 
 /// Most instructions of an entry. The driver compiles an entry before its first launch, which must take less than 100 ms on an H100.

@@ -125,6 +125,8 @@ pub fn plan<S: Value>(vectors: usize, num_tokens: u32, hidden: u32, weight_grad:
     }
     // Blocks come first, rows side by side in a block second.
     let rows = (MAX_THREADS / row_threads).min(ceil_div(num_tokens, num_sms)).max(1);
+    // A tile is written by a thread for each channel.
+    let rows = rows.max(TILE / row_threads);
     // One is worked on, another may not be left by all threads yet.
     let stages = (RING_BYTES / (rows * row_bytes::<S>(hidden) * 2)).min(MAX_STAGES);
     // Of few rows the shares are added up by more blocks than there are rows.
@@ -271,15 +273,13 @@ impl WeightGrad {
     fn add_up(self, tile: u32, ring: Shared<u8>) {
         let (halves, half, lane) = (block_dim() / TILE_LANES, thread_idx() / TILE_LANES, thread_idx() % TILE_LANES * 4);
         let channel = tile * TILE + lane;
-        let step = halves as u64 * align_up(self.hidden, 4) as u64;
         let mut sum = [0.0; 4];
         let mut number = half;
         while number < self.num_shares {
             rolled();
-            let from = self.share(number).at(channel as u64);
             let values: [[u32; 4]; AT_ONCE] = core::array::from_fn(|i| {
-                let there = (number + i as u32 * halves < self.num_shares) & (channel < self.hidden);
-                if there { from.at(i as u64 * step).load16(0) } else { [0; 4] }
+                let number = number + i as u32 * halves;
+                if (number < self.num_shares) & (channel < self.hidden) { self.share(number).load16(channel) } else { [0; 4] }
             });
             sum = values.iter().fold(sum, |sum, v| add(sum, *v));
             number += AT_ONCE as u32 * halves;
@@ -287,34 +287,34 @@ impl WeightGrad {
         let by_half = ring.cast::<f32>();
         by_half.store16(half * TILE + lane, sum.map(f32::to_bits));
         block_sync();
-        let mut column = thread_idx();
-        while column < TILE && tile * TILE + column < self.hidden {
-            rolled();
+        let column = thread_idx();
+        if column < TILE && tile * TILE + column < self.hidden {
             let mut sum = 0.0;
             let mut half = 0;
             while half < halves {
                 rolled();
                 let get = |half: u32| if half < halves { by_half.get(half * TILE + column) } else { 0.0 };
-                let values: [f32; 4] = core::array::from_fn(|i| get(half + i as u32));
+                let values: [f32; 8] = core::array::from_fn(|i| get(half + i as u32));
                 sum = values.iter().fold(sum, |sum, v| sum + v);
-                half += 4;
+                half += 8;
             }
             self.write(tile * TILE + column, sum);
-            column += block_dim();
         }
     }
 
     #[inline(always)]
     #[track_caller]
     fn write(self, channel: u32, sum: f32) {
-        let accumulate = self.parts & ACCUMULATE != 0;
-        if self.parts & WEIGHT_GRAD_F32 != 0 {
-            let to = self.to.cast::<f32>().at(channel as u64);
-            to.set(0, if accumulate { to.get(0) + sum } else { sum });
+        let (half, float) = (self.to.cast::<u16>().at(channel as u64), self.to.cast::<f32>().at(channel as u64));
+        let f32_output = self.parts & WEIGHT_GRAD_F32 != 0;
+        let mut sum = sum;
+        if self.parts & ACCUMULATE != 0 {
+            sum += if f32_output { float.get(0) } else { f32::from_bits((half.get(0) as u32) << 16) };
+        }
+        if f32_output {
+            float.set(0, sum);
         } else {
-            let to = self.to.cast::<u16>().at(channel as u64);
-            let sum = if accumulate { f32::from_bits((to.get(0) as u32) << 16) + sum } else { sum };
-            to.set(0, f32x2_to_bf16x2(sum, 0.0) as u16);
+            half.set(0, f32x2_to_bf16x2(sum, 0.0) as u16);
         }
     }
 }
@@ -347,18 +347,19 @@ kernel! {
         block_sync();
 
         // This thread's row of a group, and its vectors.
-        let mut row = 0;
-        while (row + 1) * row_threads <= thread_idx() {
+        let (mut row, mut lane) = (0, thread_idx());
+        while lane >= row_threads {
             rolled();
             row += 1;
+            lane -= row_threads;
         }
-        let lane = thread_idx() - row * row_threads;
         let row_warps = row_threads / WARP_SIZE;
         let channel = |i: usize| (lane + i as u32 * row_threads) * S::CHANNELS;
         let byte = |i: usize| channel(i) * (S::BITS / 8);
         let mut weights = [[S::ONE; 4]; N];
+        let weight_end = if parts & WEIGHT != 0 { hidden } else { 0 };
         unroll!(i in N {
-            if (parts & WEIGHT != 0) & (channel(i) < hidden) {
+            if channel(i) < weight_end {
                 weights[i] = S::load(weight.at(byte(i) as u64));
             }
         });
@@ -381,49 +382,49 @@ kernel! {
                 ahead -= 1;
             }
             let token = group * rows + row;
-            let exists = token < num_tokens;
+            // Channels of the row, none if it does not exist.
+            let end = if token < num_tokens { hidden } else { 0 };
             let rstd = next_rstd;
             next_rstd = rstd_of(token + step * rows);
             Mbarrier::new(block.full, stage).wait(parity);
 
-            let read = |tensor: u32, i: usize| {
-                let there = exists && channel(i) < hidden;
-                S::floats(if there { block.ring.load16(ring.at(stage, tensor, row) + byte(i)) } else { [0; 4] })
-            };
+            let (x_at, g_at) = (ring.at(stage, 0, row) + byte(0), ring.at(stage, 1, row) + byte(0));
+            let read = |at: u32, i: usize| S::floats(block.ring.load16(at + i as u32 * row_threads * 16));
             let mut dots = [0.0; 2];
             unroll!(i in N {
-                let (x, g, w) = (read(0, i), read(1, i), S::floats(weights[i]));
-                unroll!(c in 8 {
-                    if (c as u32) < S::CHANNELS {
-                        dots[c % 2] = fma(x[c] * rstd, g[c] * (w[c] * out_scale), dots[c % 2]);
-                    }
-                });
+                if channel(i) < end {
+                    let (x, g, w) = (read(x_at, i), read(g_at, i), S::floats(weights[i]));
+                    unroll!(c in 8 {
+                        if (c as u32) < S::CHANNELS {
+                            dots[c % 2] = fma(x[c], g[c] * w[c], dots[c % 2]);
+                        }
+                    });
+                }
             });
-            // Known to be together, they need no second copy of the sum for when they are not.
-            warp_sync();
             let of_warp = warp_sum::<32>(dots[0] + dots[1]);
             if lane_id() == 0 {
                 block.scratch.set(half + warp_id(), of_warp);
             }
             // On its way during the barrier; the ring keeps the memory busy meanwhile.
             let at = token as u64 * residual_stride;
+            let residual_end = if parts & RESIDUAL != 0 { end } else { 0 };
             let other: [[u32; 4]; N] = core::array::from_fn(|i| {
-                let there = parts & RESIDUAL != 0 && exists && channel(i) < hidden;
-                if there { S::load(residual_out_grad.at(at + byte(i) as u64)) } else { [0; 4] }
+                if channel(i) < residual_end { S::load(residual_out_grad.at(at + byte(i) as u64)) } else { [0; 4] }
             });
             block_sync();
             let part = if lane_id() < row_warps { block.scratch.get(half + row * row_warps + lane_id()) } else { 0.0 };
-            let mean = warp_sum::<32>(part) * inv_hidden;
+            let of_grad = out_scale * rstd;
+            let of_x = warp_sum::<32>(part) * inv_hidden * of_grad * rstd;
 
             // Read again rather than kept: that takes fewer registers.
             unroll!(i in N {
-                if exists && channel(i) < hidden {
-                    let (x, g, w, other) = (read(0, i), read(1, i), S::floats(weights[i]), S::floats(other[i]));
+                if channel(i) < end {
+                    let (x, g, w, other) = (read(x_at, i), read(g_at, i), S::floats(weights[i]), S::floats(other[i]));
                     let mut out = [0.0; 8];
                     unroll!(c in 8 {
                         if (c as u32) < S::CHANNELS {
                             let scaled = x[c] * rstd;
-                            out[c] = (g[c] * (w[c] * out_scale) - scaled * mean) * rstd + other[c];
+                            out[c] = fma(g[c] * w[c], of_grad, fma(-scaled, of_x, other[c]));
                             sums[i][c] = fma(scaled, g[c], sums[i][c]);
                         }
                     });
@@ -467,7 +468,8 @@ kernel! {
         }
         block_sync();
         let mut at = thread_idx() * 4;
-        while at < hidden && block_idx_x() < num_shares {
+        let end = if block_idx_x() < num_shares { hidden } else { 0 };
+        while at < end {
             rolled();
             let sums = of_rows.load16(at).map(f32::from_bits);
             weight_grad.share(block_idx_x()).store16(at, sums.map(|v| (v * out_scale).to_bits()));
