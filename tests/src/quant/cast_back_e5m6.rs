@@ -5,6 +5,7 @@ use super::per_token_cast_to_e5m6 as cast;
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare::{self, Bits};
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::cast_back_e5m6::{self as op, Args};
@@ -266,7 +267,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["per_token_cast_to_e5m6_and_back"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// What is cast and cast back is close to what it was, as the specification bounds it.
@@ -382,6 +384,29 @@ fn row<O: Output + 'static>(case: String, (t, h): (u64, u64), layout: SfLayout) 
     Row { op: "cast_back_e5m6", case, bytes, build: Box::new(build) }
 }
 
+/// What 1.0.0 made of its own cast.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let (x, sf, back) = (golden.tensor(case, "out/q.0")?, golden.tensor(case, "out/q.1")?, golden.tensor(case, "out/back")?);
+    let (layout, _) = case.sf_options()?;
+    let scale = |word: &u32| f32::from_bits(if layout.is_packed() { (word & 255) << 23 } else { *word });
+    let scales = sf.to_vec::<u32>()?.iter().map(scale).collect();
+    let (t, h) = (x.shape[0], x.shape[1] / 3 * 2);
+    let p = Problem { t, h, block: (1, h as u32), x: x.bytes.to_vec(), scales };
+    if back.dtype == safetensors::Dtype::BF16 {
+        check_recorded(ctx, &p, layout, &case.name(), &back.to_vec::<bf16>()?)
+    } else {
+        check_recorded(ctx, &p, layout, &case.name(), &back.to_vec::<f32>()?)
+    }
+}
+
+fn check_recorded<O: Output>(ctx: &Ctx, p: &Problem, layout: SfLayout, name: &str, back: &[O]) -> Result<(), String> {
+    let mut uploaded = Uploaded::<O>::new(&ctx.device, p, layout, Placement::default())?;
+    let stream = ctx.device.stream().map_err(text)?;
+    uploaded.call(op::cast_back_e5m6, &stream).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    uploaded.check(name, back)
+}
+
 /// The cases of 1.0.0's own benchmark, and small inputs.
 pub fn bench() -> Vec<Row> {
     let (plain, packed) = (SfLayout::RowMajor, SfLayout::ColMajorPacked);
@@ -399,41 +424,12 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::{DType, Error, Result, TensorMut, TensorRef, View};
     use proptest::prelude::{ProptestConfig, proptest};
 
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_token_cast_to_e5m6_and_back").unwrap() {
-            let name = case.name();
-            let (x, sf) = (golden.tensor(case, "out/q.0").unwrap(), golden.tensor(case, "out/q.1").unwrap());
-            let packed = case.param::<bool>("use_packed_ue8m0").unwrap();
-            let scale = |word: &u32| f32::from_bits(if packed { (word & 255) << 23 } else { *word });
-            let scales = sf.to_vec::<u32>().unwrap().iter().map(scale).collect();
-            let (t, h) = (x.shape[0], x.shape[1] / 3 * 2);
-            let p = Problem { t, h, block: (1, h as u32), x: x.bytes.to_vec(), scales };
-            let layout = if packed { SfLayout::ColMajorPacked } else { SfLayout::RowMajor };
-            let back = golden.tensor(case, "out/back").unwrap();
-            let run = |u: &mut dyn FnMut(&Stream) -> Result<()>| u(&stream).unwrap();
-            if back.dtype == safetensors::Dtype::BF16 {
-                let mut u = Uploaded::<bf16>::new(&device, &p, layout, Placement::default()).unwrap();
-                run(&mut |s| u.call(op::cast_back_e5m6, s));
-                u.check(&name, &back.to_vec::<bf16>().unwrap()).unwrap();
-            } else {
-                let mut u = Uploaded::<f32>::new(&device, &p, layout, Placement::default()).unwrap();
-                run(&mut |s| u.call(op::cast_back_e5m6, s));
-                u.check(&name, &back.to_vec::<f32>().unwrap()).unwrap();
-            }
-        }
     }
 
     #[test]

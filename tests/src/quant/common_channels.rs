@@ -1,6 +1,8 @@
 //! What the tests of the casts with a scale for each channel share: the reference, inputs, outputs.
 
+use crate::support::cases::rows_apart;
 use crate::support::compare;
+use crate::support::golden::{Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{ensure, text};
 use ferrotile::quant::{Input, Sf, SfLayout, SfMut, SfShape, sf_shape};
@@ -181,31 +183,31 @@ enum Data {
     Pair(Buffer<E4m3>, SfShape, Buffer<u32>),
 }
 
-/// `rows` of `h` elements spread to rows that lie `stride` apart, from element `offset` on; what lies between is `gap`.
-fn spread<T: Copy>(rows: &[T], h: u64, (stride, offset): (u64, u64), gap: T) -> Vec<T> {
-    if stride == h && offset == 0 {
-        return rows.to_vec();
-    }
-    let t = (rows.len() as u64).checked_div(h).unwrap_or(0);
-    let mut all = vec![gap; if t == 0 { offset } else { offset + (t - 1) * stride + h } as usize];
-    for (i, row) in rows.chunks_exact(h.max(1) as usize).enumerate() {
-        let start = (offset + i as u64 * stride) as usize;
-        all[start..start + row.len()].copy_from_slice(row);
-    }
-    all
-}
-
 impl Source {
     /// Plain input; bf16 values must be given as such.
     pub fn plain(device: &Device, kind: Kind, (t, h): (u64, u64), place: (u64, u64), values: Vec<f32>) -> Result<Self, String> {
         let data = match kind {
             Kind::Bf16 => {
                 let rows: Vec<bf16> = values.par_iter().map(|v| bf16::from_f32(*v)).collect();
-                Data::Bf16(device.upload(&spread(&rows, h, place, bf16::MAX)).map_err(text)?)
+                Data::Bf16(device.upload(&rows_apart(&rows, h, place, bf16::MAX)).map_err(text)?)
             }
-            _ => Data::F32(device.upload(&spread(&values, h, place, f32::MAX)).map_err(text)?),
+            _ => Data::F32(device.upload(&rows_apart(&values, h, place, f32::MAX)).map_err(text)?),
         };
         Ok(Self { kind, t, h, stride: place.0, offset: place.1, values, data })
+    }
+
+    /// The input of a golden case: bf16, or quantised if the call says how many channels have a scale.
+    pub fn recorded(device: &Device, golden: &Golden, case: &Case) -> Result<Self, String> {
+        let npc: Option<u32> = case.param_or("num_per_channels", None)?;
+        let x = golden.tensor(case, if npc.is_some() { "in/x.0" } else { "in/x" })?;
+        let (shape, place) = ((x.shape[0], x.shape[1]), (x.shape[1], 0));
+        match npc {
+            None => Self::plain(device, Kind::Bf16, shape, place, x.floats()?),
+            Some(npc) => {
+                let scales = golden.tensor(case, "in/x.1")?.to_vec::<f32>()?;
+                Self::pair(device, (SfLayout::RowMajor, npc), shape, place, x.bytes, &scales)
+            }
+        }
     }
 
     /// Quantised input from its codes and scales `(T, K)`; packed scales must be powers of two.
@@ -238,7 +240,7 @@ impl Source {
         }
         let sf = device.upload(&words).map_err(text)?;
         let codes: Vec<E4m3> = codes.iter().map(|code| E4m3(*code)).collect();
-        let data = Data::Pair(device.upload(&spread(&codes, h, place, E4m3(0x7E))).map_err(text)?, shape, sf);
+        let data = Data::Pair(device.upload(&rows_apart(&codes, h, place, E4m3(0x7E))).map_err(text)?, shape, sf);
         Ok(Self { kind: Kind::Pair(layout, npc), t, h, stride: place.0, offset: place.1, values, data })
     }
 

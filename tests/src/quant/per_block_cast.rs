@@ -482,7 +482,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     let block: Block = case.param("block_size")?;
     let (layout, round) = case.sf_options()?;
     let x = golden.tensor(case, "in/x")?;
-    let values = x.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect();
+    let values = x.floats()?;
     let shape = (x.shape[0], x.shape[1]);
     let input = Input::new(&ctx.device, DType::Bf16, shape, (x.shape[1], 0), values)?;
     let mut out = Outputs::new(&ctx.device, &input, format, block, layout)?;

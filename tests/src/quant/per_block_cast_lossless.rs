@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_block_cast_lossless::{self as op, Args};
@@ -336,6 +337,7 @@ const ROW: SfLayout = SfLayout::RowMajor;
 const PACKED: SfLayout = SfLayout::ColMajorPacked;
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
+    let notes = golden::check_cases(ctx, &[SUITE.op], |golden, case| check_golden(ctx, golden, case))?;
     let d = &ctx.device;
     let all = [SfLayout::COMMON, SfLayout::COMMON];
     let some: [&[SfLayout]; 2] = [&[PACKED], &[ROW, PACKED]];
@@ -359,7 +361,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     check((1, 16), (0, 0), (1, 32), &BLOCKS, some, Kind::Wild)?;
     if ctx.depth == Depth::Small {
         check((1, 2048), (0, 0), (1, 32), &BLOCKS, plain, Kind::Normal)?;
-        return Ok(ctx.report());
+        return Ok(Report { notes, ..ctx.report() });
     }
     let grid: [&[SfLayout]; 2] = [&[ROW, PACKED], &[ROW, PACKED]];
     for h in HIDDENS {
@@ -376,7 +378,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         check_both_backends(ctx)?;
         check_large(ctx)?;
     }
-    Ok(ctx.report())
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// The launcher recorded in a graph and replayed.
@@ -451,6 +453,35 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
+/// What the peers computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let (layout, _) = case.sf_options()?;
+    let (x_block, block): (Block, Block) = (case.param("x_block_size")?, case.param("out_block_size")?);
+    let (x, sf) = (golden.tensor(case, "in/x.0")?, golden.tensor(case, "in/x.1")?);
+    let (t, h) = (x.shape[0], 2 * x.shape[1]);
+    let columns = h.div_ceil(x_block.1.into());
+    let words = sf.to_vec::<u32>()?;
+    let scale = |i: u64| {
+        let (m, k) = (i / columns, i % columns);
+        if !layout.is_packed() {
+            return words[i as usize];
+        }
+        (words[(m * columns.div_ceil(4) + k / 4) as usize] >> (k % 4 * 8) & 255) << 23
+    };
+    let scales = (0..t.div_ceil(x_block.0.into()) * columns).map(scale).collect();
+    let input = Input::given(&ctx.device, (t, h), (0, 0), x_block, x.bytes.to_vec(), scales)?;
+    let mut out = Outputs::new(&ctx.device, &input, block, layout)?;
+    let stream = ctx.device.stream().map_err(text)?;
+    out.cast(&stream, &input, &input.sf(&ctx.device, layout, 0)?, block, true).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    out.check_data(&name, golden.tensor(case, "out/0")?.bytes)?;
+    ensure(out.lost.to_vec().map_err(text)?.iter().all(|n| *n == BEFORE), || format!("values counted as lost; {name}"))?;
+    let sf = golden.tensor(case, "out/1")?;
+    sf.check_place(&name, &out.sf_shape)?;
+    out.check_sf(&name, &if layout.is_packed() { sf.packed_words(h.div_ceil(block.1.into()))? } else { sf.to_vec()? })
+}
+
 fn row(case: String, (t, h): (u64, u64), block: Block, layouts: [SfLayout; 2]) -> Row {
     let (x_sf, sf) = (sf_shape(t, h, (1, 32), layouts[0]), sf_shape(t, h, block, layouts[1]));
     let bytes = t * h / 2 + 4 * x_sf.shape[0] * x_sf.shape[1] + t * h + 4 * sf.shape[0] * sf.shape[1];
@@ -491,7 +522,6 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::{Error, Result, TensorMut, TensorRef};
     use proptest::prelude::{ProptestConfig, proptest};
 
@@ -523,56 +553,6 @@ mod tests {
                 }
                 assert_eq!(lost, r.lost, "{kind:?} {block:?}");
                 assert_eq!(lost.iter().sum::<i32>() > 0, kind == Kind::Wild || kind == Kind::Odd);
-            }
-        }
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_block_cast_lossless").unwrap() {
-            let name = case.name();
-            let flag = |key| case.param::<bool>(key).unwrap();
-            let layout = match (flag("use_tma_aligned_col_major_sf"), flag("use_packed_ue8m0")) {
-                (false, false) => SfLayout::RowMajor,
-                (true, false) => SfLayout::ColMajor,
-                (true, true) => SfLayout::ColMajorPacked,
-                (false, true) => SfLayout::RowMajorPacked,
-            };
-            let (x_block, block): (Block, Block) = (case.param("x_block_size").unwrap(), case.param("out_block_size").unwrap());
-            let (x, sf) = (golden.tensor(case, "in/x.0").unwrap(), golden.tensor(case, "in/x.1").unwrap());
-            let (t, h) = (x.shape[0], 2 * x.shape[1]);
-            let columns = h.div_ceil(x_block.1.into());
-            let words = sf.to_vec::<u32>().unwrap();
-            let scale = |i: u64| {
-                let (m, k) = (i / columns, i % columns);
-                if !layout.is_packed() {
-                    return words[i as usize];
-                }
-                (words[(m * columns.div_ceil(4) + k / 4) as usize] >> (k % 4 * 8) & 255) << 23
-            };
-            let scales = (0..t.div_ceil(x_block.0.into()) * columns).map(scale).collect();
-            let input = Input::given(&device, (t, h), (0, 0), x_block, x.bytes.to_vec(), scales).unwrap();
-            let mut out = Outputs::new(&device, &input, block, layout).unwrap();
-            out.cast(&stream, &input, &input.sf(&device, layout, 0).unwrap(), block, true).unwrap();
-            out.check_data(&name, golden.tensor(case, "out/0").unwrap().bytes).unwrap();
-            assert!(out.lost.to_vec().unwrap().iter().all(|n| *n == BEFORE), "{name}");
-            let expected = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(expected.shape, out.sf_shape.shape, "{name}");
-            let mut words = expected.to_vec::<u32>().unwrap();
-            if layout.is_packed() {
-                // Bytes of blocks that do not exist hold anything there and zeros here.
-                let (columns, blocks) = (expected.shape[1] as usize, h.div_ceil(block.1.into()) as usize);
-                for (i, word) in words.iter_mut().enumerate() {
-                    let used = (blocks - i % columns * 4).min(4);
-                    *word &= u32::MAX >> (32 - 8 * used);
-                }
-            }
-            out.check_sf(&name, &words).unwrap();
-            for (dim, stride) in expected.strides.iter().enumerate().filter(|(dim, _)| expected.shape[*dim] > 1) {
-                assert_eq!(*stride, out.sf_shape.strides[dim], "{name}");
             }
         }
     }

@@ -4,9 +4,10 @@ use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS};
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::SfLayout;
 use ferrotile::quant::per_channel_cast::{self as op, Args};
+use ferrotile::quant::{SfLayout, sf_shape};
 use ferrotile::{Device, Stream};
 use std::cell::OnceCell;
 
@@ -86,7 +87,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     if !ctx.device.is_emulator() {
         check_graph(ctx)?;
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &[SUITE.op], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// Awkward shapes and values.
@@ -207,6 +209,22 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
+/// What the peers computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let (npt, round): (u32, bool) = (case.param("num_per_tokens")?, case.param("round_sf")?);
+    let packed = case.param_or("use_packed_ue8m0", false)?;
+    let layout = if packed { SfLayout::PerChannelPacked } else { SfLayout::RowMajor };
+    let source = Source::recorded(&ctx.device, golden, case)?;
+    let mut out = outputs(&ctx.device, &source, npt, layout, (0, 0))?;
+    let stream = ctx.device.stream().map_err(text)?;
+    cast(&stream, &source, npt, round, &mut out).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    let sf = golden.tensor(case, "out/1")?;
+    sf.check_place(&name, &sf_shape(source.t, source.h, (npt, 1), layout))?;
+    out.check(&name, golden.tensor(case, "out/0")?.bytes, &sf.to_vec::<u32>()?)
+}
+
 fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): (bool, SfLayout)) -> Row {
     let sf = Outputs::sf_shape((t, h), npt, layout, 0);
     let bytes = kind.bytes(t, h) + t * h + 4 * sf.shape[0] * sf.shape[1];
@@ -250,9 +268,8 @@ pub fn bench() -> Vec<Row> {
 mod tests {
     use super::*;
     use crate::quant::common_channels::FILL;
-    use crate::support::golden::Golden;
     use crate::support::rng::Rng;
-    use ferrotile::quant::{Input, Sf, SfMut, sf_shape};
+    use ferrotile::quant::{Input, Sf, SfMut};
     use ferrotile::{Buffer, DType, E4m3, Error, Result, Ue8m0x4};
     use half::bf16;
     use proptest::prelude::{ProptestConfig, proptest};
@@ -260,38 +277,6 @@ mod tests {
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_channel_cast").unwrap() {
-            let name = case.name();
-            let (npt, round) = (case.param("num_per_tokens").unwrap(), case.param("round_sf").unwrap());
-            let packed = case.param_or("use_packed_ue8m0", false).unwrap();
-            let layout = if packed { SfLayout::PerChannelPacked } else { SfLayout::RowMajor };
-            // A quantised input, if a number of channels is given.
-            let npc: Option<u32> = case.param_or("num_per_channels", None).unwrap();
-            let x = golden.tensor(case, if npc.is_some() { "in/x.0" } else { "in/x" }).unwrap();
-            let shape = (x.shape[0], x.shape[1]);
-            let source = match npc {
-                None => {
-                    let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
-                    Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap()
-                }
-                Some(npc) => {
-                    let scales = golden.tensor(case, "in/x.1").unwrap().to_vec::<f32>().unwrap();
-                    Source::pair(&device, (SfLayout::RowMajor, npc), shape, (shape.1, 0), x.bytes, &scales).unwrap()
-                }
-            };
-            let mut out = outputs(&device, &source, npt, layout, (0, 0)).unwrap();
-            cast(&stream, &source, npt, round, &mut out).unwrap();
-            let sf = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(sf.shape, sf_shape(shape.0, shape.1, (npt, 1), layout).shape, "{name}");
-            out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf.to_vec::<u32>().unwrap()).unwrap();
-        }
     }
 
     /// Buffers for calls that must be refused.

@@ -4,9 +4,10 @@
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS};
+use crate::support::golden::{self, Case, Golden};
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_channel_cast_and_transpose::{self as op, Args};
-use ferrotile::quant::{Input, SfLayout};
+use ferrotile::quant::{Input, SfLayout, sf_shape};
 use ferrotile::{Device, Stream};
 use std::cell::OnceCell;
 
@@ -99,7 +100,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &[SUITE.op], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// A few cases on the emulator too: the same bytes.
@@ -168,6 +170,20 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
+/// What 1.0.0 computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let (npt, round): (u32, bool) = (case.param("num_per_tokens")?, case.param("round_sf")?);
+    let source = Source::recorded(&ctx.device, golden, case)?;
+    let mut out = outputs(&ctx.device, &source, npt, SfLayout::RowMajor, (0, 0))?;
+    let stream = ctx.device.stream().map_err(text)?;
+    cast(&stream, &source, npt, round, &mut out).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    let sf = golden.tensor(case, "out/1")?;
+    sf.check_place(&name, &sf_shape(source.t, source.h, (npt, 1), SfLayout::RowMajor))?;
+    out.check(&name, golden.tensor(case, "out/0")?.bytes, &sf.to_vec::<u32>()?)
+}
+
 fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool) -> Row {
     let bytes = kind.bytes(t, h) + t * h + 4 * t.div_ceil(npt.into()) * h;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
@@ -196,7 +212,6 @@ pub fn bench() -> Vec<Row> {
 mod tests {
     use super::*;
     use crate::quant::common_channels::FILL;
-    use crate::support::golden::Golden;
     use crate::support::rng::Rng;
     use ferrotile::quant::SfMut;
     use ferrotile::{Buffer, DType, Error, Result};
@@ -206,26 +221,6 @@ mod tests {
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_channel_cast_and_transpose").unwrap() {
-            let name = case.name();
-            let (npt, round) = (case.param("num_per_tokens").unwrap(), case.param("round_sf").unwrap());
-            let x = golden.tensor(case, "in/x").unwrap();
-            let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
-            let shape = (x.shape[0], x.shape[1]);
-            let source = Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values).unwrap();
-            let mut out = outputs(&device, &source, npt, SfLayout::RowMajor, (0, 0)).unwrap();
-            cast(&stream, &source, npt, round, &mut out).unwrap();
-            let sf = golden.tensor(case, "out/1").unwrap();
-            assert_eq!(sf.shape, [shape.0.div_ceil(npt.into()), shape.1], "{name}");
-            out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf.to_vec::<u32>().unwrap()).unwrap();
-        }
     }
 
     #[test]

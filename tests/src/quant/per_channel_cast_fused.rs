@@ -3,6 +3,7 @@
 use super::common_channels::{Kind, Outputs, Quantised, SCALES, Source, reference};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, MoeCase, moe_bench_cases, moe_cases};
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::SfLayout;
@@ -123,7 +124,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &[SUITE.op], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// Awkward shapes and values.
@@ -274,6 +276,18 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
+/// What 1.0.0 computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let rows = Rows::gathered(&ctx.device, golden.tensor(case, "in/pos_to_token")?.to_vec::<i32>()?)?;
+    let source = Source::recorded(&ctx.device, golden, case)?;
+    let mut out = outputs(&ctx.device, source.h, &rows, 128, SfLayout::RowMajor, (0, 0))?;
+    let stream = ctx.device.stream().map_err(text)?;
+    cast(&stream, &source, &rows, 128, case.param("round_sf")?, &mut out).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    out.check(&name, golden.tensor(case, "out/0")?.bytes, &golden.tensor(case, "out/1")?.to_vec::<u32>()?)
+}
+
 /// `t` rows of input; gathered by a routing, or all of them.
 fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>) -> Row {
     let pos = routing.map(|case| routed(&case, 128).1);
@@ -316,46 +330,13 @@ pub fn bench() -> Vec<Row> {
 mod tests {
     use super::*;
     use crate::quant::common_channels::FILL;
-    use crate::support::golden::Golden;
     use ferrotile::quant::{Input, SfMut};
     use ferrotile::{DType, Error, Result};
-    use half::bf16;
     use proptest::prelude::{ProptestConfig, proptest};
 
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_channel_cast_fused").unwrap() {
-            let name = case.name();
-            let round = case.param("round_sf").unwrap();
-            let npc: Option<u32> = case.param("num_per_channels").unwrap();
-            let pos = golden.tensor(case, "in/pos_to_token").unwrap().to_vec::<i32>().unwrap();
-            let rows = Rows::gathered(&device, pos).unwrap();
-            let x = golden.tensor(case, if npc.is_some() { "in/x.0" } else { "in/x" }).unwrap();
-            let shape = (x.shape[0], x.shape[1]);
-            let source = match npc {
-                None => {
-                    let values = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
-                    Source::plain(&device, Kind::Bf16, shape, (shape.1, 0), values)
-                }
-                Some(npc) => {
-                    let scales = golden.tensor(case, "in/x.1").unwrap().to_vec::<f32>().unwrap();
-                    Source::pair(&device, (SfLayout::RowMajor, npc), shape, (shape.1, 0), x.bytes, &scales)
-                }
-            };
-            let source = source.unwrap();
-            let mut out = outputs(&device, shape.1, &rows, 128, SfLayout::RowMajor, (0, 0)).unwrap();
-            cast(&stream, &source, &rows, 128, round, &mut out).unwrap();
-            let sf = golden.tensor(case, "out/1").unwrap().to_vec::<u32>().unwrap();
-            out.check(&name, golden.tensor(case, "out/0").unwrap().bytes, &sf).unwrap();
-        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Reference, cases, checks and benchmark rows of `per_token_cast` and its two variants.
 
 use crate::support::bench::{Launch, Row};
-use crate::support::cases::{Depth, HIDDENS, TOKENS};
+use crate::support::cases::{Depth, HIDDENS, TOKENS, rows_apart};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
@@ -372,36 +372,21 @@ enum Elements {
 }
 
 impl Rows {
-    /// Rows of `columns` elements that lie `stride` elements apart, from element `offset` of a buffer on.
-    fn place<T: Copy + Send + Sync>(data: &[T], columns: u64, (stride, offset): (u64, u64), between: T) -> Vec<T> {
-        if (stride, offset) == (columns, 0) {
-            return data.to_vec();
-        }
-        let rows = (data.len() as u64).checked_div(columns).unwrap_or(0);
-        let len = if rows == 0 { offset } else { offset + (rows - 1) * stride + columns };
-        let mut all = vec![between; len as usize];
-        for (row, values) in data.chunks_exact(columns.max(1) as usize).enumerate() {
-            let start = (offset + row as u64 * stride) as usize;
-            all[start..start + columns as usize].copy_from_slice(values);
-        }
-        all
-    }
-
     /// bf16 values must be given as such.
     fn plain(device: &Device, dtype: DType, values: &[f32], shape: [u64; 2], at: (u64, u64)) -> Result<Self, String> {
         // What lies between the rows would be noticed if it were read.
         let elements = match dtype {
             DType::Bf16 => {
                 let values: Vec<bf16> = values.par_iter().map(|v| bf16::from_f32(*v)).collect();
-                Elements::Bf16(device.upload(&Self::place(&values, shape[1], at, bf16::from_f32(1e30))).map_err(text)?)
+                Elements::Bf16(device.upload(&rows_apart(&values, shape[1], at, bf16::from_f32(1e30))).map_err(text)?)
             }
-            _ => Elements::F32(device.upload(&Self::place(values, shape[1], at, 1e30)).map_err(text)?),
+            _ => Elements::F32(device.upload(&rows_apart(values, shape[1], at, 1e30)).map_err(text)?),
         };
         Ok(Self { elements, shape, stride: at.0, offset: at.1 })
     }
 
     fn quantised(device: &Device, format: Format, data: &[u8], shape: [u64; 2], at: (u64, u64)) -> Result<Self, String> {
-        let bytes = Self::place(data, shape[1], at, 0x7E);
+        let bytes = rows_apart(data, shape[1], at, 0x7E);
         let elements = match format {
             Format::E4m3 => Elements::E4m3(device.upload(bytemuck::cast_slice(&bytes)).map_err(text)?),
             Format::E2m1 => Elements::E2m1(device.upload(bytemuck::cast_slice(&bytes)).map_err(text)?),
@@ -886,11 +871,8 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     let (layout, round) = case.sf_options()?;
     let x = golden.tensor(case, "in/x")?;
     let shape = (x.shape[0], x.shape[1]);
-    let (dtype, values) = if x.bytes.len() as u64 == 2 * shape.0 * shape.1 {
-        (DType::Bf16, x.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect())
-    } else {
-        (DType::F32, x.to_vec::<f32>()?)
-    };
+    let (dtype, values) =
+        if x.bytes.len() as u64 == 2 * shape.0 * shape.1 { (DType::Bf16, x.floats()?) } else { (DType::F32, x.to_vec::<f32>()?) };
     let source = Source::plain(&ctx.device, dtype, Reference::new(Values::plain(values, shape.1)), (shape.1, 0), "golden")?;
     let mut out = Outputs::new(&ctx.device, shape, format, npc, layout)?;
     let stream = ctx.device.stream().map_err(text)?;

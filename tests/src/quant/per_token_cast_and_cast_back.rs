@@ -196,7 +196,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
 /// reference, whose halves the recorded results of the two ops confirm.
 fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     let x = golden.tensor(case, "in/x")?;
-    let x: Vec<f32> = x.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect();
+    let x: Vec<f32> = x.floats()?;
     let hidden = golden.tensor(case, "in/x")?.shape[1];
     let rule = match (case.param("round_sf")?, case.param("use_e4m3_sf")?) {
         (true, _) => Rule::Powers,

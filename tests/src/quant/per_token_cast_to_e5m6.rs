@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_token_cast_to_e5m6::{self as op, Args};
@@ -358,7 +359,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["per_token_cast_to_e5m6_and_back"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// The launcher recorded in a graph and replayed.
@@ -428,6 +430,23 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
+/// What 1.0.0 computed.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let (layout, round) = case.sf_options()?;
+    let x = golden.tensor(case, "in/x")?;
+    let dtype = if x.dtype == safetensors::Dtype::BF16 { DType::Bf16 } else { DType::F32 };
+    let input = Input::new(&ctx.device, dtype, (x.shape[0], x.shape[1]), (0, 0), x.floats()?)?;
+    let mut out = Outputs::new(&ctx.device, &input, layout, 0)?;
+    let stream = ctx.device.stream().map_err(text)?;
+    out.cast(&stream, &input, round).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    out.check_data(&name, golden.tensor(case, "out/q.0")?.bytes)?;
+    let sf = golden.tensor(case, "out/q.1")?;
+    sf.check_place(&name, &out.sf_shape)?;
+    out.check_sf(&name, &if layout.is_packed() { sf.packed_words(1)? } else { sf.to_vec()? })
+}
+
 fn row(case: String, dtype: DType, (t, h): (u64, u64), layout: SfLayout) -> Row {
     let bytes = t * h * dtype.size() + t * h / 2 * 3 + 4 * t;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
@@ -459,7 +478,6 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::golden::Golden;
     use ferrotile::{Error, Result, TensorMut, View};
     use proptest::prelude::{ProptestConfig, proptest};
 
@@ -491,39 +509,6 @@ mod tests {
             (1.0 + 3.0 / 128.0, 0x3C2),
         ] {
             assert_eq!(e5m6(v), code, "{v:e}");
-        }
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        let stream = device.stream().unwrap();
-        for case in golden.cases_of("per_token_cast_to_e5m6_and_back").unwrap() {
-            let name = case.name();
-            let flag = |key| case.param::<bool>(key).unwrap();
-            let layout = match (flag("use_tma_aligned_col_major_sf"), flag("use_packed_ue8m0")) {
-                (false, _) => SfLayout::RowMajor,
-                (true, false) => SfLayout::ColMajor,
-                (true, true) => SfLayout::ColMajorPacked,
-            };
-            let x = golden.tensor(case, "in/x").unwrap();
-            let (dtype, values) = match x.dtype {
-                safetensors::Dtype::BF16 => (DType::Bf16, x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect()),
-                _ => (DType::F32, x.to_vec::<f32>().unwrap()),
-            };
-            let input = Input::new(&device, dtype, (x.shape[0], x.shape[1]), (0, 0), values).unwrap();
-            let mut out = Outputs::new(&device, &input, layout, 0).unwrap();
-            out.cast(&stream, &input, flag("round_sf")).unwrap();
-            out.check_data(&name, golden.tensor(case, "out/q.0").unwrap().bytes).unwrap();
-            let sf = golden.tensor(case, "out/q.1").unwrap();
-            assert_eq!(sf.shape, out.sf_shape.shape, "{name}");
-            let mut words = sf.to_vec::<u32>().unwrap();
-            if layout.is_packed() {
-                // Bytes of groups that do not exist hold anything there and zeros here.
-                words.iter_mut().for_each(|word| *word &= 0xFF);
-            }
-            out.check_sf(&name, &words).unwrap();
         }
     }
 

@@ -4,7 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, MoeCase};
 use crate::support::compare;
 use crate::support::device_math::{self, Function};
-use crate::support::golden::{Case, Golden};
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::swiglu_backward::{self as op, Args, WeightGrad};
@@ -698,14 +698,12 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     }
     if !ctx.device.is_emulator() {
         check_graph(ctx)?;
-        if let Some(golden) = Golden::open()? {
-            check_golden(ctx, &golden)?;
-        }
         if ctx.depth == Depth::Full {
             check_backends(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["swiglu_forward_backward"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// Tokens of which none came to these experts: no rows, yet weights.
@@ -866,44 +864,30 @@ pub(super) fn matches_golden(ctx: &Ctx, what: &str, name: &str, got: &[f32], rec
     compare::equal(what, name, &[got.len() as u64], got, recorded)
 }
 
-/// Values of a recorded tensor, bf16 or f32.
-pub(super) fn golden_values(golden: &Golden, case: &Case, key: &str) -> Result<Vec<f32>, String> {
-    let tensor = golden.tensor(case, key)?;
-    if tensor.dtype == safetensors::Dtype::F32 {
-        return tensor.to_vec();
-    }
-    Ok(tensor.to_vec::<bf16>()?.iter().map(|v| v.to_f32()).collect())
-}
-
 /// The recorded gradients of weights, within the specification's tolerance.
 pub(super) fn matches_golden_weight_grad(name: &str, got: &[f32], golden: &Golden, case: &Case, key: &str) -> Result<(), String> {
     let recorded = golden.tensor(case, key)?.to_vec::<f32>()?;
     compare::allclose("weight_grad", name, &[got.len() as u64], got, &recorded, (1e-4, 1e-4))
 }
 
-fn check_golden(ctx: &Ctx, golden: &Golden) -> Result<(), String> {
-    for case in golden.cases().iter().filter(|case| case.op == "swiglu_forward_backward") {
-        let name = case.name();
-        if !ctx.case(&name) {
-            continue;
-        }
-        let hidden = golden.tensor(case, "in/act_x_grad")?.shape[1];
-        let values = |key| golden_values(golden, case, key);
-        let (problem, options) = golden_problem(golden, case, hidden, values("in/x")?, values("in/act_x_grad")?)?;
-        let dtype = if case.param::<String>("fmt")? == "fp32" { DType::F32 } else { DType::Bf16 };
-        let inputs = Inputs::new(&ctx.device, &problem, dtype, (0, 0))?;
-        let mut outputs = Outputs::new(&ctx.device, &inputs, &options, dtype)?;
-        outputs.run(&ctx.device.stream().map_err(text)?, &inputs, &options).map_err(text)?;
-        matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &values("out/bwd.0")?)?;
-        // Without weights their gradient is not among the results.
-        if options.weight_grad {
-            let weight_grad = outputs.weight_grad.to_vec().map_err(text)?;
-            matches_golden_weight_grad(&name, &weight_grad[..outputs.num_weights], golden, case, "out/bwd.1")?;
-        }
-        let act_out = if options.weight_grad { "out/bwd.2" } else { "out/bwd.1" };
-        // Not bit for bit: the release's division may be off.
-        near("act_out", &name, &outputs.act_out.values()?, &values(act_out)?)?;
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let hidden = golden.tensor(case, "in/act_x_grad")?.shape[1];
+    let values = |key| golden.tensor(case, key)?.floats();
+    let (problem, options) = golden_problem(golden, case, hidden, values("in/x")?, values("in/act_x_grad")?)?;
+    let dtype = if case.param::<String>("fmt")? == "fp32" { DType::F32 } else { DType::Bf16 };
+    let inputs = Inputs::new(&ctx.device, &problem, dtype, (0, 0))?;
+    let mut outputs = Outputs::new(&ctx.device, &inputs, &options, dtype)?;
+    outputs.run(&ctx.device.stream().map_err(text)?, &inputs, &options).map_err(text)?;
+    matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &values("out/bwd.0")?)?;
+    // Without weights their gradient is not among the results.
+    if options.weight_grad {
+        let weight_grad = outputs.weight_grad.to_vec().map_err(text)?;
+        matches_golden_weight_grad(&name, &weight_grad[..outputs.num_weights], golden, case, "out/bwd.1")?;
     }
+    let act_out = if options.weight_grad { "out/bwd.2" } else { "out/bwd.1" };
+    // Not bit for bit: the release's division may be off.
+    near("act_out", &name, &outputs.act_out.values()?, &values(act_out)?)?;
     Ok(())
 }
 
@@ -950,12 +934,6 @@ mod tests {
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        check_golden(&Ctx::new(Device::emulator(), Depth::Small), &golden).unwrap();
     }
 
     /// The formula of 6.9 for x / t, which the kernel has, against the division: equal for every x, whatever last bit `exp` has.

@@ -2,13 +2,12 @@
 
 use super::swiglu_backward::{
     Expected, FILL, Floats, GUARD, Layout, Options, Problem, Routing, RowsBy, WeightsBy, awkward, check_weight_grad,
-    golden_problem, golden_values, matches_golden, matches_golden_weight_grad, moe_cases, near, nothing_here, plain_layout,
-    small_layout,
+    golden_problem, matches_golden, matches_golden_weight_grad, moe_cases, near, nothing_here, plain_layout, small_layout,
 };
 use crate::support::bench::{Launch, Row};
-use crate::support::cases::{Depth, MoeCase};
+use crate::support::cases::{Depth, MoeCase, rows_apart};
 use crate::support::compare;
-use crate::support::golden::Golden;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::swiglu_backward_and_per_token_cast::{self as op, Args};
@@ -82,17 +81,6 @@ struct Inputs {
     routing: Routing,
 }
 
-/// `values` in rows of `columns` that lie `stride` apart, from element `offset` on.
-fn spread<T: Copy>(values: &[T], columns: u64, (stride, offset): (u64, u64), between: T) -> Vec<T> {
-    let rows = (values.len() as u64).checked_div(columns).unwrap_or(0);
-    let mut all = vec![between; (offset + rows * stride) as usize];
-    for (row, values) in values.chunks_exact(columns.max(1) as usize).enumerate() {
-        let start = offset as usize + row * stride as usize;
-        all[start..start + values.len()].copy_from_slice(values);
-    }
-    all
-}
-
 impl Inputs {
     fn new(device: &Device, problem: &Problem, x: &Quantised, npc: u64, dtype: DType, apart: (u64, u64)) -> Result<Self, String> {
         let h = problem.hidden as u64;
@@ -100,8 +88,8 @@ impl Inputs {
         Ok(Self {
             hidden: h,
             npc,
-            x: device.upload(&spread(&x.codes, 2 * h, (2 * h + apart.0, apart.1), 0x7E)).map_err(text)?,
-            x_sf: device.upload(&spread(&x.sf, groups, (groups + apart.0, apart.1), 1e30)).map_err(text)?,
+            x: device.upload(&rows_apart(&x.codes, 2 * h, (2 * h + apart.0, apart.1), 0x7E)).map_err(text)?,
+            x_sf: device.upload(&rows_apart(&x.sf, groups, (groups + apart.0, apart.1), 1e30)).map_err(text)?,
             grad: Floats::upload(device, dtype, &problem.grad, h, (h + apart.0, apart.1))?,
             apart,
             routing: Routing::new(device, problem)?,
@@ -341,15 +329,13 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     }
     if !ctx.device.is_emulator() {
         check_graph(ctx)?;
-        if let Some(golden) = Golden::open()? {
-            check_golden(ctx, &golden)?;
-        }
         if ctx.depth == Depth::Full {
             check_backends(ctx)?;
             check_large(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &[SUITE.op], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// Recorded in a graph and replayed.
@@ -468,42 +454,37 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 
 // Golden data.
 
-fn check_golden(ctx: &Ctx, golden: &Golden) -> Result<(), String> {
-    for case in golden.cases().iter().filter(|case| case.op == SUITE.op) {
-        let name = case.name();
-        if !ctx.case(&name) {
-            continue;
-        }
-        let npc: u64 = case.param("num_per_channels")?;
-        let v1 = golden.keys(case).iter().any(|key| key == "in/token_topk_to_pos");
-        let key = if v1 { "in/grad_out" } else { "in/act_x_grad" };
-        let hidden = golden.tensor(case, key)?.shape[1];
-        let x = Quantised { codes: golden.tensor(case, "in/x.0")?.to_vec()?, sf: golden.tensor(case, "in/x.1")?.to_vec()? };
-        let (problem, options) =
-            golden_problem(golden, case, hidden, dequantised(&x, npc as usize), golden_values(golden, case, key)?)?;
-        let inputs = Inputs::new(&ctx.device, &problem, &x, npc, DType::Bf16, (0, 0))?;
-        let mut outputs = Outputs::new(&ctx.device, &inputs, &options, SfLayout::RowMajor)?;
-        let round = case.param("round_sf")?;
-        outputs.run(&ctx.device.stream().map_err(text)?, &inputs, &options, round).map_err(text)?;
-        let [x_grad, act_out] = if v1 { ["out/2", "out/0"] } else { ["out/0", "out/3"] };
-        matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &golden_values(golden, case, x_grad)?)?;
-        let recorded = golden_values(golden, case, act_out)?;
-        if v1 {
-            matches_golden(ctx, "act_out", &name, &outputs.act_out.values()?, &recorded)?;
-        } else {
-            // Not bit for bit: the release's division may be off.
-            near("act_out", &name, &outputs.act_out.values()?, &recorded)?;
-        }
-        let weight_grad = outputs.weight_grad.to_vec().map_err(text)?;
-        let weight_grad = &weight_grad[..outputs.num_weights];
-        matches_golden_weight_grad(&name, weight_grad, golden, case, if v1 { "out/3" } else { "out/2" })?;
-        let fp8 = Quantised { codes: golden.tensor(case, "out/1.0")?.to_vec()?, sf: golden.tensor(case, "out/1.1")?.to_vec()? };
-        if ctx.device.is_emulator() {
-            let values = dequantised(&fp8, npc as usize);
-            near_quantised(&name, &outputs.dequantised(&inputs)?, &values, &fp8.sf, npc as usize)?;
-        } else {
-            outputs.check_fp8(&name, &inputs, &fp8)?;
-        }
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let npc: u64 = case.param("num_per_channels")?;
+    let v1 = golden.keys(case).iter().any(|key| key == "in/token_topk_to_pos");
+    let key = if v1 { "in/grad_out" } else { "in/act_x_grad" };
+    let hidden = golden.tensor(case, key)?.shape[1];
+    let x = Quantised { codes: golden.tensor(case, "in/x.0")?.to_vec()?, sf: golden.tensor(case, "in/x.1")?.to_vec()? };
+    let (problem, options) =
+        golden_problem(golden, case, hidden, dequantised(&x, npc as usize), golden.tensor(case, key)?.floats()?)?;
+    let inputs = Inputs::new(&ctx.device, &problem, &x, npc, DType::Bf16, (0, 0))?;
+    let mut outputs = Outputs::new(&ctx.device, &inputs, &options, SfLayout::RowMajor)?;
+    let round = case.param("round_sf")?;
+    outputs.run(&ctx.device.stream().map_err(text)?, &inputs, &options, round).map_err(text)?;
+    let [x_grad, act_out] = if v1 { ["out/2", "out/0"] } else { ["out/0", "out/3"] };
+    matches_golden(ctx, "x_grad", &name, &outputs.x_grad.values()?, &golden.tensor(case, x_grad)?.floats()?)?;
+    let recorded = golden.tensor(case, act_out)?.floats()?;
+    if v1 {
+        matches_golden(ctx, "act_out", &name, &outputs.act_out.values()?, &recorded)?;
+    } else {
+        // Not bit for bit: the release's division may be off.
+        near("act_out", &name, &outputs.act_out.values()?, &recorded)?;
+    }
+    let weight_grad = outputs.weight_grad.to_vec().map_err(text)?;
+    let weight_grad = &weight_grad[..outputs.num_weights];
+    matches_golden_weight_grad(&name, weight_grad, golden, case, if v1 { "out/3" } else { "out/2" })?;
+    let fp8 = Quantised { codes: golden.tensor(case, "out/1.0")?.to_vec()?, sf: golden.tensor(case, "out/1.1")?.to_vec()? };
+    if ctx.device.is_emulator() {
+        let values = dequantised(&fp8, npc as usize);
+        near_quantised(&name, &outputs.dequantised(&inputs)?, &values, &fp8.sf, npc as usize)?;
+    } else {
+        outputs.check_fp8(&name, &inputs, &fp8)?;
     }
     Ok(())
 }
@@ -577,12 +558,6 @@ mod tests {
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        check_golden(&Ctx::new(Device::emulator(), Depth::Small), &golden).unwrap();
     }
 
     /// The formulas, by hand: one channel of a clamped gate, one of a clamped other half, one of neither.

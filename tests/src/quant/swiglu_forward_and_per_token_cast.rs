@@ -4,6 +4,7 @@ use super::common_swiglu::{Exp, Input, Layout, RowsKind, WeightsKind, awkward, n
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, MoeCase, moe_bench_cases};
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::swiglu_forward_and_per_token_cast::{self as op, Args};
 use ferrotile::quant::{SfLayout, SfMut, SfShape, sf_shape};
@@ -325,7 +326,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_large_output(ctx)?;
         }
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &[SUITE.op], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
 }
 
 /// Every kernel recorded in one graph and replayed.
@@ -394,9 +396,94 @@ fn check_close(name: &str, got: &[(f32, f32)], expected: &[(f32, f32)]) -> Resul
         let code = if near { 1.0 } else { 2.0 };
         let bound = (a.abs().max(b.abs()) / 8.0 * 1.00001 + sf.max(*other_sf) * 2f32.powi(-9)) * code;
         ensure((a - b).abs() <= bound, || format!("element {i}: got {a} with scale {sf}, expected {b} with {other_sf}; {name}"))?;
-        same += (!near || (a / sf - b / other_sf).abs() <= (a / sf).abs() * 1e-5) as usize;
+        same += (near && (a / sf - b / other_sf).abs() <= (a / sf).abs() * 1e-5) as usize;
     }
     ensure(same as f64 >= 0.99 * got.len() as f64, || format!("only {same} of {} are equal; {name}", got.len()))
+}
+
+/// What the peers computed: bit for bit on a GPU; on the emulator, whose `exp` differs in the last bit, but for a code now and then.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let name = case.name();
+    let (input, options) = recorded(golden, case, &ctx.device)?;
+    let mut outputs = Outputs::new(&ctx.device, &input, options)?;
+    let stream = ctx.device.stream().map_err(text)?;
+    outputs.run(&stream, &input, options, 3).map_err(text)?;
+    stream.synchronize().map_err(text)?;
+    let prefix = if golden.keys(case).iter().any(|key| key == "out/q.0") { "out/q." } else { "out/" };
+    let (data, sf) = (golden.tensor(case, &format!("{prefix}0"))?, golden.tensor(case, &format!("{prefix}1"))?);
+    sf.check_place(&name, &outputs.sf_shape)?;
+    let scales: Vec<f32> = sf.to_vec()?;
+    if ctx.device.is_emulator() {
+        let (h, groups) = (input.hidden as usize, sf.shape[1] as usize);
+        let scale = |i: usize| scales[i / h * groups + i % h * groups / h];
+        let expected: Vec<(f32, f32)> =
+            data.bytes.iter().enumerate().map(|(i, code)| (value_of_e4m3(*code) * scale(i), scale(i))).collect();
+        let used = |all: &[(f32, f32)]| -> Vec<(f32, f32)> {
+            all.iter().enumerate().filter(|(i, _)| input.holds_token(options.rows, i / h)).map(|(_, v)| *v).collect()
+        };
+        check_close(&name, &used(&decoded(&outputs, groups)?), &used(&expected))?;
+    } else {
+        outputs.check(&name, &input, options, &Quantised { data: data.bytes.to_vec(), sf: scales })?;
+    }
+    if options.count {
+        let counts: Vec<i64> = golden.tensor(case, "out/clamped_count")?.to_vec()?;
+        let got: Vec<i64> = outputs.counts.to_vec().map_err(text)?.iter().map(|n| n - 100).collect();
+        ensure(got[..counts.len()] == counts[..], || format!("counts: got {got:?}, expected {counts:?}; {name}"))?;
+    }
+    Ok(())
+}
+
+/// What a recorded call was given, for both releases.
+fn recorded(golden: &Golden, case: &Case, device: &Device) -> Result<(Input, Options), String> {
+    let keys = golden.keys(case);
+    let has = |key: &str| keys.iter().any(|k| k == key);
+    let x = golden.tensor(case, "in/x")?;
+    let values: Vec<f32> = x.floats()?;
+    let (t, h) = (x.shape[0], x.shape[1] / 2);
+    let mut layout = Layout::new(&[t], 1, 0);
+    let mut rows = RowsKind::All;
+    if has("in/pos_to_expert") {
+        rows = RowsKind::PosToExpert;
+        layout.pos_to_expert = golden.tensor(case, "in/pos_to_expert")?.to_vec()?;
+    }
+    if has("in/psum") {
+        rows = RowsKind::Psum;
+        layout.alignment = 128;
+        layout.psum = golden.tensor(case, "in/psum")?.to_vec()?;
+        layout.pos_to_expert = vec![-1; t as usize];
+        let mut start = 0usize;
+        for (expert, end) in layout.psum.iter().enumerate() {
+            layout.pos_to_expert[start..*end as usize].fill(expert as i32);
+            start = (*end as usize).next_multiple_of(128);
+        }
+    }
+    let by_choice = case.params["weights"] == true;
+    let weights: Vec<f32> = if has("in/topk_weights") { golden.tensor(case, "in/topk_weights")?.to_vec()? } else { vec![] };
+    let factor = case.param::<Option<f32>>("routed_scaling_factor")?;
+    let kind = match (by_choice, factor, has("in/topk_weights")) {
+        (true, ..) => WeightsKind::PerTokenTopk,
+        (false, factor, true) => WeightsKind::PerRow(factor.unwrap_or(1.0)),
+        _ => WeightsKind::None,
+    };
+    let given = match kind {
+        WeightsKind::PerTokenTopk => (vec![0.0; t as usize], weights, golden.tensor(case, "in/pos_to_token_topk")?.to_vec()?),
+        WeightsKind::PerRow(_) => (weights, vec![0.0; 4], vec![-1; t as usize]),
+        WeightsKind::None => (vec![0.0; t as usize], vec![0.0; 4], vec![-1; t as usize]),
+    };
+    let input = Input::with_weights(device, DType::Bf16, layout, h, (2 * h, 2 * h), values, given)?;
+    let clamp: Option<f32> = case.param("swiglu_clamp_value").or_else(|_| case.param("clamp_value"))?;
+    let clamp = clamp.or_else(|| case.param::<Option<f32>>("clamp_value").unwrap_or_default());
+    let options = Options {
+        rows,
+        weights: kind,
+        clamp,
+        count: has("out/clamped_count"),
+        npc: case.param("num_per_channels")?,
+        sf: SfLayout::RowMajor,
+        round: case.param("round_sf")?,
+        amax_min: None,
+    };
+    Ok((input, options))
 }
 
 /// The emulator's results are those of the device but for a code now and then.
@@ -568,7 +655,6 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::golden::{Case, Golden};
     use crate::support::rng::Rng;
     use ferrotile::quant::{ExpertRows, RowWeights};
     use half::bf16;
@@ -577,100 +663,6 @@ mod tests {
     #[test]
     fn suite() {
         SUITE.test();
-    }
-
-    /// What a recorded call was given, for both releases.
-    fn recorded(golden: &Golden, case: &Case, device: &Device) -> (Input, Options) {
-        let keys = golden.keys(case);
-        let has = |key: &str| keys.iter().any(|k| k == key);
-        let x = golden.tensor(case, "in/x").unwrap();
-        let values: Vec<f32> = x.to_vec::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
-        let (t, h) = (x.shape[0], x.shape[1] / 2);
-        let mut layout = Layout::new(&[t], 1, 0);
-        let mut rows = RowsKind::All;
-        if has("in/pos_to_expert") {
-            rows = RowsKind::PosToExpert;
-            layout.pos_to_expert = golden.tensor(case, "in/pos_to_expert").unwrap().to_vec().unwrap();
-        }
-        if has("in/psum") {
-            rows = RowsKind::Psum;
-            layout.alignment = 128;
-            layout.psum = golden.tensor(case, "in/psum").unwrap().to_vec().unwrap();
-            layout.pos_to_expert = vec![-1; t as usize];
-            let mut start = 0usize;
-            for (expert, end) in layout.psum.iter().enumerate() {
-                layout.pos_to_expert[start..*end as usize].fill(expert as i32);
-                start = (*end as usize).next_multiple_of(128);
-            }
-        }
-        let by_choice = case.params["weights"] == true;
-        let weights: Vec<f32> =
-            if has("in/topk_weights") { golden.tensor(case, "in/topk_weights").unwrap().to_vec().unwrap() } else { vec![] };
-        let factor = case.param::<Option<f32>>("routed_scaling_factor").unwrap();
-        let kind = match (by_choice, factor, has("in/topk_weights")) {
-            (true, ..) => WeightsKind::PerTokenTopk,
-            (false, factor, true) => WeightsKind::PerRow(factor.unwrap_or(1.0)),
-            _ => WeightsKind::None,
-        };
-        let given = match kind {
-            WeightsKind::PerTokenTopk => {
-                (vec![0.0; t as usize], weights, golden.tensor(case, "in/pos_to_token_topk").unwrap().to_vec().unwrap())
-            }
-            WeightsKind::PerRow(_) => (weights, vec![0.0; 4], vec![-1; t as usize]),
-            WeightsKind::None => (vec![0.0; t as usize], vec![0.0; 4], vec![-1; t as usize]),
-        };
-        let input = Input::with_weights(device, DType::Bf16, layout, h, (2 * h, 2 * h), values, given).unwrap();
-        let clamp: Option<f32> = case.param("swiglu_clamp_value").or_else(|_| case.param("clamp_value")).unwrap();
-        let clamp = clamp.or_else(|| case.param::<Option<f32>>("clamp_value").unwrap_or_default());
-        let options = Options {
-            rows,
-            weights: kind,
-            clamp,
-            count: has("out/clamped_count"),
-            npc: case.param("num_per_channels").unwrap(),
-            sf: SfLayout::RowMajor,
-            round: case.param("round_sf").unwrap(),
-            amax_min: None,
-        };
-        (input, options)
-    }
-
-    /// Both releases; the emulator's `exp` allows for a code now and then.
-    #[test]
-    fn golden() {
-        let Some(golden) = Golden::open().unwrap() else { return };
-        let device = Device::emulator();
-        for case in golden.cases().iter().filter(|case| case.op == "swiglu_forward_and_per_token_cast") {
-            let name = case.name();
-            let (input, options) = recorded(&golden, case, &device);
-            let mut outputs = Outputs::new(&device, &input, options).unwrap();
-            outputs.run(&device.stream().unwrap(), &input, options, 3).unwrap();
-            let prefix = if golden.keys(case).iter().any(|key| key == "out/q.0") { "out/q." } else { "out/" };
-            let (data, sf) =
-                (golden.tensor(case, &format!("{prefix}0")).unwrap(), golden.tensor(case, &format!("{prefix}1")).unwrap());
-            assert_eq!((&data.shape[..], &sf.shape[..]), (&outputs.shape[..], &outputs.sf_shape.shape[..]), "{name}");
-            let (h, groups) = (input.hidden as usize, sf.shape[1] as usize);
-            let got = decoded(&outputs, groups).unwrap();
-            let scales: Vec<f32> = sf.to_vec().unwrap();
-            let expected: Vec<(f32, f32)> = data
-                .bytes
-                .iter()
-                .enumerate()
-                .map(|(i, code)| {
-                    let sf = scales[i / h * groups + i % h * groups / h];
-                    (value_of_e4m3(*code) * sf, sf)
-                })
-                .collect();
-            let used = |all: &[(f32, f32)]| -> Vec<(f32, f32)> {
-                all.iter().enumerate().filter(|(i, _)| input.holds_token(options.rows, i / h)).map(|(_, v)| *v).collect()
-            };
-            check_close(&name, &used(&got), &used(&expected)).unwrap();
-            if options.count {
-                let counts: Vec<i64> = golden.tensor(case, "out/clamped_count").unwrap().to_vec().unwrap();
-                let got: Vec<i64> = outputs.counts.to_vec().unwrap().iter().map(|n| n - 100).collect();
-                assert_eq!(&got[..counts.len()], &counts[..], "{name}");
-            }
-        }
     }
 
     #[test]

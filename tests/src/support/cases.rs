@@ -17,6 +17,21 @@ pub const TOKENS: [u64; 2] = [4001, 8001];
 /// Hidden sizes of the specifications.
 pub const HIDDENS: [u64; 7] = [576, 2048, 2560, 3072, 4096, 6144, 7168];
 
+/// `values` in rows of `columns` that lie `stride` elements apart, from element `offset` on; what lies between is `between`.
+pub fn rows_apart<T: Copy>(values: &[T], columns: u64, (stride, offset): (u64, u64), between: T) -> Vec<T> {
+    if (stride, offset) == (columns, 0) {
+        return values.to_vec();
+    }
+    let rows = (values.len() as u64).checked_div(columns).unwrap_or(0);
+    let len = if rows == 0 { offset } else { offset + (rows - 1) * stride + columns };
+    let mut all = vec![between; len as usize];
+    for (row, values) in values.chunks_exact(columns.max(1) as usize).enumerate() {
+        let start = (offset + row as u64 * stride) as usize;
+        all[start..start + values.len()].copy_from_slice(values);
+    }
+    all
+}
+
 /// Pairs (num_tokens, hidden) with `hidden % divisor == 0` and num_tokens rounded up to `alignment`. Both depths have an empty and a
 /// one-token case, an odd token count, and the largest hidden size.
 pub fn shapes(depth: Depth, alignment: u64, divisor: u64) -> Vec<(u64, u64)> {

@@ -117,6 +117,14 @@ impl Tensor<'_> {
 }
 
 impl Tensor<'_> {
+    /// The values of a bf16 or f32 tensor.
+    pub fn floats(&self) -> Result<Vec<f32>, String> {
+        if self.dtype == safetensors::Dtype::BF16 {
+            return Ok(self.to_vec::<half::bf16>()?.iter().map(|v| v.to_f32()).collect());
+        }
+        self.to_vec()
+    }
+
     /// The words of packed scales with `columns` scales in a row. Bytes beyond the last one, which the peers leave as they find them
     /// and we write as zeros, are zero.
     pub fn packed_words(&self, columns: u64) -> Result<Vec<u32>, String> {
@@ -128,9 +136,7 @@ impl Tensor<'_> {
         }
         Ok(words)
     }
-}
 
-impl Tensor<'_> {
     /// Scale factors have the shape and the strides that ours have. Strides of dimensions of size 1 mean nothing.
     pub fn check_place(&self, name: &str, ours: &SfShape) -> Result<(), String> {
         let strides = (0..2).all(|i| self.shape[i] == 1 || self.strides[i] == ours.strides[i]);
