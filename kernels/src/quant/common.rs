@@ -145,6 +145,31 @@ pub fn store_sf(sf: Out<u8>, layout: SfLayout, packed: bool, value: f32, (m, k):
     }
 }
 
+/// The word of bytes `i` to `i + 3`; those from `bytes` on are not read and count as 0.
+#[inline(always)]
+#[track_caller]
+pub fn load_bytes(x: In<u8>, i: u32, bytes: u32) -> u32 {
+    let one = |j: u32| if i + j < bytes { (x.get(i + j) as u32) << (8 * j) } else { 0 };
+    one(0) | one(1) | one(2) | one(3)
+}
+
+/// Eight bf16 at any even address; those from `channels` on are not read and count as 0.
+#[inline(always)]
+#[track_caller]
+pub fn load_bf16s(x: In<u8>, channels: u32) -> [u32; 4] {
+    let x = x.cast::<u16>();
+    let one = |i: u32| if i < channels { x.get(i) as u32 } else { 0 };
+    core::array::from_fn(|i| one(2 * i as u32) | one(2 * i as u32 + 1) << 16)
+}
+
+/// Four f32 at any address that is a multiple of 4; those from `channels` on are not read and count as 0.
+#[inline(always)]
+#[track_caller]
+pub fn load_f32s(x: In<u8>, channels: u32) -> [u32; 4] {
+    let x = x.cast::<u32>();
+    core::array::from_fn(|i| if (i as u32) < channels { x.get(i as u32) } else { 0 })
+}
+
 /// Division by a number that the host knows, as a product and a shift. Right for dividends below 2^31.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Divisor {

@@ -4,7 +4,7 @@
 //! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, where one
 //! thread a channel makes the scales.
 
-use super::common::{E4m3, SfLayout, load_sf, scale, ue8m0};
+use super::common::{E4m3, SfLayout, load_bf16s, load_bytes, load_f32s, load_sf, scale, ue8m0};
 use crate::device::*;
 use crate::unroll;
 
@@ -81,9 +81,7 @@ impl Source for Bf16 {
     #[inline(always)]
     #[track_caller]
     fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
-        let x = x.cast::<u16>();
-        let one = |i: usize| if (i as u32) < channels { x.get(i as u32) as u32 } else { 0 };
-        core::array::from_fn(|w| one(2 * w) | one(2 * w + 1) << 16)
+        load_bf16s(x, channels)
     }
 
     #[inline(always)]
@@ -134,8 +132,7 @@ impl Source for F32 {
     #[inline(always)]
     #[track_caller]
     fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
-        let x = x.cast::<u32>();
-        core::array::from_fn(|w| if (w as u32) < channels { x.get(w as u32) } else { 0 })
+        load_f32s(x, channels)
     }
 
     #[inline(always)]
@@ -185,8 +182,7 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     #[inline(always)]
     #[track_caller]
     fn load_part(x: In<u8>, channels: u32) -> [u32; 2] {
-        let one = |i: usize| if (i as u32) < channels { (x.get(i as u32) as u32) << (i % 4 * 8) } else { 0 };
-        core::array::from_fn(|w| one(4 * w) | one(4 * w + 1) | one(4 * w + 2) | one(4 * w + 3))
+        core::array::from_fn(|w| load_bytes(x, 4 * w as u32, channels))
     }
 
     #[inline(always)]

@@ -12,7 +12,7 @@
 //! as much as one of 32, so a block has enough rows to fill sectors.
 
 use crate::device::*;
-use crate::quant::common::{self, Scale, Target, scale, scale_e4m3, ue8m0};
+use crate::quant::common::{self, Scale, Target, load_bf16s, load_bytes, load_f32s, scale, scale_e4m3, ue8m0};
 pub use crate::quant::common::{E2m1, E4m3};
 use crate::{kernel, unroll};
 
@@ -210,9 +210,7 @@ impl Source for Bf16 {
     #[inline(always)]
     #[track_caller]
     fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
-        let x = x.cast::<u16>();
-        let one = |i: u32| if i < channels { x.get(i) as u32 } else { 0 };
-        core::array::from_fn(|i| one(2 * i as u32) | one(2 * i as u32 + 1) << 16)
+        load_bf16s(x, channels)
     }
 
     #[inline(always)]
@@ -250,8 +248,7 @@ impl Source for F32 {
     #[inline(always)]
     #[track_caller]
     fn load_part(x: In<u8>, channels: u32) -> [u32; 4] {
-        let x = x.cast::<u32>();
-        core::array::from_fn(|i| if (i as u32) < channels { x.get(i as u32) } else { 0 })
+        load_f32s(x, channels)
     }
 
     #[inline(always)]
@@ -392,14 +389,6 @@ impl Source for E2m1x32 {
     fn quad(x: [u32; 4], quad: usize) -> [f32; 4] {
         E2m1::quad([x[quad / 4 * 2], x[quad / 4 * 2 + 1]], quad % 4)
     }
-}
-
-/// The word of bytes `i` to `i + 3`; those from `bytes` on are not read and count as 0.
-#[inline(always)]
-#[track_caller]
-fn load_bytes(x: In<u8>, i: u32, bytes: u32) -> u32 {
-    let one = |j: u32| if i + j < bytes { (x.get(i + j) as u32) << (8 * j) } else { 0 };
-    one(0) | one(1) | one(2) | one(3)
 }
 
 /// Bytes of `channels` channels of `bits` bits.
