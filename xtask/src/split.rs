@@ -134,7 +134,7 @@ impl Item {
             None
         };
         match name {
-            Some(name) => Ok(Self { name: name.to_owned(), is_entry, text: rename_labels(statement) + "\n" }),
+            Some(name) => Ok(Self { name: name.to_owned(), is_entry, text: rename_locals(statement) + "\n" }),
             None => Err(format!("unknown declaration: {}", statement.lines().next().unwrap_or_default())),
         }
     }
@@ -251,15 +251,19 @@ fn identifiers(text: &str) -> impl Iterator<Item = &str> {
         .filter(|word| word.starts_with(|c: char| c.is_alphabetic() || matches!(c, '_' | '$' | '%')))
 }
 
-/// `$L__BB12_3` becomes `$L__BB_3`: labels are local to a function, and the 12 counts the functions before it.
-fn rename_labels(text: &str) -> String {
-    const LABEL: &str = "$L__BB";
+/// `$L__BB12_3` becomes `$L__BB_3`, and `__local_depot12` becomes `__local_depot`: both are local to a function, and the 12 counts the
+/// functions before it.
+fn rename_locals(text: &str) -> String {
+    ["$L__BB", "__local_depot"].iter().fold(text.to_owned(), |text, prefix| without_numbers_after(&text, prefix))
+}
+
+fn without_numbers_after(text: &str, prefix: &str) -> String {
     let mut renamed = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(at) = rest.find(LABEL) {
-        let (before, label) = rest.split_at(at + LABEL.len());
+    while let Some(at) = rest.find(prefix) {
+        let (before, name) = rest.split_at(at + prefix.len());
         renamed.push_str(before);
-        rest = label.trim_start_matches(|c: char| c.is_ascii_digit());
+        rest = name.trim_start_matches(|c: char| c.is_ascii_digit());
     }
     renamed + rest
 }
@@ -315,6 +319,8 @@ $L__BB0_12:
 	.param .b32 gate__top_param_0
 )
 {
+	.local .align 4 .b8 	__local_depot2[8];
+	mov.b64 	%SPL, __local_depot2;
 	call.uni 	helper, (param0);
 $L__BB2_1:
 	bra $L__BB2_1;
@@ -400,7 +406,10 @@ $L__BB_12:
     #[test]
     fn the_text_does_not_depend_on_other_ops() {
         let gone = ASM.find(".visible .entry cast__one__b(").unwrap()..ASM.find(".visible .entry cast__one__a(").unwrap();
-        let mut asm = ASM.replace("$L__BB2_1", "$L__BB1_1").replace("// ferrotile.bounds cast__one__b 256 4\n", "");
+        let mut asm = ASM
+            .replace("$L__BB2_1", "$L__BB1_1")
+            .replace("__local_depot2", "__local_depot1")
+            .replace("// ferrotile.bounds cast__one__b 256 4\n", "");
         let removed = gone.start - "// ferrotile.bounds cast__one__b 256 4\n".len()
             ..gone.end - "// ferrotile.bounds cast__one__b 256 4\n".len();
         asm.replace_range(removed, "");
