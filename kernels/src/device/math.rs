@@ -8,6 +8,12 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     backend::fma(a, b, c)
 }
 
+/// Lower and upper half of a product.
+#[inline(always)]
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    backend::multiply_wide(a, b)
+}
+
 /// A result of arithmetic, with the bits of NaN that it has on NVIDIA hardware; the host that emulates may make others. For code that
 /// looks at the bits.
 #[inline(always)]
@@ -49,6 +55,14 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {
     backend::sqrt(v)
+}
+
+/// Square root of a number from 2^-100 to 2^126, correctly rounded, without the branch of [`sqrt`], whose common path this is.
+#[inline(always)]
+pub fn sqrt_normal(v: f32) -> f32 {
+    let inverse = fast_rsqrt(v);
+    let root = v * inverse;
+    fma(fma(-root, root, v), 0.5 * inverse, root)
 }
 
 /// 2^v, relative error at most 2^-22; results below 2^-126 are 0. The emulator's is correctly rounded.
