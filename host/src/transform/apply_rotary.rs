@@ -80,7 +80,7 @@ pub struct Args<'a> {
 pub fn apply_rotary(stream: &Stream, args: Args<'_>) -> Result<()> {
     let Some(plan) = check(stream, &args)? else { return Ok(()) };
     let Args { query, key, cos_sin_cache, positions, .. } = &args;
-    let entry = entry(query.dtype(), args.interleaved, plan.wide);
+    let entry = entry(query.dtype(), args.interleaved, plan.wide, plan.single);
     let (items, length, vectors) = (Divisor::new(plan.token_items), Divisor::new(plan.length), Divisor::new(plan.vectors));
     let most = (MAX_ITEMS / plan.token_items as u64) as u32;
     for first in (0..plan.num_tokens).step_by(most as usize) {
@@ -121,16 +121,20 @@ pub fn apply_rotary(stream: &Stream, args: Args<'_>) -> Result<()> {
     Ok(())
 }
 
-fn entry(dtype: DType, interleaved: bool, wide: bool) -> &'static Entry<rotate::Args> {
-    match (dtype == DType::F32, interleaved, wide) {
-        (true, false, true) => &rotate::f32_halves,
-        (true, true, true) => &rotate::f32_interleaved,
-        (false, false, true) => &rotate::bf16_halves,
-        (false, true, true) => &rotate::bf16_interleaved,
-        (true, false, false) => &rotate::f32_halves_narrow,
-        (true, true, false) => &rotate::f32_interleaved_narrow,
-        (false, false, false) => &rotate::bf16_halves_narrow,
-        (false, true, false) => &rotate::bf16_interleaved_narrow,
+fn entry(dtype: DType, interleaved: bool, wide: bool, single: bool) -> &'static Entry<rotate::Args> {
+    match (dtype == DType::F32, interleaved, wide, single) {
+        (true, false, true, false) => &rotate::f32_halves,
+        (true, true, true, false) => &rotate::f32_interleaved,
+        (false, false, true, false) => &rotate::bf16_halves,
+        (false, true, true, false) => &rotate::bf16_interleaved,
+        (true, false, true, true) => &rotate::f32_halves_single,
+        (true, true, true, true) => &rotate::f32_interleaved_single,
+        (false, false, true, true) => &rotate::bf16_halves_single,
+        (false, true, true, true) => &rotate::bf16_interleaved_single,
+        (true, false, false, _) => &rotate::f32_halves_narrow,
+        (true, true, false, _) => &rotate::f32_interleaved_narrow,
+        (false, false, false, _) => &rotate::bf16_halves_narrow,
+        (false, true, false, _) => &rotate::bf16_interleaved_narrow,
     }
 }
 
@@ -158,6 +162,8 @@ struct Plan {
     position_batch: u32,
     /// Whether all 16-byte vectors are aligned.
     wide: bool,
+    /// Whether threads have one head, because there is no other.
+    single: bool,
 }
 
 /// `None` when there is nothing to do.
@@ -233,7 +239,9 @@ fn check(stream: &Stream, args: &Args<'_>) -> Result<Option<Plan>> {
         && cache.ptr().is_multiple_of(16)
         && cos_sin_row.is_multiple_of(4);
     let vectors = head_dim / 2 / if wide { values } else { 1 };
-    let groups = of_query.heads.div_ceil(HEADS) as u64 + of_key.heads.div_ceil(HEADS) as u64;
+    let single = wide && of_query.heads.max(of_key.heads) == 1;
+    let groups = |heads: u32| heads.div_ceil(if single { 1 } else { HEADS }) as u64;
+    let groups = groups(of_query.heads) + groups(of_key.heads);
     let token_items = groups.saturating_mul(vectors);
     check::in_range(OP, "threads for a token of query and key", token_items, 0, MAX_ITEMS)?;
     Ok(Some(Plan {
@@ -247,6 +255,7 @@ fn check(stream: &Stream, args: &Args<'_>) -> Result<Option<Plan>> {
         num_rows: num_rows as u32,
         position_batch,
         wide,
+        single,
     }))
 }
 

@@ -3,8 +3,8 @@
 //! InOut query, key f32 or bf16 [b, l, heads, d]      In  cos_sin f32 [rows, d], cosines before sines; positions none, i32 or i64 [b, l]
 //! Exact `x1' = fma(x1, c, -(x2 * s))`, `x2' = fma(x1, s, x2 * c)` in f32, then to nearest even. The inverse rotation has `-s` for `s`.
 //! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of a second head; so both kinds of pairs are whole
-//!       within a thread, and neighbours touch neighbouring vectors. Four loads under way beside those of cosines and sines.
-//! Cost  query and key read and written once, the rows of cos_sin that occur, positions; 1.4 instructions a byte: memory bound.
+//!       within a thread, and neighbours touch neighbouring vectors. Four loads under way beside position, cosines and sines.
+//! Cost  query and key read and written once, the rows of cos_sin that occur, positions; 2.2 instructions a byte: memory bound.
 
 use crate::device::*;
 use crate::quant::common::Divisor;
@@ -12,7 +12,7 @@ use crate::{kernel, unroll};
 
 /// Most threads of a block.
 pub const THREADS: u32 = 256;
-/// Heads of a thread.
+/// Heads of a thread, unless query and key have only one.
 pub const HEADS: u32 = 2;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
@@ -34,8 +34,11 @@ pub trait Element {
     /// Those values; only the first `N` mean something.
     fn decode(raw: [u32; 4]) -> [f32; 8];
 
-    /// Write the first `N` values.
-    fn store<const N: usize>(to: Out<u8>, values: [f32; 8]);
+    /// The first `N` values as they lie in memory.
+    fn encode(values: [f32; 8]) -> [u32; 4];
+
+    /// Write `N` values as they lie in memory.
+    fn store<const N: usize>(to: Out<u8>, raw: [u32; 4]);
 }
 
 /// f32.
@@ -58,10 +61,14 @@ impl Element for F32 {
     }
 
     #[inline(always)]
+    fn encode(v: [f32; 8]) -> [u32; 4] {
+        core::array::from_fn(|i| canonical(v[i]).to_bits())
+    }
+
+    #[inline(always)]
     #[track_caller]
-    fn store<const N: usize>(to: Out<u8>, v: [f32; 8]) {
-        let word = |i: usize| canonical(v[i]).to_bits();
-        if N == 1 { to.store4(0, word(0)) } else { to.store16(0, [word(0), word(1), word(2), word(3)]) }
+    fn store<const N: usize>(to: Out<u8>, raw: [u32; 4]) {
+        if N == 1 { to.store4(0, raw[0]) } else { to.store16(0, raw) }
     }
 }
 
@@ -81,10 +88,14 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
+    fn encode(v: [f32; 8]) -> [u32; 4] {
+        core::array::from_fn(|i| f32x2_to_bf16x2(v[2 * i], v[2 * i + 1]))
+    }
+
+    #[inline(always)]
     #[track_caller]
-    fn store<const N: usize>(to: Out<u8>, v: [f32; 8]) {
-        let words = core::array::from_fn(|i| f32x2_to_bf16x2(v[2 * i], v[2 * i + 1]));
-        if N == 1 { to.cast::<u16>().set(0, words[0] as u16) } else { to.store16(0, words) }
+    fn store<const N: usize>(to: Out<u8>, raw: [u32; 4]) {
+        if N == 1 { to.cast::<u16>().set(0, raw[0] as u16) } else { to.store16(0, raw) }
     }
 }
 
@@ -120,9 +131,15 @@ fn load_angles<const INTERLEAVED: bool, const N: usize>(from: In<f32>, vector: u
     core::array::from_fn(|i| if i < split { a[i & 3] } else { b[(i - split) & 3] })
 }
 
-/// Rotate the `N` pairs of two vectors.
+/// The `N` pairs of two vectors, rotated, or as they are if `keep`.
 #[inline(always)]
-fn rotated<const INTERLEAVED: bool, const N: usize>(a: [f32; 8], b: [f32; 8], c: [f32; 8], s: [f32; 8]) -> [[f32; 8]; 2] {
+fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(
+    raw: [[u32; 4]; 2],
+    c: [f32; 8],
+    s: [f32; 8],
+    keep: bool,
+) -> [[u32; 4]; 2] {
+    let [a, b] = [T::decode(raw[0]), T::decode(raw[1])];
     let mut out = [a, b];
     unroll!(i in N {
         // Vectors and places of the first and second of the pair.
@@ -136,16 +153,18 @@ fn rotated<const INTERLEAVED: bool, const N: usize>(a: [f32; 8], b: [f32; 8], c:
         out[v1][i1] = fma(x1, c, -(x2 * s));
         out[v2][i2] = fma(x1, s, x2 * c);
     });
-    out
+    let [a, b] = [T::encode(out[0]), T::encode(out[1])];
+    let choose = |i: usize, new: [u32; 4]| core::array::from_fn(|j| if keep { raw[i][j] } else { new[j] });
+    [choose(0, a), choose(1, b)]
 }
 
 kernel! {
     op = apply_rotary;
-    threads = 256, blocks = 5;
-    /// An item is a token's vector number `0..vectors` of [`HEADS`] heads; a token has `token_items`, those of the query first. Strides count
+    threads = 256;
+    /// An item is a token's vector number `0..vectors` of `H` heads; a token has `token_items`, those of the query first. Strides count
     /// elements. `position_bytes` is 0 without positions; `flip` is the sign bit for the inverse rotation. The magic numbers divide by
     /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it.
-    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize](
+    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: u32](
         query: Out<u8>, key: Out<u8>, cos_sin: In<f32>, positions: In<u8>,
         query_batch: u64, query_token: u32, query_head: u32, query_heads: u32,
         key_batch: u64, key_token: u32, key_head: u32, key_heads: u32,
@@ -172,23 +191,23 @@ kernel! {
             _ => position.cast::<i64>().get(0),
         };
 
-        let query_groups = ceil_div(query_heads, HEADS);
+        let query_groups = ceil_div(query_heads, H);
         let of_key = group >= query_groups;
         let (x, batch_stride, token_stride, head_stride, heads, head) = if of_key {
             (key, key_batch, key_token, key_head, key_heads, group - query_groups)
         } else {
             (query, query_batch, query_token, query_head, query_heads, group)
         };
-        let other_head = head + ceil_div(heads, HEADS);
-        let has_other = other_head < heads;
+        // The last group of an odd number has one head, and does everything twice. A branch around the second head, or around what
+        // follows the position, would draw all loads into it.
+        let other_head = head + ceil_div(heads, H);
+        let other_head = if other_head < heads { other_head } else { head };
         let x = x.at((batch as u64 * batch_stride + token as u64 * token_stride as u64) * T::BYTES as u64);
         let (half, n) = (vectors * N as u32, N as u32);
         let (a, b) = if INTERLEAVED && N == 1 { (2 * vector, 2 * vector + 1) } else { (vector * n, vector * n + half) };
         let at = |head: u32, i: u32| x.at((head as u64 * head_stride as u64 + i as u64) * T::BYTES as u64);
-        // Where there is no other head, the first one is loaded again.
-        let second = if has_other { other_head } else { head };
-        let (a0, b0) = (T::load::<N>(at(head, a)), T::load::<N>(at(head, b)));
-        let (a1, b1) = (T::load::<N>(at(second, a)), T::load::<N>(at(second, b)));
+        let first_head = [T::load::<N>(at(head, a)), T::load::<N>(at(head, b))];
+        let second_head = if H == 1 { first_head } else { [T::load::<N>(at(other_head, a)), T::load::<N>(at(other_head, b))] };
 
         let row = seqlen_offset.wrapping_add(position) as u64;
         // No table has so many rows.
@@ -198,20 +217,21 @@ kernel! {
         let c = load_angles::<INTERLEAVED, N>(angles, vector, half, 0);
         let s = load_angles::<INTERLEAVED, N>(angles.at(half as u64), vector, half, flip);
 
-        let [y0, z0] = rotated::<INTERLEAVED, N>(T::decode(a0), T::decode(b0), c, s);
-        let [y1, z1] = rotated::<INTERLEAVED, N>(T::decode(a1), T::decode(b1), c, s);
-        if has_row {
-            T::store::<N>(at(head, a), y0);
-            T::store::<N>(at(head, b), z0);
-            if has_other {
-                T::store::<N>(at(other_head, a), y1);
-                T::store::<N>(at(other_head, b), z1);
-            }
+        let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(first_head, c, s, !has_row);
+        T::store::<N>(at(head, a), new_a);
+        T::store::<N>(at(head, b), new_b);
+        if H > 1 {
+            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(second_head, c, s, !has_row);
+            T::store::<N>(at(other_head, a), new_a);
+            T::store::<N>(at(other_head, b), new_b);
         }
     }
     entries {
-        f32_halves[F32, false, 4], f32_interleaved[F32, true, 4], bf16_halves[Bf16, false, 8], bf16_interleaved[Bf16, true, 8],
-        f32_halves_narrow[F32, false, 1], f32_interleaved_narrow[F32, true, 1],
-        bf16_halves_narrow[Bf16, false, 1], bf16_interleaved_narrow[Bf16, true, 1],
+        f32_halves[F32, false, 4, 2], f32_interleaved[F32, true, 4, 2],
+        bf16_halves[Bf16, false, 8, 2], bf16_interleaved[Bf16, true, 8, 2],
+        f32_halves_single[F32, false, 4, 1], f32_interleaved_single[F32, true, 4, 1],
+        bf16_halves_single[Bf16, false, 8, 1], bf16_interleaved_single[Bf16, true, 8, 1],
+        f32_halves_narrow[F32, false, 1, 2], f32_interleaved_narrow[F32, true, 1, 2],
+        bf16_halves_narrow[Bf16, false, 1, 2], bf16_interleaved_narrow[Bf16, true, 1, 2],
     }
 }

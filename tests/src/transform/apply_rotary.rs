@@ -116,7 +116,7 @@ impl Problem {
         let (all, row) = (heads + self.spare_heads, self.columns + self.d);
         let batch = self.length * all * row;
         let (token, head) = if self.heads_outside { (row, self.length * row) } else { (all * row, row) };
-        ([batch, token, head], self.shift + batch * self.batches() + GUARD)
+        ([batch, token, head], self.start() + batch * self.batches() + GUARD)
     }
 
     fn start(&self) -> u64 {
@@ -777,7 +777,8 @@ mod tests {
             "2^31 tokens",
             |a, s| {
                 a.key = None;
-                a.query = over(&a.query, B, &[1 << 31, 1, 2], &[2, 2, 1], 0)?;
+                // Far from everything else.
+                a.query = over(&a.query, B, &[1 << 31, 1, 2], &[2, 2, 1], 1 << 40)?;
                 a.positions = None;
                 a.cos_sin_cache = s.floats.tensor(&[1, 2])?;
             },
