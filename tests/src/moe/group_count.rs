@@ -77,7 +77,7 @@ pub fn bench() -> Vec<Row> {
     cases.extend([moe(4001, 8, 256, 1), moe(65536, 8, 32, 8)]);
     let mut rows: Vec<Row> = cases.into_iter().map(|case| row(case, bench_name(&case), None)).collect();
     let dense = moe(4001, 8, 32, 8);
-    rows.push(row(dense, format!("{},variant=words_beside_each_other", bench_name(&dense)), Some(1)));
+    rows.push(row(dense, format!("variant=words_beside_each_other,{}", bench_name(&dense)), Some(1)));
     rows
 }
 
