@@ -555,8 +555,7 @@ impl Context {
     fn load(&self, op: &'static str, file: &str, name: &str, more: &str) -> Result<Function> {
         let text = ptx::text(file)
             .ok_or_else(|| Error::Unsupported { op, what: format!("no PTX of {file} in this build, run cargo xtask ptx") })?;
-        let module = ptx::cut(text, name).and_then(|module| CString::new(module + more).ok());
-        let module = module.ok_or_else(|| Error::Unsupported {
+        let module = ptx::module(text, name, more).ok_or_else(|| Error::Unsupported {
             op,
             what: format!("the PTX of {file} has no kernel {name}, run cargo xtask ptx"),
         })?;
@@ -579,10 +578,8 @@ impl Context {
     pub fn compile_times(&self) -> Result<Vec<(&'static str, f64)>> {
         const SLOW_US: f64 = 80_000.0;
         self.bind("compile")?;
-        let begin = std::time::SystemTime::now();
         let timed = |op, name| -> Result<f64> {
-            // A comment of its own keeps the driver from finding the kernel in its cache of compiled texts.
-            let more = format!("// {begin:?} {:?}\n", begin.elapsed());
+            let more = ptx::fresh_comment();
             let start = std::time::Instant::now();
             self.load("compile", op, name, &more)?;
             Ok(start.elapsed().as_secs_f64() * 1e6)

@@ -271,7 +271,7 @@ pub fn bench() -> Vec<Row> {
             let mut conversion = Conversion::new(device, blocks, [from, to], [0, 0], true)?;
             Ok(Box::new(move |stream| conversion.call(stream, true)))
         };
-        let case = format!("from={from},k={},m={},to={to}", blocks.1, blocks.0);
+        let case = format!("from={from},k={},m={},to={to}", blocks.1, blocks.0).replace(' ', "_");
         Row { op: "convert_sf", case, bytes: size(from) + size(to), build: Box::new(build) }
     };
     use SfLayout::{ColMajor, ColMajorE4m3, ColMajorPacked, PerChannelPacked, RowMajor, RowMajorE4m3, RowMajorPacked};

@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_block_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
@@ -605,8 +606,11 @@ fn row_by(
     let sf = sf_shape(t, h, block, layout);
     let bytes = t * h * dtype.size() + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let name = format!("per_block_cast benchmark {dtype} {t} {h}");
-        let input = Input::new(device, dtype, (t, h), (h, 0), normal(dtype, (t * h) as usize, &name))?;
+        let buffer = match dtype {
+            DType::Bf16 => Elements::Bf16(inputs::normal_bf16(device, 0, t * h)?),
+            _ => Elements::F32(inputs::normal_f32(device, 0, t * h)?),
+        };
+        let input = Input { t, h, stride: h, offset: 0, values: Vec::new(), buffer };
         let mut out = Outputs::new(device, &input, format, block, layout)?;
         Ok(Box::new(move |stream| {
             let x = match &input.buffer {

@@ -229,37 +229,37 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): 
     let sf = Outputs::sf_shape((t, h), npt, layout, 0);
     let bytes = kind.bytes(t, h) + t * h + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::random(device, kind, (t, h), (h, 0), false)?;
+        let source = Source::bench(device, kind, (t, h))?;
         let mut to = outputs(device, &source, npt, layout, (0, 0))?;
         Ok(Box::new(move |stream| cast(stream, &source, npt, round, &mut to)))
     };
     Row { op: "per_channel_cast", case, bytes, build: Box::new(build) }
 }
 
-/// The peers' case, those of 1.0.0's own benchmark, the types of input that 2.1.0 has, and small inputs.
+/// The peers' cases, the same of other inputs, and small ones. Without `input` it is bf16, without `sf` scales are f32 by rows.
 pub fn bench() -> Vec<Row> {
-    let rounded = (true, SfLayout::RowMajor);
-    let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, (8064, 7168), 128, rounded)];
-    for (t, h) in [(8064, 7168), (4096, 2048)] {
-        let case = format!("h={h},npt=128,round_sf=false,t={t}");
+    let large = (8064, 7168);
+    let mut rows = Vec::new();
+    for (t, h) in [large, (4096, 2048)] {
+        let case = format!("h={h},npt=128,round=False,t={t}");
         rows.push(row(case, Kind::Bf16, (t, h), 128, (false, SfLayout::RowMajor)));
     }
-    let kinds = [
-        (Kind::Bf16, "bf16"),
-        (Kind::F32, "f32"),
-        (Kind::Pair(SfLayout::RowMajor, 128), "e4m3 1x128"),
-        (Kind::Pair(SfLayout::RowMajorPacked, 32), "e4m3 1x32 packed"),
+    let inputs = [
+        (Kind::Bf16, ""),
+        (Kind::F32, "input=f32,"),
+        (Kind::Pair(SfLayout::RowMajor, 128), "input=e4m3,1x128,"),
+        (Kind::Pair(SfLayout::RowMajor, 32), "input=e4m3,1x32,"),
+        (Kind::Pair(SfLayout::RowMajorPacked, 32), "in_sf=packed_row,input=e4m3,1x32,"),
     ];
-    for (kind, input) in kinds {
-        for npt in [32, 128] {
-            for (layout, sf) in [(SfLayout::RowMajor, "row"), (SfLayout::PerChannelPacked, "packed")] {
-                let case = format!("h=7168,input={input},npt={npt},sf={sf},t=8064");
-                rows.push(row(case, kind, (8064, 7168), npt, (true, layout)));
+    for (kind, input) in inputs {
+        for npt in [128, 32] {
+            for (layout, sf) in [(SfLayout::RowMajor, ""), (SfLayout::PerChannelPacked, "sf=packed,")] {
+                rows.push(row(format!("h=7168,{input}npt={npt},{sf}t=8064"), kind, large, npt, (true, layout)));
             }
         }
     }
     for t in [1, 16, 128] {
-        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, rounded));
+        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, (true, SfLayout::RowMajor)));
     }
     rows
 }

@@ -187,7 +187,7 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
 fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool) -> Row {
     let bytes = kind.bytes(t, h) + t * h + 4 * t.div_ceil(npt.into()) * h;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::random(device, kind, (t, h), (h, 0), false)?;
+        let source = Source::bench(device, kind, (t, h))?;
         let mut to = outputs(device, &source, npt, SfLayout::RowMajor, (0, 0))?;
         Ok(Box::new(move |stream| cast(stream, &source, npt, round, &mut to)))
     };
@@ -199,7 +199,8 @@ pub fn bench() -> Vec<Row> {
     let large = (8064, 7168);
     let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, large, 128, true)];
     for (npt, round, (t, h)) in [(32, true, large), (128, false, large), (32, false, large), (32, true, (4096, 2048))] {
-        rows.push(row(format!("h={h},npt={npt},round_sf={round},t={t}"), Kind::Bf16, (t, h), npt, round));
+        let rounding = if round { "" } else { "round=False," };
+        rows.push(row(format!("h={h},npt={npt},{rounding}t={t}"), Kind::Bf16, (t, h), npt, round));
     }
     rows.push(row("h=7168,input=f32,npt=128,t=8064".to_owned(), Kind::F32, large, 128, true));
     for t in [1, 16, 128] {
