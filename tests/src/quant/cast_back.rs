@@ -7,7 +7,9 @@ use crate::support::compare::{Bits, equal};
 use crate::support::golden::{self, Case as GoldenCase, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::cast_back::{Args, PerTokenArgs, Variant, cast_back, cast_back_in_parts, per_token_cast_back, with_variant};
+use ferrotile::quant::cast_back::{
+    Args, PerTokenArgs, Variant, cast_back, cast_back_in_parts, per_token_cast_back, with_variant,
+};
 use ferrotile::quant::{Format, Sf, SfLayout};
 use ferrotile::{Buffer, DType, Device, E4m3, Element, Stream, TensorMut, TensorRef};
 use half::bf16;

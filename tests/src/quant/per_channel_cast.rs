@@ -33,7 +33,14 @@ fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Out
 const SHAPES: [(&str, (u32, usize)); 6] =
     [("128x4", (128, 4)), ("64x2", (64, 2)), ("64x4", (64, 4)), ("32x1", (32, 1)), ("32x2", (32, 2)), ("32x4", (32, 4))];
 
-fn cast_by_shape(stream: &Stream, source: &Source, npt: u32, to: &mut Outputs, shape: (u32, usize), round_sf: bool) -> ferrotile::Result<()> {
+fn cast_by_shape(
+    stream: &Stream,
+    source: &Source,
+    npt: u32,
+    to: &mut Outputs,
+    shape: (u32, usize),
+    round_sf: bool,
+) -> ferrotile::Result<()> {
     let (out, sf) = to.tensors()?;
     op::with_shape(stream, Args { x: source.input()?, npt, round_sf, out, sf }, shape)
 }

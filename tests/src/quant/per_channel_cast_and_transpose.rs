@@ -31,7 +31,14 @@ fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Out
 }
 
 /// In tiles of so many channels.
-fn cast_by_columns(stream: &Stream, source: &Source, npt: u32, to: &mut Outputs, columns: u32, round_sf: bool) -> ferrotile::Result<()> {
+fn cast_by_columns(
+    stream: &Stream,
+    source: &Source,
+    npt: u32,
+    to: &mut Outputs,
+    columns: u32,
+    round_sf: bool,
+) -> ferrotile::Result<()> {
     let (out, sf) = to.tensors()?;
     let (Input::Plain(x) | Input::Quantised { data: x, .. }) = source.input()?;
     op::with_columns(stream, Args { x, npt, round_sf, out, sf }, columns)
