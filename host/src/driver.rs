@@ -297,7 +297,7 @@ impl Context {
             check(op, cuDeviceGetAttribute(&mut max_shared_bytes, DEVICE_MAX_SHARED_BYTES_OPTIN, device.as_raw()))?;
             check(op, cuDevicePrimaryCtxRetain(&mut raw, device.as_raw()))?;
         }
-        Ok(Self {
+        let context = Self {
             ordinal,
             raw,
             name,
@@ -308,7 +308,25 @@ impl Context {
             ways: Ways::wanted(),
             functions: Mutex::new(HashMap::new()),
             capturing: RwLock::new(()),
-        })
+        };
+        context.read_compiler(op)?;
+        Ok(context)
+    }
+
+    /// Compile a kernel that does nothing. For the first text of a process the driver reads its compiler from disk, 50 to 150 ms that
+    /// belong to opening the device and not to whichever op happens to be launched first. A text in the driver's cache costs nothing.
+    fn read_compiler(&self, op: &'static str) -> Result<()> {
+        self.bind(op)?;
+        // A driver that does not take this takes no kernel either, and says more about why when an op is launched.
+        let (text, mut module) =
+            (c".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n", ptr::null_mut());
+        // SAFETY: the text ends with a zero byte, and the module is unloaded only if there is one.
+        unsafe {
+            if cuModuleLoadDataEx(&mut module, text.as_ptr().cast(), 0, ptr::null_mut(), ptr::null_mut()) == 0 {
+                cuModuleUnload(module);
+            }
+        }
+        Ok(())
     }
 
     pub fn ordinal(&self) -> usize {
