@@ -395,6 +395,14 @@ fn check_input(ctx: &Ctx, input: &Input, blocks: &[Block], kind: &str) -> Result
                         let words = sf_words(&expected().sf, columns, layout);
                         out.check_sf(&name, &words)?;
                         out.check_data(&name, &expected().data)?;
+                        for threads in [256, 512, 1024] {
+                            let mut out = Outputs::new(&ctx.device, input, format, block, layout)?;
+                            let launcher = |stream: &Stream, args: Args<'_>| op::with_threads(stream, args, threads);
+                            out.cast_by(launcher, &stream, x, block, round).map_err(text)?;
+                            let name = format!("{name},threads={threads}");
+                            out.check_sf(&name, &words)?;
+                            out.check_data(&name, &expected().data)?;
+                        }
                         if i == 0 {
                             // Once more, over its own results.
                             out.cast(&stream, x, block, round).map_err(text)?;
@@ -644,6 +652,13 @@ pub fn bench() -> Vec<Row> {
     for (t, h) in shapes {
         let case = format!("block=128x128,fmt=e4m3,h={h},input=bf16,t={t}");
         rows.push(row(case, DType::Bf16, (t, h), Format::E4m3, (128, 128), SfLayout::RowMajor));
+    }
+    for threads in [256, 512, 1024] {
+        for t in [1, 16, 128] {
+            let case = format!("block=128x128,fmt=e4m3,h=7168,input=bf16,t={t},variant=threads{threads}");
+            let launcher = move |stream: &Stream, args: Args<'_>| op::with_threads(stream, args, threads);
+            rows.push(row_by(launcher, case, DType::Bf16, (t, 7168), Format::E4m3, (128, 128), SfLayout::RowMajor));
+        }
     }
     rows
 }
