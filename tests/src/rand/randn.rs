@@ -66,8 +66,9 @@ fn near_exact(name: &str, seed: u64, call: u64, first: u64, got: &[f32]) -> Resu
         let words = words(seed, call, at / 4);
         let pair = (at % 4 / 2 * 2) as usize;
         let (radius, values) = exact_pair(words[pair], words[pair + 1]);
-        // Written so that NaN is far.
-        !((**got as f64 - values[(at % 2) as usize]).abs() <= bound(radius))
+        // NaN is far.
+        let near = (**got as f64 - values[(at % 2) as usize]).abs() <= bound(radius);
+        !near
     });
     far.map_or(Ok(()), |(i, got)| Err(format!("element {} is {got:e}, not what the call has; {name}", first + i as u64)))
 }
@@ -404,7 +405,8 @@ fn check_large<T: Value>(ctx: &Ctx, shape: &[u64]) -> Result<(), String> {
             let pair = (at % 4 / 2 * 2) as usize;
             let (radius, values) = exact_pair(words[pair], words[pair + 1]);
             let exact = values[(at % 2) as usize];
-            !((v.to() as f64 - exact).abs() <= exact.abs() / 256.0 + bound(radius))
+            let near = (v.to() as f64 - exact).abs() <= exact.abs() / 256.0 + bound(radius);
+            !near
         });
         ensure(!far, || format!("elements from {first} on are not those of the call; {name}"))?;
     }
