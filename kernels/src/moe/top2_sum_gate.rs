@@ -222,7 +222,7 @@ kernel! {
             expert = list.get(lane);
             weight = divide_normal(powers.get(lane), sum) * scaling;
             if has & UNMAPPED != 0 && !is_fixed {
-                unmapped.set(lane, expert as i64);
+                unmapped.set(lane, expert as i32 as i64);
             }
         }
         weights.set(lane, weight);
