@@ -144,6 +144,11 @@ pub fn load_nc_stream<W: Word>(p: Ptr) -> W {
 }
 #[inline(always)]
 #[track_caller]
+pub fn load_nc_once<W: Word>(p: Ptr) -> W {
+    load_nc(p)
+}
+#[inline(always)]
+#[track_caller]
 pub fn load<W: Word>(p: Ptr) -> W {
     load_nc(p)
 }
