@@ -484,8 +484,13 @@ pub fn fence(scope: Scope) {
 }
 
 #[inline(always)]
-pub fn copy16_async(to: SharedPtr, from: Ptr) {
-    unsafe { asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+pub fn copy_async<const BYTES: u32>(to: SharedPtr, from: Ptr) {
+    // Only 16 bytes can go past L1.
+    if BYTES == 16 {
+        unsafe { asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+    } else {
+        unsafe { asm!("cp.async.ca.shared.global [{0}], [{1}], 4;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+    }
 }
 #[inline(always)]
 pub fn copy_commit() {
