@@ -13,5 +13,6 @@ pub mod inplace_unique_group_indices;
 pub mod mask_indices_by_tp;
 pub mod normalize_weight;
 pub mod reduce_fused;
+pub mod reduce_fused_backward;
 pub mod topk_gate;
 pub mod topk_sum_and_topk_group_idx;
