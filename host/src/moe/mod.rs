@@ -25,7 +25,9 @@ pub mod topk_sum_and_topk_group_idx;
 
 pub use aux_fi::aux_fi;
 pub use expand_to_fused::{expand_to_fused, expand_to_fused_with_sf};
-pub use get_fused_mapping::{get_fused_mapping, get_fused_mapping_alloc, get_fused_mapping_exact};
+pub use get_fused_mapping::{
+    check_indices, get_fused_mapping, get_fused_mapping_alloc, get_fused_mapping_exact, max_expanded_tokens,
+};
 pub use group_count::group_count;
 pub use inplace_unique_group_indices::inplace_unique_group_indices;
 pub use mask_indices_by_tp::mask_indices_by_tp;

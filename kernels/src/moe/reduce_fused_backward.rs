@@ -209,7 +209,7 @@ kernel! {
                 let one = rest.trailing_zeros();
                 rest &= rest - 1;
                 if rest == 0 {
-                    let sum = warp_sum(rows.single::<X, G, N>(token, choice(first + one)));
+                    let sum = warp_sum::<WARP_SIZE>(rows.single::<X, G, N>(token, choice(first + one)));
                     if lane_id() == 0 {
                         sums.set(one * WARPS + warp_id(), sum);
                     }
@@ -217,7 +217,7 @@ kernel! {
                     let other = rest.trailing_zeros();
                     rest &= rest - 1;
                     let (sum, other_sum) = rows.pair::<X, G, N>(token, choice(first + one), choice(first + other));
-                    let (sum, other_sum) = (warp_sum(sum), warp_sum(other_sum));
+                    let (sum, other_sum) = (warp_sum::<WARP_SIZE>(sum), warp_sum::<WARP_SIZE>(other_sum));
                     if lane_id() == 0 {
                         sums.set(one * WARPS + warp_id(), sum);
                         sums.set(other * WARPS + warp_id(), other_sum);
@@ -230,7 +230,7 @@ kernel! {
             if of_warp < k && mine >> warp_id() & 1 != 0 {
                 let has = with_row >> warp_id() & 1 != 0;
                 let sum = if has && lane_id() < WARPS { sums.get(warp_id() * WARPS + lane_id()) } else { 0.0 };
-                let sum = warp_sum(sum);
+                let sum = warp_sum::<WARPS>(sum);
                 if lane_id() == 0 {
                     grad_weights.set(of_warp, canonical(sum));
                 }

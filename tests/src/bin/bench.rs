@@ -4,7 +4,7 @@
 //! of each op; best on one processor, as in `taskset -c 2 bench --launch-lab --schedule spin`.
 
 use clap::{Parser, ValueEnum};
-use ferrotile_tests::support::bench::{Bench, Line, Row};
+use ferrotile_tests::support::bench::{Bench, LAYERS, Line, Row};
 use ferrotile_tests::support::suite::{self, Filter};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashSet;
@@ -105,7 +105,7 @@ fn run(cli: &Cli) -> Result<usize, String> {
     // First, because "first launch" is first only once per op and process.
     let mut launched = HashSet::new();
     for row in &rows {
-        if launched.insert(row.op) {
+        if !LAYERS.contains(&row.op) && launched.insert(row.op) {
             match if cli.launch_lab { bench.launch_lab(row) } else { bench.first_launch(row) } {
                 Ok(lines) => lines.iter().try_for_each(&mut emit)?,
                 Err(error) => {

@@ -131,7 +131,8 @@ impl<X: Value, G: Value> Data<X, G> {
     }
 
     fn launch(&self, stream: &Stream, name: &str) -> Result<Gradients<X>, String> {
-        let (device, Maps { t, k, p, .. }) = (stream.device(), self.maps);
+        let (device, Maps { t, k, p, .. }) = (stream.device(), &self.maps);
+        let (t, k, p) = (*t, *k, *p);
         let (len, offset) = (p * self.place.h, self.place.offsets[2]);
         let (mut grad_x, mut grad_weights) = (prefilled::<X>(device, len, offset)?, prefilled::<f32>(device, t * k, 0)?);
         reduce_fused_backward(stream, self.args(&mut grad_x, &mut grad_weights).map_err(text)?).map_err(text)?;
