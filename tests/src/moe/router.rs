@@ -24,7 +24,7 @@ const FACTOR: f32 = 1.5;
 enum Table {
     /// The gate.
     Gate,
-    /// The gate, with a bias, and every fifth token masked.
+    /// The gate, every fifth token masked, and a balancing loss.
     Masked,
     /// The caller, some choices without an expert.
     Own,
@@ -139,7 +139,7 @@ impl<X: Value> OnDevice<X> {
         let p = routed.num_expanded_tokens();
         if matches!(table, Table::Gate | Table::Masked) {
             let masked = table == Table::Masked;
-            let bias = if masked { Some(self.bias.tensor(&[e])?) } else { None };
+            let bias = Some(self.bias.tensor(&[e])?);
             let mask = if masked { Some(self.mask.tensor(&[t])?) } else { None };
             routed.gate(stream, Gate { logits: self.logits.tensor(&[t, e])?, bias, image_bias: None, mask })?;
         } else {
@@ -185,16 +185,16 @@ fn expanded<'a>(router: &MoeRouter, t: u64, data: &'a mut Buffer<u8>, sf: &'a mu
 }
 
 /// The best experts and their weights, in f64.
-fn gate(inputs: &[f32], bias: Option<&[f32]>, mask: Option<&[u8]>, e: usize, k: usize) -> (Vec<i64>, Vec<f64>) {
+fn gate(logits: &[f32], bias: &[f32], mask: Option<&[u8]>, e: usize, k: usize) -> (Vec<i64>, Vec<f64>) {
     let (mut idx, mut weights) = (Vec::new(), Vec::new());
-    for (token, logits) in inputs.chunks(e).enumerate() {
+    for (token, logits) in logits.chunks(e).enumerate() {
         if mask.is_some_and(|mask| mask[token] == 0) {
             idx.extend(vec![-1; k]);
             weights.extend(vec![0.0; k]);
             continue;
         }
         let scores: Vec<f64> = logits.iter().map(|x| f64::from(*x).exp().ln_1p().sqrt()).collect();
-        let value = |expert: usize| scores[expert] + bias.map_or(0.0, |bias| f64::from(bias[expert]));
+        let value = |expert: usize| scores[expert] + f64::from(bias[expert]);
         let mut order: Vec<usize> = (0..e).collect();
         order.sort_by(|a, b| value(*b).total_cmp(&value(*a)));
         let sum: f64 = order[..k].iter().map(|expert| scores[*expert]).sum();
@@ -337,8 +337,8 @@ fn verify<X: Value>(
 
     let masked = table == Table::Masked;
     if matches!(table, Table::Gate | Table::Masked) {
-        let (bias, mask) = (masked.then_some(&inputs.bias[..]), masked.then_some(&inputs.mask[..]));
-        let (expected, of_expected) = gate(&inputs.logits, bias, mask, e, k);
+        let mask = masked.then_some(&inputs.mask[..]);
+        let (expected, of_expected) = gate(&inputs.logits, &inputs.bias, mask, e, k);
         equal("topk_idx", name, &shape, &idx, &expected)?;
         allclose("topk_weights", name, &shape, &weights, &of_expected, (0.0, 2e-6))?;
     } else {
@@ -584,7 +584,7 @@ fn graph(device: &Device) -> Result<(), String> {
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
     for (t, e) in [(4096, 256), (4096, 32), (128, 256), (16, 256), (1, 256)] {
-        for quantise in [None, Some(Quantise { num_per_channels: 128, ..E4M3 })] {
+        for quantise in [None, Some(Quantise { num_per_channels: 128, round_sf: true, ..E4M3 })] {
             rows.push(row(t, e, quantise));
         }
     }
@@ -606,7 +606,7 @@ fn row(t: u64, e: u64, quantise: Option<Quantise>) -> Row {
         let rng = Rng::named("moe_layer");
         let inputs = Inputs {
             logits: rng.normal_f32((t * e) as usize),
-            bias: vec![],
+            bias: rng.stream(3).normal_f32(e as usize),
             mask: vec![],
             own_idx: vec![],
             own_weights: vec![],
