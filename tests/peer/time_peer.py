@@ -608,6 +608,54 @@ for e, k in ((256, 8), (384, 6)):
     def _(e=e, k=k):
         s = rand(8001, e)
         return lambda: tk.moe.topk_gate(s, k), s
+
+
+def full_gate(t, pad, rnd, s, e=256, k=8):
+    @case('moe_topk_gate_forward', e=e, k=k, pad=pad, random=rnd, s=s, t=t, only='v2')
+    def _():
+        n = t + pad
+        coin = lambda: torch.rand(n, device=dev) < 0.5  # noqa: E731
+        logits, scores = randn(n, e, to='f32'), torch.empty(n, e, device=dev)
+        more = dict(bias=randn(e, to='f32'), image_bias=randn(e, to='f32'), image_token_mask=coin(), scores=scores,
+                    unmapped_topk_idx=torch.zeros(n, k, dtype=torch.int64, device=dev),
+                    out=(torch.empty(n, k + s, dtype=torch.int64, device=dev), torch.empty(n, k + s, device=dev)))
+        if pad:
+            more['mask'] = torch.arange(n, device=dev) < t
+        if rnd:
+            more['force_random'] = coin()
+        if s:
+            count = torch.randint(1, 4, (e + s,), dtype=torch.int32, device=dev)
+            column = torch.arange(3, dtype=torch.int32, device=dev)
+            ids = (count.cumsum(0) - count).to(torch.int32)[:, None] + column
+            more.update(logical_count=count, to_physical_map=torch.where(column < count[:, None], ids, -1).to(torch.int32).contiguous())
+        f = tk.moe.moe_topk_gate_forward
+        return lambda: f(logits, k, s > 0, s, 1.5, 0, **more), logits
+
+
+def full_gate_backward(t, pad, aux, e=256, k=8):
+    @case('moe_topk_gate_backward', aux=aux, e=e, k=k, pad=pad, t=t, only='v2')
+    def _():
+        n = t + pad
+        logits, scores, mask = randn(n, e, to='f32'), torch.empty(n, e, device=dev), torch.arange(n, device=dev) < t
+        idx, w = tk.moe.moe_topk_gate_forward(logits, k, False, 0, 1.5, 0, mask=mask, scores=scores)
+        g = randn(n, k, to='f32')
+        more = dict(mask=mask, grad_scores_sum=randn(1, e, to='f32')) if aux else {}
+        more['out'] = torch.empty_like(scores)
+        f = tk.moe.moe_topk_gate_backward
+        return lambda: f(scores, idx, w, g, 1.5, **more), (scores, idx, w, g)
+
+
+for rnd in (1, 0):
+    for s in (0, 2):
+        for t in (512, 8001):
+            full_gate(t, 0, rnd, s)
+            full_gate(t, 10, rnd, s)
+for t in (*SMALL, 65536):
+    full_gate(t, 0, 0, 0)
+for aux in (0, 1):
+    for t, pad in ((8001, 0), (8001, 10), *((t, 0) for t in SMALL), (65536, 0)):
+        full_gate_backward(t, pad, aux)
+    full_gate_backward(8001, 0, aux, 384, 6)
 for e, ep in MOE[1:]:
     @case('get_fused_mapping', e=e, ep=ep, k=8, send=4001, only='v1')
     def _(e=e, ep=ep):

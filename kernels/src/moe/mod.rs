@@ -5,7 +5,7 @@
 pub mod aux_fi;
 pub(crate) mod common_count;
 mod common_expanded;
-pub(crate) mod common_gate;
+pub mod common_gate;
 pub(crate) mod common_index;
 pub mod expand_to_fused;
 pub mod get_fused_mapping;
@@ -13,6 +13,7 @@ pub mod group_count;
 pub mod inplace_unique_group_indices;
 pub mod mask_indices_by_tp;
 pub mod moe_topk_gate_backward;
+pub mod moe_topk_gate_forward;
 pub mod normalize_weight;
 pub mod reduce_fused;
 pub mod reduce_fused_backward;

@@ -52,10 +52,10 @@ kernel! {
             if V == 4 { out.store16(i, [0; 4]) } else { out.set(i, 0.0) }
             i += WARP_SIZE * V;
         }
-        let (score, gradient) = choice.gradient(scores, k, factor);
+        let (score, gradient, writes) = choice.gradient(scores, k, factor);
         // Its element is written a second time.
         warp_sync();
-        if choice.expert != NONE {
+        if writes {
             out.set(choice.expert, times(slope(score), gradient));
         }
     }
@@ -134,10 +134,10 @@ kernel! {
             }
         }
 
-        let (score, gradient) = choice.gradient(scores, k, factor);
+        let (score, gradient, writes) = choice.gradient(scores, k, factor);
         // Its element is written a second time.
         warp_sync();
-        if choice.expert != NONE {
+        if writes {
             out.set(choice.expert, times(slope(score), gradient + of_loss(h.get(choice.expert))));
         }
     }
@@ -165,11 +165,11 @@ impl Choice {
         }
     }
 
-    /// Score of the expert, and the gradient with respect to it, summed over all choices of that expert: a lane with the same one gets the
-    /// same bits.
+    /// Score of the expert, the gradient with respect to it, summed over all choices of that expert, and whether this lane is the first with
+    /// that expert.
     #[inline(always)]
     #[track_caller]
-    fn gradient(&self, scores: In<f32>, k: u32, factor: f32) -> (f32, f32) {
+    fn gradient(&self, scores: In<f32>, k: u32, factor: f32) -> (f32, f32, bool) {
         let chosen = self.expert != NONE;
         let score = if chosen { scores.get(self.expert) } else { 0.0 };
         let same = warp_match_any(self.expert);
@@ -185,7 +185,7 @@ impl Choice {
             gradient = sum;
         }
         let denominator = warp_sum::<WARP_SIZE>(score) + EPSILON;
-        (score, gradient / denominator)
+        (score, gradient / denominator, chosen && same.trailing_zeros() == lane_id())
     }
 }
 

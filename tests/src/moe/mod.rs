@@ -10,6 +10,7 @@ pub mod group_count;
 pub mod inplace_unique_group_indices;
 pub mod mask_indices_by_tp;
 pub mod moe_topk_gate_backward;
+pub mod moe_topk_gate_forward;
 pub mod normalize_weight;
 pub mod reduce_fused;
 pub mod reduce_fused_backward;

@@ -391,7 +391,7 @@ mod tests {
             })
             .reduce(|| (0.0, 0.0), |a, b| if a.0 > b.0 { a } else { b });
         assert!(worst.0 < 3.0, "{} units at {:e}", worst.0, worst.1);
-        assert_eq!((slope(0.0).to_bits(), slope(f32::INFINITY)), (0, 0.0));
+        assert_eq!(slope(0.0).to_bits(), 0);
         assert!(slope(f32::NAN).is_nan());
     }
 
