@@ -122,6 +122,7 @@ pub struct Context {
     max_shared_bytes: i32,
     driver: String,
     launch_ex: LaunchEx,
+    ways: Ways,
     /// Compiled kernels by the address of their [`Loaded`], where launches look first. Held while a kernel is compiled, so that none is
     /// compiled twice.
     functions: Mutex<HashMap<usize, Function>>,
@@ -130,7 +131,27 @@ pub struct Context {
     capturing: RwLock<()>,
 }
 
+/// Ways to launch that may cost the host less time. To be measured: what is better becomes the only way, the rest goes.
+#[derive(Clone, Copy)]
+struct Ways {
+    /// Parameters as one block instead of a pointer to each, unless the launch is cooperative: a graph cannot capture that.
+    block: bool,
+    /// The context is not bound by a thread that has bound it before, unless the driver then refuses the launch.
+    trust: bool,
+}
+
+impl Ways {
+    /// What the environment variable `FERROTILE_LAUNCH` names, for measurements.
+    fn wanted() -> Self {
+        let names = std::env::var("FERROTILE_LAUNCH").unwrap_or_default();
+        let has = |name| names.split(',').any(|one| one == name);
+        Self { block: has("block"), trust: has("trust") }
+    }
+}
+
 thread_local! {
+    /// The context that this thread bound last.
+    static BOUND: Cell<CUcontext> = const { Cell::new(ptr::null_mut()) };
     /// Whether this thread captures a stream, and so holds the lock above.
     static CAPTURES: Cell<bool> = const { Cell::new(false) };
 }
@@ -278,7 +299,7 @@ impl Context {
             check(op, cuDeviceGetAttribute(&mut max_shared_bytes, DEVICE_MAX_SHARED_BYTES_OPTIN, device.as_raw()))?;
             check(op, cuDevicePrimaryCtxRetain(&mut raw, device.as_raw()))?;
         }
-        Ok(Self {
+        let context = Self {
             ordinal,
             raw,
             name,
@@ -286,9 +307,28 @@ impl Context {
             max_shared_bytes,
             driver: driver_version(),
             launch_ex: launch_ex()?,
+            ways: Ways::wanted(),
             functions: Mutex::new(HashMap::new()),
             capturing: RwLock::new(()),
-        })
+        };
+        context.read_compiler(op)?;
+        Ok(context)
+    }
+
+    /// Compile a kernel that does nothing. For the first text of a process the driver reads its compiler from disk, 50 to 150 ms that
+    /// belong to opening the device and not to whichever op happens to be launched first. A text in the driver's cache costs nothing.
+    fn read_compiler(&self, op: &'static str) -> Result<()> {
+        self.bind(op)?;
+        // A driver that does not take this takes no kernel either, and says more about why when an op is launched.
+        let (text, mut module) =
+            (c".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n", ptr::null_mut());
+        // SAFETY: the text ends with a zero byte, and the module is unloaded only if there is one.
+        unsafe {
+            if cuModuleLoadDataEx(&mut module, text.as_ptr().cast(), 0, ptr::null_mut(), ptr::null_mut()) == 0 {
+                cuModuleUnload(module);
+            }
+        }
+        Ok(())
     }
 
     pub fn ordinal(&self) -> usize {
@@ -309,7 +349,9 @@ impl Context {
 
     fn bind(&self, op: &'static str) -> Result<()> {
         // SAFETY: a context that is never released.
-        check(op, unsafe { cuCtxSetCurrent(self.raw) })
+        check(op, unsafe { cuCtxSetCurrent(self.raw) })?;
+        BOUND.set(self.raw);
+        Ok(())
     }
 
     /// Bind and run one driver call.
@@ -547,9 +589,29 @@ impl Context {
             attributes: ptr::from_mut(&mut cooperative).cast(),
             num_attributes: config.cooperative.into(),
         };
+        let mut launch = || {
+            if !self.ways.block || config.num_attributes != 0 {
+                // SAFETY: by the caller; the driver has copied everything when it returns.
+                return unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) };
+            }
+            let (block, mut bytes) = params.block();
+            let mut extra = [
+                ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_POINTER),
+                block,
+                ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_SIZE),
+                ptr::from_mut(&mut bytes).cast(),
+                ptr::without_provenance_mut(LAUNCH_PARAM_END),
+            ];
+            // SAFETY: as above.
+            unsafe { (self.launch_ex)(&config, function, ptr::null_mut(), extra.as_mut_ptr()) }
+        };
+        // Another library may have bound another context since; then the driver refuses the launch, because neither the function nor
+        // the stream is of that one.
+        if self.ways.trust && BOUND.get() == self.raw && launch() == 0 {
+            return Ok(());
+        }
         self.bind(op)?;
-        // SAFETY: by the caller; the driver has copied everything when it returns.
-        check(op, unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) })
+        check(op, launch())
     }
 
     /// The kernel of an entry, compiled if it is not yet.
@@ -571,8 +633,7 @@ impl Context {
     fn load(&self, op: &'static str, file: &str, name: &str, more: &str) -> Result<Function> {
         let text = ptx::text(file)
             .ok_or_else(|| Error::Unsupported { op, what: format!("no PTX of {file} in this build, run cargo xtask ptx") })?;
-        let module = ptx::cut(text, name).and_then(|module| CString::new(module + more).ok());
-        let module = module.ok_or_else(|| Error::Unsupported {
+        let module = ptx::module(text, name, more).ok_or_else(|| Error::Unsupported {
             op,
             what: format!("the PTX of {file} has no kernel {name}, run cargo xtask ptx"),
         })?;
@@ -595,10 +656,8 @@ impl Context {
     pub fn compile_times(&self) -> Result<Vec<(&'static str, f64)>> {
         const SLOW_US: f64 = 80_000.0;
         self.bind("compile")?;
-        let begin = std::time::SystemTime::now();
         let timed = |op, name| -> Result<f64> {
-            // A comment of its own keeps the driver from finding the kernel in its cache of compiled texts.
-            let more = format!("// {begin:?} {:?}\n", begin.elapsed());
+            let more = ptx::fresh_comment();
             let start = std::time::Instant::now();
             self.load("compile", op, name, &more)?;
             Ok(start.elapsed().as_secs_f64() * 1e6)
@@ -729,14 +788,13 @@ pub struct BareLaunch {
     context: &'static Context,
     stream: CUstream,
     api: BareApi,
-    /// Owns the parameters of `node`.
     graph: CUgraph,
     exec: CUgraphExec,
     node: KernelNode,
     cooperative: bool,
-    /// The parameters as one block of memory, as the kernel sees them.
+    /// The parameters as one block of memory, as the kernel sees them, and a pointer to each.
     block: Vec<u8>,
-    num_params: usize,
+    params: Vec<*mut c_void>,
     /// Kernels that do nothing, without parameters and with `num_params` of 8 bytes.
     empty: CUfunction,
     empty_params: CUfunction,
@@ -823,6 +881,23 @@ impl BareApi {
     }
 }
 
+/// The block of parameters that a list of launch options has; null if it has none.
+///
+/// # Safety
+/// The list is null or ends with its mark.
+unsafe fn recorded_block(mut list: *mut *mut c_void) -> *const u8 {
+    // SAFETY: by the caller; a mark is followed by its value.
+    unsafe {
+        while !list.is_null() && (*list).addr() != LAUNCH_PARAM_END {
+            if (*list).addr() == LAUNCH_PARAM_BUFFER_POINTER {
+                return (*list.add(1)).cast();
+            }
+            list = list.add(2);
+        }
+    }
+    ptr::null()
+}
+
 impl BareLaunch {
     fn new(context: &'static Context, stream: CUstream, graph: CUgraph) -> Result<Self> {
         let op = "bare launch";
@@ -848,16 +923,30 @@ impl BareLaunch {
             context.call(op, || (api.node_params)(nodes[0], &mut node))?;
             context.call(op, || (api.node_attribute)(nodes[0], ATTRIBUTE_COOPERATIVE as c_int, &mut attribute))?;
         }
-        let (mut block, mut num_params) = (Vec::new(), 0);
+        // Recorded as pointers or as one block, and the driver may have turned one into the other.
+        // SAFETY: a list of pairs up to the end mark, in which the address of a block comes with its mark.
+        let recorded_block = unsafe { recorded_block(node.extra) };
+        if node.params.is_null() && recorded_block.is_null() {
+            return Err(Error::Unsupported { op, what: "a launch whose parameters the driver does not give back".to_owned() });
+        }
+        let (mut block, mut offsets) = (Vec::new(), Vec::new());
         let (mut offset, mut size) = (0, 0);
-        // SAFETY: as many parameters as the function has, each as large as it says.
+        // SAFETY: as many parameters as the function has, each as large and in such a place as it says.
         unsafe {
-            while (api.param_info)(node.function, num_params, &mut offset, &mut size) == 0 {
+            while (api.param_info)(node.function, offsets.len(), &mut offset, &mut size) == 0 {
+                let from = if node.params.is_null() {
+                    recorded_block.add(offset)
+                } else {
+                    (*node.params.add(offsets.len())).cast::<u8>()
+                };
                 block.resize(offset, 0u8);
-                block.extend(std::slice::from_raw_parts((*node.params.add(num_params)).cast::<u8>(), size));
-                num_params += 1;
+                block.extend(std::slice::from_raw_parts(from, size));
+                offsets.push(offset);
             }
         }
+        let start = block.as_mut_ptr();
+        let pointers: Vec<*mut c_void> = offsets.iter().map(|offset| start.wrapping_add(*offset).cast()).collect();
+        let num_params = pointers.len();
         let params: Vec<String> = (0..num_params).map(|i| format!(".param .u64 p{i}")).collect();
         let text =
             |params: &str| format!(".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry empty({params}) {{ ret; }}\n");
@@ -870,18 +959,18 @@ impl BareLaunch {
         }
         let (empty, empty_params) = (compile("")?, compile(&params.join(", "))?);
         let cooperative = attribute[0] as u32 != 0;
-        Ok(Self { context, stream, api, graph, exec, node, cooperative, block, num_params, empty, empty_params, blocking })
+        Ok(Self { context, stream, api, graph, exec, node, cooperative, block, params: pointers, empty, empty_params, blocking })
     }
 
     /// How many parameters the kernel has.
     pub fn num_params(&self) -> usize {
-        self.num_params
+        self.params.len()
     }
 
     /// Launch `n` times.
     pub fn burst(&mut self, way: LaunchWay, n: u32) -> Result<()> {
         let op = "bare launch";
-        let (api, raw, params) = (self.api, self.context.raw, self.node.params);
+        let (api, raw, params) = (self.api, self.context.raw, self.params.as_mut_ptr());
         let KernelNode { function, grid, block, shared, .. } = self.node;
         let cooperative = self.cooperative;
         self.context.bind(op)?;

@@ -575,11 +575,12 @@ kernel! {
         let i = block * THREADS + thread_idx();
         let (from, to) = (x.at(i as u64 * 64), y.at(i as u64 * 64));
         from.prefetch(0);
-        to.store16(0, from.load16(0));
+        let odd = thread_idx() & 1 == 1;
+        to.store16(0, if odd { from.load16_once(0) } else { from.load16(0) });
         to.store16_stream(16, from.load16_stream(16));
-        to.store8(32, from.load8(32));
+        to.store8(32, if odd { from.load8_once(32) } else { from.load8(32) });
         to.store8_stream(40, from.load8_stream(40));
-        to.store4(48, from.load4(48));
+        to.store4(48, if odd { from.load4_once(48) } else { from.load4(48) });
         to.store4_stream(52, from.load4_stream(52));
         to.cast::<u16>().set(28, from.cast::<u16>().get(28));
         to.set(58, from.get(58));

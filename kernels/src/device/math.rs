@@ -62,6 +62,18 @@ pub fn sqrt_normal(v: f32) -> f32 {
     fma(remainder, 0.5 * inverse, near)
 }
 
+/// `a / b`, correctly rounded like the operator, without the branch that that has: for `b` from 2^-67 to 2^70 and `0 <= a <= b`,
+/// `a` not above 2^64. Quotients that are subnormal are rounded twice.
+#[inline(always)]
+pub fn divide_normal(a: f32, b: f32) -> f32 {
+    // A correctly rounded inverse and an exact remainder make a correctly rounded quotient. The scaling keeps the remainder normal.
+    let near = fast_rcp(b);
+    let inverse = fma(near, fma(-b, near, 1.0), near);
+    let scaled = a * 1.152_921_5e18;
+    let quotient = scaled * inverse;
+    fma(inverse, fma(-b, quotient, scaled), quotient) * 8.673_617_4e-19
+}
+
 /// e^v for `v <= 0`, within 1 ulp and from fused multiply-adds only: the same bits on both backends. Subnormal results are right, NaN
 /// stays NaN, and positive `v` must not be given.
 #[inline(always)]

@@ -1,5 +1,6 @@
 //! What the full gates share: scores, the choice of the best experts from keys in shared memory, and physical experts.
 
+use super::common_index::NONE;
 use crate::device::*;
 
 /// Most slots of a token, shared experts included: each has a lane.
@@ -14,23 +15,21 @@ pub const MAX_COLUMNS: u32 = 1 << 16;
 /// `x > 0` (moe.md, section 15).
 #[inline(always)]
 pub fn sqrtsoftplus(x: f32) -> f32 {
-    const Q: [f32; 10] = [
-        0.000_471_802_57,
-        -0.000_422_692_4,
-        -8.536_428_5e-5,
-        0.002_192_076,
-        0.000_292_900_95,
-        0.004_986_04,
-        0.011_144_61,
-        0.032_870_79,
-        0.115_995_184,
-        0.832_554_64,
-    ];
     let a = exp_nonpositive(x.abs() * -0.5);
     let t = fma(-a, a, 1.0);
-    let q = Q.iter().skip(1).fold(Q[0], |q, c| fma(q, t, *c));
+    let q = fma(0.000_471_802_57, t, -0.000_422_692_4);
+    let q = fma(q, t, -8.536_428_5e-5);
+    let q = fma(q, t, 0.002_192_076);
+    let q = fma(q, t, 0.000_292_900_95);
+    let q = fma(q, t, 0.004_986_04);
+    let q = fma(q, t, 0.011_144_61);
+    let q = fma(q, t, 0.032_870_79);
+    let q = fma(q, t, 0.115_995_184);
+    let q = fma(q, t, 0.832_554_64);
     let l = a * q;
-    if x > 0.0 { sqrt_normal(fma(l, l, x)) } else { l }
+    // Before the comparison, so that it becomes a select: four of these overlap.
+    let root = sqrt_normal(fma(l, l, x));
+    if x > 0.0 { root } else { l }
 }
 
 /// `1 / (1 + e^-x)`, within 2.7 ulp: the same bits on both backends.
@@ -42,47 +41,58 @@ pub fn sigmoid(x: f32) -> f32 {
     if x < 0.0 { small * inverse } else { inverse }
 }
 
+/// The larger one.
+#[inline(always)]
+pub fn larger(a: u32, b: u32) -> u32 {
+    if a > b { a } else { b }
+}
+
+/// The smaller one.
+#[inline(always)]
+pub fn smaller(a: u32, b: u32) -> u32 {
+    if a < b { a } else { b }
+}
+
 /// What an expert is ranked by: orders as the value does, NaN below -inf, and 0 is left for experts that must not be chosen.
 #[inline(always)]
 pub fn rank_key(value: f32) -> u32 {
     larger(ordered_key(value), 1)
 }
 
+/// What a step of a loop over experts advances: four of each lane.
+pub const STEP: u32 = 4 * WARP_SIZE;
+
+/// `e` rounded up to whole vectors: the length of rows in shared memory.
 #[inline(always)]
-fn larger(a: u32, b: u32) -> u32 {
-    if a > b { a } else { b }
+pub const fn padded(e: u32) -> u32 {
+    (e + 3) & !3
 }
 
-/// Elements that a lane has in flight.
-const HELD: usize = 4;
-
-/// What a step of a loop over `e` elements advances: [`HELD`] for each lane.
-pub const STEP: u32 = HELD as u32 * WARP_SIZE;
-
-/// Where this lane's `i`th element of the step from `first` on is.
+/// Where this lane's `i`th element of the step from `first` on is, if lanes are neighbours.
 #[inline(always)]
 pub fn element(first: u32, i: usize) -> u32 {
     first + i as u32 * WARP_SIZE + lane_id()
 }
 
-/// This lane's keys of one step; 0 beyond the end.
+/// Where the four elements of this lane in the step from `first` on begin, if they are neighbours.
 #[inline(always)]
-#[track_caller]
-fn held(keys: Shared<u32>, e: u32, first: u32) -> [u32; HELD] {
-    core::array::from_fn(|i| if element(first, i) < e { keys.get(element(first, i)) } else { 0 })
+pub fn own(first: u32) -> u32 {
+    first + 4 * lane_id()
 }
 
 /// Words of a warp's list of candidates: their keys, then their experts.
 pub const LIST: u32 = 2 * WARP_SIZE;
 
 /// The `k` experts with the largest keys, 1 to 32; of equal keys the first. Each lane gets an expert and the slot it takes: `k` lanes the
-/// slots below `k` in some order, the others a larger number.
+/// slots below `k` in some order, the others a larger number. Key 0 is that of no expert: if fewer have another one, slots stay free, or
+/// their expert is [`NONE`].
 ///
-/// `keys` has `e` keys, of which each lane has written those at its number and every 32nd from there on; at least `k` are not 0. `best` is
-/// the largest one of this lane. `list` has [`LIST`] words, which other lanes have read before the last `warp_sync`.
+/// `keys` has `padded(e)` keys, those of the padding 0; each lane has written some of them, and `best` is the largest one of this lane. `list`
+/// has [`LIST`] words, which no lane reads any more. Keys may be overwritten.
 ///
 /// The `k`th largest of the lanes' maxima bounds the result from below; whoever reaches it (about `k + 1` experts) is gathered one per lane,
-/// and a lane's slot is the number of candidates that beat its own. More candidates than lanes: another bound is found by bisection.
+/// and a lane's slot is the number of candidates that beat its own. If they are more than lanes, because of many equal scores or a large `k`,
+/// the best one is looked for `k` times.
 #[inline(always)]
 #[track_caller]
 pub fn select(keys: Shared<u32>, e: u32, k: u32, best: u32, list: Shared<u32>) -> (u32, u32) {
@@ -99,83 +109,65 @@ pub fn select(keys: Shared<u32>, e: u32, k: u32, best: u32, list: Shared<u32>) -
             key = 0;
         }
     }
+    let low = larger(bound & !31, 1) - 1;
 
-    // Keys above `low` are candidates, and of those that equal it the first `ties`.
-    let (mut low, mut ties) = (larger(bound & !31, 1) - 1, 0);
-    loop {
+    // Gather in ascending order of the experts.
+    list.set(lane, 0);
+    warp_sync();
+    let mut num = 0;
+    let mut first = 0;
+    while first < e {
         rolled();
-        list.set(lane, 0);
-        warp_sync();
-        // Gather in ascending order of the experts.
-        let mut num = 0;
-        let mut first = 0;
-        if ties == 0 {
-            while first < e {
-                rolled();
-                let held = held(keys, e, first);
-                let taken: [u32; HELD] = core::array::from_fn(|i| warp_ballot(held[i] > low));
-                for (i, (taken, key)) in taken.iter().zip(held).enumerate() {
-                    let at = num + (taken & below).count_ones();
-                    if taken >> lane & 1 == 1 && at < WARP_SIZE {
-                        list.set(at, key);
-                        list.set(WARP_SIZE + at, element(first, i));
-                    }
-                    num += taken.count_ones();
-                }
-                first += STEP;
-            }
-        } else {
-            while first < e {
-                rolled();
-                let key = if first + lane < e { keys.get(first + lane) } else { 0 };
-                let tied = warp_ballot(key == low);
-                let taken = key > low || key == low && (tied & below).count_ones() < ties;
-                let all = warp_ballot(taken);
-                if taken {
-                    let at = num + (all & below).count_ones();
-                    list.set(at, key);
-                    list.set(WARP_SIZE + at, first + lane);
-                }
-                let num_tied = tied.count_ones();
-                ties -= if num_tied < ties { num_tied } else { ties };
-                num += all.count_ones();
-                first += WARP_SIZE;
-            }
+        let held = if own(first) < e { keys.load16(own(first)) } else { [0; 4] };
+        let taken: [u32; 4] = core::array::from_fn(|i| warp_ballot(held[i] > low));
+        // Where the first one of this lane goes.
+        let mut at = num;
+        for all in &taken {
+            at += (all & below).count_ones();
+            num += all.count_ones();
         }
-        warp_sync();
-        if num <= WARP_SIZE {
-            let (key, expert) = if lane < num { (list.get(lane), list.get(WARP_SIZE + lane)) } else { (0, 0) };
-            let rank = rank(list, num, key);
-            return (expert, if lane < num { rank } else { u32::MAX });
+        for i in 0..4 {
+            let takes = held[i] > low;
+            if takes & (at < WARP_SIZE) {
+                list.set(at, held[i]);
+                list.set(WARP_SIZE + at, own(first) + i as u32);
+            }
+            at += takes as u32;
         }
+        first += STEP;
+    }
+    warp_sync();
+    if num <= WARP_SIZE {
+        let (key, expert) = if lane < num { (list.get(lane), list.get(WARP_SIZE + lane)) } else { (0, NONE) };
+        let rank = rank(list, num, key);
+        return (expert, if lane < num { rank } else { NONE });
+    }
 
-        // More than `k` keys exceed `low`, and `above`, fewer than `k`, exceed `high`.
-        let (mut high, mut above) = (warp_max_u32(best), 0);
-        let mut fits = false;
-        while high - low > 1 && !fits {
+    let mut chosen = NONE;
+    for slot in 0..k {
+        rolled();
+        let (mut best, mut expert) = (0, NONE);
+        let mut at = own(0);
+        while at < e {
             rolled();
-            let middle = low + (high - low) / 2;
-            let mut mine = 0;
-            let mut first = 0;
-            while first < e {
-                rolled();
-                for key in held(keys, e, first) {
-                    mine += (key > middle) as u32;
+            let held = keys.load16(at);
+            for i in 0..4 {
+                if held[i] > best {
+                    (best, expert) = (held[i], at + i as u32);
                 }
-                first += STEP;
             }
-            let num = warp_sum_u32(mine);
-            fits = num >= k && num <= WARP_SIZE;
-            if num >= k {
-                low = middle;
-            } else {
-                (high, above) = (middle, num);
-            }
+            at += STEP;
         }
-        if !fits {
-            (low, ties) = (high, k - above);
+        let (_, winner) = warp_arg_max(best, expert);
+        // Its own key: nobody else reads it.
+        if expert == winner && winner != NONE {
+            keys.set(expert, 0);
+        }
+        if lane == slot {
+            chosen = winner;
         }
     }
+    (chosen, lane)
 }
 
 /// How many of the first `num` keys of a list, 32 at most, stand before this lane's `key`, which is the one of its number: larger ones, and
@@ -187,6 +179,8 @@ pub fn rank(list: Shared<u32>, num: u32, key: u32) -> u32 {
     let mut first = 0;
     while first < num {
         rolled();
+        // Costs nothing, and keeps the compiler from unrolling the loop.
+        warp_sync();
         for (i, other) in list.load16(first).iter().enumerate() {
             // Keys are at least 1.
             rank += (*other > key.wrapping_sub((first + (i as u32) < lane_id()) as u32)) as u32;
@@ -208,22 +202,16 @@ pub struct Physical {
 }
 
 impl Physical {
-    /// Ask for a share of both tables, so that they are in L2 when the experts are known. `lines` and `count_lines` are their sizes in lines
-    /// of 128 bytes, of which the launch's threads take turns.
+    /// Ask for a share of both tables, so that they are in L2 when the experts are known. `map_lines` and `count_lines` are their sizes in
+    /// lines of 128 bytes, of which the launch's threads take turns.
     #[inline(always)]
     #[track_caller]
-    pub fn prefetch(self, lines: u32, count_lines: u32) {
-        let thread = block_idx_x() * block_dim() + thread_idx();
-        let mut line = thread;
-        while line < lines {
+    pub fn prefetch(self, map_lines: u32, count_lines: u32) {
+        let mut line = block_idx_x() * block_dim() + thread_idx();
+        while line < map_lines + count_lines {
             rolled();
-            self.map.prefetch(line * 32);
-            line += grid_dim_x() * block_dim();
-        }
-        let mut line = thread;
-        while line < count_lines {
-            rolled();
-            self.logical_count.prefetch(line * 32);
+            let (table, first) = if line < map_lines { (self.map, 0) } else { (self.logical_count, map_lines) };
+            table.prefetch((line - first) * 32);
             line += grid_dim_x() * block_dim();
         }
     }
@@ -234,18 +222,16 @@ impl Physical {
     pub fn expert(self, logical: u32, token: u32, ep_rank: u32) -> i32 {
         let count = self.logical_count.get(logical) as u32;
         let count = if index_below(count.wrapping_sub(1), self.columns) { count } else { 1 };
+        // In 64 bits: the peers' 32 overflow from 92 037 tokens on.
         let turn = ep_rank as u64 + token as u64 * 23_333;
         self.map.at(logical as u64 * self.columns as u64).get(remainder(turn, count))
     }
 }
 
-/// `n % divisor` for `n` below 2^48 and a divisor of at most 2^16, in divisions of 32 bits.
+/// `n % divisor` for `n` below 2^48 and a divisor from 1 to 2^16, in divisions of 32 bits.
 #[inline(always)]
 fn remainder(n: u64, divisor: u32) -> u32 {
-    let (high, low) = ((n >> 32) as u32, n as u32);
-    if high == 0 {
-        return low % divisor;
-    }
-    let upper = (high % divisor << 16 | low >> 16) % divisor;
-    (upper << 16 | low & 0xFFFF) % divisor
+    // `checked_rem` leaves no branch to a panic.
+    let rest = |n: u32| n.checked_rem(divisor).unwrap_or(0);
+    rest(rest((n >> 16) as u32) << 16 | n as u32 & 0xFFFF)
 }

@@ -508,16 +508,17 @@ fn check_graph(device: &Device) -> Result<(), String> {
     Ok(())
 }
 
-/// The peers' cases, all of the grid of 1.0.0 (`a=128`), and small ones.
+/// The peers' cases, all of the grid of 1.0.0, and small ones. Rows are multiples of 128.
 pub fn bench() -> Vec<Row> {
-    let row = |moe: MoeCase, case: String| {
+    let row = |moe: MoeCase| {
+        let MoeCase { num_send_tokens: send, num_topk: k, num_experts: e, num_ranks: ep } = moe;
         let topk_idx = moe.topk_idx();
         let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
         let p = problem.rows();
         let n = topk_idx.len() as u64;
         Row {
             op: "get_fused_mapping",
-            case,
+            case: format!("e={e},ep={ep},k={k},send={send}"),
             bytes: 12 * n + 12 * p + 12 * moe.num_experts,
             build: Box::new(move |device, _| {
                 let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
@@ -527,17 +528,12 @@ pub fn bench() -> Vec<Row> {
         }
     };
     let moe = |num_send_tokens, num_topk, num_experts, num_ranks| MoeCase { num_send_tokens, num_topk, num_experts, num_ranks };
-    let mut rows = Vec::new();
-    for (e, ep) in [(32, 8), (4, 64)] {
-        rows.push(row(moe(4001, 8, e, ep), format!("e={e},ep={ep},k=8,send=4001")));
-    }
-    for case in moe_bench_cases() {
-        rows.push(row(case, format!("a=128,{}", case.name())));
-    }
-    for (send, e, ep) in [(1, 32, 8), (16, 32, 8), (128, 32, 8), (4001, 256, 1), (65536, 32, 8)] {
-        rows.push(row(moe(send, 8, e, ep), format!("e={e},ep={ep},k=8,send={send}")));
-    }
-    rows
+    let first = moe(4001, 8, 32, 8);
+    let mut cases = vec![first];
+    cases.extend(moe_bench_cases().into_iter().filter(|case| *case != first));
+    cases
+        .extend([(1, 32, 8), (16, 32, 8), (128, 32, 8), (4001, 256, 1), (65536, 32, 8)].map(|(send, e, ep)| moe(send, 8, e, ep)));
+    cases.into_iter().map(row).collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::common_expanded::{DeviceMaps, Maps};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, MoeCase, moe_bench_cases, moe_cases};
 use crate::support::compare::{Bits, equal};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::moe::reduce_fused::{Args, reduce_fused};
@@ -432,7 +433,11 @@ fn row<X: Value, O: Value + 'static>(moe: MoeCase, h: u64, options: Options, cas
     let bytes = 8 * t * k + if options.x_sf { 4 * p } else { 0 } + maps.num_used() * h * x_bytes + t * h * out_bytes;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let place = Place::dense(h);
-        let data = Data::<X>::new(device, maps.clone(), place, "bench", |rng, i| rng.normal(i))?;
+        let rng = Rng::named("bench");
+        let weights = rng.fill((t * k) as usize, |rng, i| rng.unit(i));
+        let x_sf = rng.stream(1).fill(p as usize, |rng, i| rng.unit(i));
+        let mut data = Data::<X>::with_values(device, maps.clone(), Vec::new(), weights, x_sf, rng.unit(0))?;
+        data.x_buffer = inputs::of_normal(device, 0, p * h, X::round)?;
         let mut out = Output::<O>::new(device, t * h, 0)?;
         Ok(Box::new(move |stream| reduce_fused(stream, args(&data, &mut out, place, options)?)))
     };

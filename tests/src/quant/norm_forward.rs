@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::norm_forward::{self as op, Args};
@@ -214,6 +215,24 @@ impl Placed {
         Ok(Self { elements, shape: shape.to_vec(), strides, offset: gaps.offset })
     }
 
+    /// A contiguous input of a benchmark: normal values.
+    pub(super) fn normal(device: &Device, dtype: DType, seed: u64, shape: &[u64]) -> Result<Self, String> {
+        let len = shape.iter().product();
+        let elements = if dtype == DType::Bf16 {
+            Elements::Bf16(inputs::normal_bf16(device, seed, len)?)
+        } else {
+            Elements::F32(inputs::normal_f32(device, seed, len)?)
+        };
+        let strides = (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect();
+        Ok(Self { elements, shape: shape.to_vec(), strides, offset: 0 })
+    }
+
+    /// The same of values from 0 to 1.
+    pub(super) fn uniform(device: &Device, seed: u64, len: u64) -> Result<Self, String> {
+        let elements = Elements::F32(inputs::uniform(device, seed, len)?);
+        Ok(Self { elements, shape: vec![len], strides: vec![1], offset: 0 })
+    }
+
     /// A contiguous output with a guard before and after.
     pub(super) fn output(device: &Device, dtype: DType, shape: &[u64], offset: u64) -> Result<Self, String> {
         let len = (shape.iter().product::<u64>() + offset + GUARD) as usize;
@@ -312,6 +331,25 @@ impl Inputs {
     }
 }
 
+/// What a row of the benchmark calls with: a problem without values, and inputs of `[t, h]` on the device.
+pub(super) fn bench_inputs(
+    device: &Device,
+    dtype: DType,
+    (t, h): (u64, u64),
+    residual: bool,
+) -> Result<(Problem, Inputs), String> {
+    let like_x = |seed| Placed::normal(device, dtype, seed, &[t, h]);
+    let inputs = Inputs {
+        x: like_x(0)?,
+        residual: if residual { Some(like_x(1)?) } else { None },
+        weight: Some(Placed::normal(device, dtype, 2, &[h])?),
+    };
+    // Of no rows, made into one of `t` by its shape.
+    let mut p = Problem::new(dtype, &[0, h], (residual, true, false));
+    p.shape = vec![t, h];
+    Ok((p, inputs))
+}
+
 /// The outputs of a call.
 pub(super) struct Outputs {
     pub out: Placed,
@@ -336,6 +374,16 @@ impl Outputs {
     }
 
     pub(super) fn launch(&mut self, stream: &Stream, p: &Problem, inputs: &Inputs) -> ferrotile::Result<()> {
+        self.launch_by(op::norm_forward, stream, p, inputs)
+    }
+
+    fn launch_by(
+        &mut self,
+        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
+        stream: &Stream,
+        p: &Problem,
+        inputs: &Inputs,
+    ) -> ferrotile::Result<()> {
         let args = Args {
             x: inputs.x.tensor()?,
             residual: inputs.residual.as_ref().map(Placed::tensor).transpose()?,
@@ -346,7 +394,7 @@ impl Outputs {
             residual_out: maybe(&mut self.residual_out)?,
             rstd: maybe(&mut self.rstd)?,
         };
-        op::norm_forward(stream, args)
+        launcher(stream, args)
     }
 
     fn fill(&mut self) -> Result<(), String> {
@@ -459,6 +507,11 @@ fn check_problem(ctx: &Ctx, p: &Problem, gaps: Gaps, offset: u64) -> Result<(), 
     let (_, out) = outputs.check(p)?;
     outputs.launch(&stream, p, &inputs).map_err(text)?;
     same("out, a second time", &name, &p.shape, &outputs.out.values("out", &name)?, &out)?;
+    // Weights read early or late give the same bits.
+    for few in [false, true] {
+        outputs.launch_by(|stream, args| op::with_few(stream, args, few), &stream, p, &inputs).map_err(text)?;
+        same("out, whatever the number of rows", &name, &p.shape, &outputs.out.values("out", &name)?, &out)?;
+    }
     // Another alignment takes another way, and may not change a bit. The largest outputs take too long to look at thrice.
     let others = if p.x.len() < 1 << 24 { &[offset, offset + 1][..] } else { &[] };
     for &other in others {
@@ -567,31 +620,39 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 /// The peers' case with a residual, the same without, the other type, and small inputs.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
-    let mut row = |dtype: DType, t: u64, h: u64, residual: bool| {
+    let mut row = |dtype: DType, t: u64, h: u64, residual: bool, few: Option<bool>| {
         let n = t * h * dtype.size();
         let bytes = n * if residual { 4 } else { 2 } + h * dtype.size() + 4 * t;
         let input = if dtype == DType::Bf16 { "bf16" } else { "f32" };
-        let case = format!("h={h},input={input},residual={},t={t}", if residual { "True" } else { "False" });
+        let variant = few.map_or(String::new(), |few| format!(",variant={}", if few { "early" } else { "late" }));
+        let case = format!("h={h},input={input},residual={},t={t}{variant}", if residual { "True" } else { "False" });
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let p = Problem::new(dtype, &[t, h], (residual, true, false));
-            let inputs = Inputs::new(device, &p, Gaps::default())?;
+            let (p, inputs) = bench_inputs(device, dtype, (t, h), residual)?;
             let mut outputs = Outputs::new(device, &p, 0, true)?;
-            // The values are on the device; what is left of the problem is its options.
-            let p = Problem { x: Vec::new(), residual: None, weight: None, ..p };
-            Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs)))
+            let launcher = move |stream: &Stream, args: Args<'_>| match few {
+                Some(few) => op::with_few(stream, args, few),
+                None => op::norm_forward(stream, args),
+            };
+            Ok(Box::new(move |stream| outputs.launch_by(launcher, stream, &p, &inputs)))
         };
         rows.push(Row { op: "norm_forward", case, bytes, build: Box::new(build) });
     };
     for residual in [true, false] {
-        row(DType::Bf16, 8064, 7168, residual);
-        row(DType::F32, 8064, 7168, residual);
+        row(DType::Bf16, 8064, 7168, residual, None);
+        row(DType::F32, 8064, 7168, residual, None);
     }
-    row(DType::Bf16, 8001, 2048, true);
-    row(DType::Bf16, 4001, 16384, true);
-    row(DType::Bf16, 262_144, 128, false);
-    row(DType::F32, 4001, 16384, true);
+    row(DType::Bf16, 8001, 4096, true, None);
+    row(DType::Bf16, 8001, 2048, true, None);
+    row(DType::Bf16, 4001, 16384, true, None);
+    row(DType::Bf16, 262_144, 128, false, None);
+    row(DType::F32, 4001, 16384, true, None);
     for t in [1, 16, 128] {
-        row(DType::Bf16, t, 7168, true);
+        row(DType::Bf16, t, 7168, true, None);
+    }
+    for few in [false, true] {
+        for t in [1, 16, 128, 256] {
+            row(DType::Bf16, t, 7168, true, Some(few));
+        }
     }
     rows
 }

@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_block_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
@@ -394,6 +395,14 @@ fn check_input(ctx: &Ctx, input: &Input, blocks: &[Block], kind: &str) -> Result
                         let words = sf_words(&expected().sf, columns, layout);
                         out.check_sf(&name, &words)?;
                         out.check_data(&name, &expected().data)?;
+                        for threads in [256, 512, 1024] {
+                            let mut out = Outputs::new(&ctx.device, input, format, block, layout)?;
+                            let launcher = |stream: &Stream, args: Args<'_>| op::with_threads(stream, args, threads);
+                            out.cast_by(launcher, &stream, x, block, round).map_err(text)?;
+                            let name = format!("{name},threads={threads}");
+                            out.check_sf(&name, &words)?;
+                            out.check_data(&name, &expected().data)?;
+                        }
                         if i == 0 {
                             // Once more, over its own results.
                             out.cast(&stream, x, block, round).map_err(text)?;
@@ -605,8 +614,11 @@ fn row_by(
     let sf = sf_shape(t, h, block, layout);
     let bytes = t * h * dtype.size() + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let name = format!("per_block_cast benchmark {dtype} {t} {h}");
-        let input = Input::new(device, dtype, (t, h), (h, 0), normal(dtype, (t * h) as usize, &name))?;
+        let buffer = match dtype {
+            DType::Bf16 => Elements::Bf16(inputs::normal_bf16(device, 0, t * h)?),
+            _ => Elements::F32(inputs::normal_f32(device, 0, t * h)?),
+        };
+        let input = Input { t, h, stride: h, offset: 0, values: Vec::new(), buffer };
         let mut out = Outputs::new(device, &input, format, block, layout)?;
         Ok(Box::new(move |stream| {
             let x = match &input.buffer {
@@ -640,6 +652,13 @@ pub fn bench() -> Vec<Row> {
     for (t, h) in shapes {
         let case = format!("block=128x128,fmt=e4m3,h={h},input=bf16,t={t}");
         rows.push(row(case, DType::Bf16, (t, h), Format::E4m3, (128, 128), SfLayout::RowMajor));
+    }
+    for threads in [256, 512, 1024] {
+        for t in [1, 16, 128] {
+            let case = format!("block=128x128,fmt=e4m3,h=7168,input=bf16,t={t},variant=threads{threads}");
+            let launcher = move |stream: &Stream, args: Args<'_>| op::with_threads(stream, args, threads);
+            rows.push(row_by(launcher, case, DType::Bf16, (t, 7168), Format::E4m3, (128, 128), SfLayout::RowMajor));
+        }
     }
     rows
 }
