@@ -6,6 +6,7 @@ use super::reduce_fused::{Value, awkward};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, MoeCase, moe_bench_cases, moe_cases};
 use crate::support::compare::equal;
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::moe::reduce_fused_backward::{Args, reduce_fused_backward};
@@ -335,7 +336,18 @@ fn row(case: MoeCase, h: u64) -> Row {
     let bytes = 12 * t * k + 4 * p + 2 * h * (maps.num_used() + p + t);
     let name = bench_name(&case).replace(",k=", &format!(",h={h},k="));
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let data = Data::<bf16, bf16>::new(device, &maps, Place::dense(h), true, "bench", |rng, i| rng.normal(i))?;
+        let weights = Rng::named("bench").fill((t * k) as usize, |rng, i| rng.unit(i));
+        let data = Data::<bf16, bf16> {
+            on_device: DeviceMaps::new(device, &maps)?,
+            maps: maps.clone(),
+            place: Place::dense(h),
+            x: vec![],
+            grad: vec![],
+            x_buffer: inputs::of_normal(device, 0, p * h, bf16::round)?,
+            grad_buffer: inputs::of_normal(device, 1, t * h, bf16::round)?,
+            weights_buffer: device.upload(&weights).map_err(text)?,
+            weights: Some(weights),
+        };
         let mut grad_x = device.alloc::<bf16>((p * h) as usize).map_err(text)?;
         let mut grad_weights = device.alloc::<f32>((t * k) as usize).map_err(text)?;
         Ok(Box::new(move |stream| reduce_fused_backward(stream, data.args(&mut grad_x, &mut grad_weights)?)))
