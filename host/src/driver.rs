@@ -33,12 +33,14 @@ unsafe extern "C" {
     fn cuMemFree_v2(address: CUdeviceptr) -> c_int;
     fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> c_int;
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) -> c_int;
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize, stream: CUstream) -> c_int;
     fn cuMemsetD8_v2(to: CUdeviceptr, byte: u8, bytes: usize) -> c_int;
     fn cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> c_int;
     fn cuMemsetD8Async(to: CUdeviceptr, byte: u8, bytes: usize, stream: CUstream) -> c_int;
     fn cuStreamCreate(stream: *mut CUstream, flags: c_uint) -> c_int;
     fn cuStreamDestroy_v2(stream: CUstream) -> c_int;
     fn cuStreamSynchronize(stream: CUstream) -> c_int;
+    fn cuStreamIsCapturing(stream: CUstream, status: *mut c_int) -> c_int;
     fn cuStreamBeginCapture_v2(stream: CUstream, mode: c_int) -> c_int;
     fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> c_int;
     fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) -> c_int;
@@ -383,6 +385,38 @@ impl Context {
         }
         // SAFETY: by the caller.
         self.call(op, || unsafe { cuMemcpyDtoH_v2(to.cast(), address, bytes) })
+    }
+
+    /// Download once the work given to `stream` so far is done. Other streams go on.
+    ///
+    /// # Safety
+    /// Both sides have `bytes` bytes.
+    pub unsafe fn download_after(
+        &self,
+        op: &'static str,
+        stream: *mut c_void,
+        to: *mut u8,
+        address: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        if bytes > 0 {
+            // SAFETY: by the caller; the memory is not touched any more once the stream has been waited for.
+            self.call(op, || unsafe { cuMemcpyDtoHAsync_v2(to.cast(), address, bytes, stream.cast()) })?;
+        }
+        // SAFETY: a stream of this context.
+        self.call(op, || unsafe { cuStreamSynchronize(stream.cast()) })
+    }
+
+    /// An error if waiting for `stream` is not possible because it, or another one by this thread, is being captured.
+    pub fn refuse_capture(&self, op: &'static str, stream: *mut c_void) -> Result<()> {
+        let mut status = 0;
+        // SAFETY: a stream of this context; `status` is a place for the answer.
+        self.call(op, || unsafe { cuStreamIsCapturing(stream.cast(), &mut status) })?;
+        if status != 0 || CAPTURES.get() {
+            let what = "waits for the stream, which is not possible while it is captured".to_owned();
+            return Err(Error::Unsupported { op, what });
+        }
+        Ok(())
     }
 
     /// # Safety

@@ -719,6 +719,44 @@ for e, ep, name, out, scaled, h in (
     (4, 64, 'f32', 'e4m3', True, H), (4, 64, 'bf16', 'bf16', False, H), (9, 8, 'f32', 'fp32', True, 2048),
 ):
     reduce_fused_of_types(e, ep, name, out, scaled, h)
+def moe_layer(t, e, data, h=H, k=8, alignment=128):
+    """The forward steps of a routed layer in one graph: gate, mapping into the rows of the worst case, cast, expand, reduce."""
+    @case('moe_layer', a=alignment, data=data, e=e, h=h, k=k, t=t, only='v1')
+    def _():
+        logits, bias, x = randn(t, e, to='f32'), randn(e, to='f32'), randn(t, h)
+        rows = (t * k + (alignment - 1) * min(e, t * k)) // alignment * alignment
+        y = randn(rows, h)
+
+        def steps():
+            idx, w = tk.moe.top2_sum_gate(logits, bias, k, 0, 0, False, 0, 1.5, 0, 1, 0, 1, 'sqrtsoftplus')
+            pos_to_expert, _, _, token_topk_to_pos = tk.moe.get_fused_mapping(idx, e, rows, alignment)[:4]
+            if data == 'bf16':
+                expanded = tk.moe.expand_to_fused(x, token_topk_to_pos, pos_to_expert)
+            else:
+                quantised = tk.quant.per_token_cast(x, 'e4m3', 128, **ROW)
+                expanded = tk.moe.expand_to_fused_with_sf(quantised, 128, token_topk_to_pos, pos_to_expert, False)
+            return expanded, tk.moe.reduce_fused(y, w, token_topk_to_pos)
+
+        # Compiled before the capture, on another stream as PyTorch wants it.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                steps()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = steps()
+
+        def replay():
+            graph.replay()
+            return out
+        return replay, (logits, bias, x, y)
+
+
+for t, e in ((4096, 256), (4096, 32), (128, 256), (16, 256), (1, 256)):
+    for data in ('bf16', 'e4m3'):
+        moe_layer(t, e, data)
 for name in ('bf16', 'e4m3'):
     @case('batched_transpose', b=8, dtype=name, h=H, t=T, only='v1')
     def _(name=name):
