@@ -505,6 +505,8 @@ pub enum Function {
     Rsqrt,
     /// [`reciprocal`].
     Reciprocal,
+    /// [`sqrt_normal`].
+    SqrtNormal,
 }
 
 kernel! {
@@ -523,8 +525,10 @@ kernel! {
                 fast_rcp(v)
             } else if function == Function::Rsqrt as u32 {
                 fast_rsqrt(v)
-            } else {
+            } else if function == Function::Reciprocal as u32 {
                 reciprocal(v)
+            } else {
+                sqrt_normal(v)
             };
             y.set(i, result);
             i += grid_dim_x() * THREADS;

@@ -771,6 +771,32 @@ def _():
     return lambda: tk.mhc.mhc_post_fwd(x, r, p, c), (x, r, p, c)
 
 
+# ---- transform, rand ---------------------------------------------------------------------------------------------------------------------
+def apply_rotary(h, positions, interleaved, split):
+    @case('apply_rotary', d=64, h=h, head_split=split, interleaved=interleaved, l=8192, positions=positions, only='v2')
+    def _():
+        q = randn(1, 8192, h + split, 192)[:, :, :h, 128:]
+        # Turns, so that values stay what they are however often they are turned.
+        angles = rand(8192, 32) * 6.2831853
+        cache = torch.cat([angles.cos(), angles.sin()], dim=1)
+        at = None if positions == 'none' else torch.randint(0, 8192, (1, 8192), device=dev, dtype=torch.int32)
+        f = tk.transform.apply_rotary
+        # The query is read and written.
+        return lambda: f(query=q, cos_sin_cache=cache, positions=at, interleaved=bool(interleaved)), (q, q, cache, at)
+
+
+for h in (128, 64, 32, 1):
+    for positions in ('i32', 'none'):
+        for interleaved in (0, 1):
+            for split in (0, 1):
+                apply_rotary(h, positions, interleaved, split)
+for name in ('f32', 'bf16'):
+    for shape in ((4096, 262144), (4096, 4096), (1024, 1024), (128, H), (16, H), (1, H)):
+        @case('randn', dtype=name, shape=f'{shape[0]}x{shape[1]}', only='v2')
+        def _(name=name, shape=shape):
+            return lambda: tk.rand.randn(shape, dtype(name), dev), ()
+
+
 # ---- measure -----------------------------------------------------------------------------------------------------------------------------
 shard, shards = map(int, args.shard.split('/'))
 names = [f'{op} {name}' for op, name, _ in cases]

@@ -9,7 +9,9 @@ pub mod moe;
 #[cfg(test)]
 mod numerics;
 pub mod quant;
+pub mod rand;
 pub mod support;
+pub mod transform;
 pub mod transpose;
 
 use support::bench::Row;
@@ -60,6 +62,8 @@ pub fn suites() -> Vec<Suite> {
         quant::swiglu_forward::SUITE,
         quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
         quant::swiglu_forward_and_per_token_cast::SUITE,
+        rand::randn::SUITE,
+        transform::apply_rotary::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -103,6 +107,8 @@ pub fn benches() -> Vec<Row> {
         quant::swiglu_forward::bench(),
         quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
         quant::swiglu_forward_and_per_token_cast::bench(),
+        rand::randn::bench(),
+        transform::apply_rotary::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()
