@@ -17,6 +17,7 @@ pub mod moe_topk_gate_backward;
 pub mod moe_topk_gate_forward;
 pub mod normalize_weight;
 pub mod reduce_fused;
+pub mod top2_sum_gate;
 pub mod topk_gate;
 pub mod topk_sum_and_topk_group_idx;
 
@@ -30,5 +31,6 @@ pub use moe_topk_gate_backward::moe_topk_gate_backward;
 pub use moe_topk_gate_forward::moe_topk_gate_forward;
 pub use normalize_weight::normalize_weight;
 pub use reduce_fused::reduce_fused;
+pub use top2_sum_gate::top2_sum_gate;
 pub use topk_gate::topk_gate;
 pub use topk_sum_and_topk_group_idx::topk_sum_and_topk_group_idx;
