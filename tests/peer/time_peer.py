@@ -610,6 +610,40 @@ for e, k in ((256, 8), (384, 6)):
         return lambda: tk.moe.topk_gate(s, k), s
 
 
+GATES = ((0, 0, 72, 1, 6), (0, 0, 32, 2, 6), (0, 0, 64, 2, 6), (0, 0, 96, 2, 6), (0, 0, 16, 2, 6), (0, 0, 36, 2, 6), (0, 0, 108, 2, 6),
+         (0, 0, 128, 2, 6), (0, 0, 144, 2, 6), (8, 8, 256, 2, 8), (8, 4, 256, 2, 8))
+
+
+def top2_sum_gate(t, pad, gate, score):
+    g, kg, e, s, k = gate
+    s = s if k % s == 0 and e % (k // s) == 0 else 0
+
+    @case('top2_sum_gate', e=e, g=g, k=k, kg=kg, pad=pad, s=s, score=score, t=t, only='v1')
+    def _():
+        n = t + pad
+        logits, bias = randn(n, e, to='f32'), randn(e, to='f32')
+        more = dict(unmapped_topk_idx=torch.zeros(n, k, dtype=torch.int64, device=dev))
+        if pad:
+            more['mask'] = torch.arange(n, device=dev) < t
+        if s:
+            # 32 more physical experts than logical ones: each row of the map is its own index, 33 times.
+            ids = torch.arange(e + s, dtype=torch.int32, device=dev)
+            more.update(to_physical_map=ids[:, None].repeat(1, 33).contiguous(), logical_count=torch.ones_like(ids))
+        f = tk.moe.top2_sum_gate
+        return lambda: f(logits, bias, k, kg, g, s > 0, s, 1.5, 0, 4, 1, 2, score, **more), (logits, bias)
+
+
+SCORES = ('sigmoid', 'sqrtsoftplus', 'softmax')
+for gate in GATES:
+    for score in SCORES:
+        top2_sum_gate(32, 4, gate, score)
+for t in (*SMALL, 4001, 8001):
+    for gate in (GATES[10], GATES[0]):
+        top2_sum_gate(t, 0, gate, 'sigmoid')
+for score in SCORES[1:]:
+    top2_sum_gate(8001, 0, GATES[10], score)
+
+
 def full_gate(t, pad, rnd, s, e=256, k=8):
     @case('moe_topk_gate_forward', e=e, k=k, pad=pad, random=rnd, s=s, t=t, only='v2')
     def _():

@@ -20,6 +20,7 @@ pub mod normalize_weight;
 pub mod reduce_fused;
 pub mod reduce_fused_backward;
 pub mod router;
+pub mod top2_sum_gate;
 pub mod topk_gate;
 pub mod topk_sum_and_topk_group_idx;
 
@@ -37,5 +38,6 @@ pub use normalize_weight::normalize_weight;
 pub use reduce_fused::reduce_fused;
 pub use reduce_fused_backward::reduce_fused_backward;
 pub use router::MoeRouter;
+pub use top2_sum_gate::top2_sum_gate;
 pub use topk_gate::topk_gate;
 pub use topk_sum_and_topk_group_idx::topk_sum_and_topk_group_idx;

@@ -235,3 +235,35 @@ fn remainder(n: u64, divisor: u32) -> u32 {
     let rest = |n: u32| n.checked_rem(divisor).unwrap_or(0);
     rest(rest((n >> 16) as u32) << 16 | n as u32 & 0xFFFF)
 }
+
+#[cfg(all(test, not(target_arch = "nvptx64")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remainders() {
+        for n in [0, 1, 65_535, 65_536, u64::from(u32::MAX), 1 << 32, (1 << 47) + 12_345, (1 << 48) - 1, 92_038 * 23_333] {
+            for divisor in [1, 2, 3, 33, 255, 65_535, 65_536] {
+                assert_eq!(u64::from(remainder(n, divisor)), n % u64::from(divisor), "{n} % {divisor}");
+            }
+        }
+    }
+
+    /// Distance in units of the last place of the exact result.
+    fn ulp(got: f32, exact: f64) -> f64 {
+        let unit = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+        (f64::from(got) - exact).abs() / unit
+    }
+
+    #[test]
+    fn scores_are_as_close_as_they_say() {
+        for bits in (0..200f32.to_bits()).step_by(4001) {
+            for x in [f32::from_bits(bits), -f32::from_bits(bits)] {
+                let wide = f64::from(x);
+                let softplus = wide.max(0.0) + (-wide.abs()).exp().ln_1p();
+                assert!(ulp(sqrtsoftplus(x), softplus.sqrt()) < 2.5, "sqrtsoftplus({x:e})");
+                assert!(ulp(sigmoid(x), 1.0 / (1.0 + (-wide).exp())) < 2.7, "sigmoid({x:e})");
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! In    logits f32 `[t, e]`, bias f32 `[e]`; optional mask, fixed routing, map of physical experts
 //! Out   idx i64 `[t, k + s]`, weights f32 `[t, k + s]`, optional logical indices i64 `[t, k]`
-//! Exact indices, given the scores: ties lower index first. Scores within 2.7 ulp (softmax: a few more), added in slot order; the same bits
+//! Exact indices, given the scores: ties lower index first. Scores within 2.7 ulp (softmax: relative (20 + max - x) / 2^24), added in slot order; the same bits
 //!       on GPU and emulator and whatever the launch.
 //! Map   one warp per token. Logits and bias are copied to shared memory, so that any `e` is loaded at once; scores and ranking keys stay
 //!       there; groups are ranked by some lanes each; `select` of `common_gate` finds the experts; then a lane is a slot.

@@ -15,5 +15,6 @@ pub mod normalize_weight;
 pub mod reduce_fused;
 pub mod reduce_fused_backward;
 pub mod router;
+pub mod top2_sum_gate;
 pub mod topk_gate;
 pub mod topk_sum_and_topk_group_idx;
