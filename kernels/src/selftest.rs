@@ -177,7 +177,14 @@ kernel! {
         }
         block_sync();
         for stage in 0..2 {
-            stages.copy16_async(stage * 1024 + t * 4, from, stage * 1024 + t * 4);
+            let at = stage * 1024 + t * 4;
+            if stage == 0 {
+                stages.copy16_async(at, from, at);
+            } else {
+                for i in 0..4 {
+                    stages.copy4_async(at + i, from, at + i);
+                }
+            }
             copy_commit();
         }
         for stage in 2..4 {
@@ -505,6 +512,12 @@ pub enum Function {
     Rsqrt,
     /// [`reciprocal`].
     Reciprocal,
+    /// [`exp_nonpositive`].
+    ExpNonpositive,
+    /// [`sqrt_normal`].
+    SqrtNormal,
+    /// [`divide_normal`] by a number that is larger by 0.375.
+    DivideNormal,
 }
 
 kernel! {
@@ -523,8 +536,14 @@ kernel! {
                 fast_rcp(v)
             } else if function == Function::Rsqrt as u32 {
                 fast_rsqrt(v)
-            } else {
+            } else if function == Function::Reciprocal as u32 {
                 reciprocal(v)
+            } else if function == Function::ExpNonpositive as u32 {
+                exp_nonpositive(v)
+            } else if function == Function::SqrtNormal as u32 {
+                sqrt_normal(v)
+            } else {
+                divide_normal(v, v + 0.375)
             };
             y.set(i, result);
             i += grid_dim_x() * THREADS;

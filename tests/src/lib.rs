@@ -9,7 +9,9 @@ pub mod moe;
 #[cfg(test)]
 mod numerics;
 pub mod quant;
+pub mod rand;
 pub mod support;
+pub mod transform;
 pub mod transpose;
 
 use support::bench::Row;
@@ -31,8 +33,13 @@ pub fn suites() -> Vec<Suite> {
         moe::group_count::SUITE,
         moe::inplace_unique_group_indices::SUITE,
         moe::mask_indices_by_tp::SUITE,
+        moe::moe_topk_gate_backward::SUITE,
+        moe::moe_topk_gate_forward::SUITE,
         moe::normalize_weight::SUITE,
         moe::reduce_fused::SUITE,
+        moe::reduce_fused_backward::SUITE,
+        moe::router::SUITE,
+        moe::top2_sum_gate::SUITE,
         moe::topk_gate::SUITE,
         moe::topk_sum_and_topk_group_idx::SUITE,
         quant::batched_transpose_weight_sf::SUITE,
@@ -56,6 +63,8 @@ pub fn suites() -> Vec<Suite> {
         quant::swiglu_forward::SUITE,
         quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
         quant::swiglu_forward_and_per_token_cast::SUITE,
+        rand::randn::SUITE,
+        transform::apply_rotary::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -70,8 +79,13 @@ pub fn benches() -> Vec<Row> {
         moe::group_count::bench(),
         moe::inplace_unique_group_indices::bench(),
         moe::mask_indices_by_tp::bench(),
+        moe::moe_topk_gate_backward::bench(),
+        moe::moe_topk_gate_forward::bench(),
         moe::normalize_weight::bench(),
         moe::reduce_fused::bench(),
+        moe::reduce_fused_backward::bench(),
+        moe::router::bench(),
+        moe::top2_sum_gate::bench(),
         moe::topk_gate::bench(),
         moe::topk_sum_and_topk_group_idx::bench(),
         quant::batched_transpose_weight_sf::bench(),
@@ -95,6 +109,8 @@ pub fn benches() -> Vec<Row> {
         quant::swiglu_forward::bench(),
         quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
         quant::swiglu_forward_and_per_token_cast::bench(),
+        rand::randn::bench(),
+        transform::apply_rotary::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()

@@ -484,8 +484,13 @@ pub fn fence(scope: Scope) {
 }
 
 #[inline(always)]
-pub fn copy16_async(to: SharedPtr, from: Ptr) {
-    unsafe { asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+pub fn copy_async<const BYTES: u32>(to: SharedPtr, from: Ptr) {
+    // Only 16 bytes can go past L1.
+    if BYTES == 16 {
+        unsafe { asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+    } else {
+        unsafe { asm!("cp.async.ca.shared.global [{0}], [{1}], 4;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+    }
 }
 #[inline(always)]
 pub fn copy_commit() {
@@ -650,6 +655,17 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub fn saturate(v: f32) -> f32 {
     pure!("cvt.sat.f32.f32 {0}, {1};", reg32 f32, reg32 v)
+}
+// As an instruction with both halves as results, because the compiler makes whatever follows it 64 bits wide, for which there are pairs of
+// instructions.
+#[inline(always)]
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    let (low, high): (u32, u32);
+    unsafe {
+        asm!("{{ .reg .b64 p; mul.wide.u32 p, {2}, {3}; mov.b64 {{{0}, {1}}}, p; }}",
+            out(reg32) low, out(reg32) high, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags))
+    };
+    [low, high]
 }
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {
