@@ -136,22 +136,24 @@ mod tests {
         }
     }
 
-    /// The smallest rows of each op run. That needs no GPU, and every row of an op is built alike.
+    /// Small rows run, and of each op the smallest. That needs no GPU, and the rows of an op are built alike.
     #[test]
     fn small_rows_of_the_benchmark_run() {
         let device = ferrotile::Device::emulator();
         let stream = device.stream().unwrap();
+        let mut rows = super::benches();
+        rows.sort_by_key(|row| row.bytes);
         let mut ops = HashSet::new();
-        for row in super::benches().into_iter().filter(|row| row.bytes < 200_000) {
+        for row in rows {
+            if !ops.insert(row.op) && row.bytes > 200_000 {
+                continue;
+            }
             let run = || -> Result<(), String> {
                 let mut launch = (row.build)(&device, &stream)?;
                 (0..2).try_for_each(|_| launch(&stream)).map_err(|error| error.to_string())
             };
             run().unwrap_or_else(|error| panic!("{} {}: {error}", row.op, row.case));
-            ops.insert(row.op);
         }
-        let without: Vec<&str> = super::benches().iter().map(|row| row.op).filter(|op| !ops.contains(op)).collect();
-        assert!(without.is_empty(), "no small row: {:?}", HashSet::<&str>::from_iter(without));
     }
 
     /// An op's file without an entry in [`suites`](super::suites) would never run on a GPU.

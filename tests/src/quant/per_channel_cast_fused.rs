@@ -288,10 +288,10 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
     out.check(&name, golden.tensor(case, "out/0")?.bytes, &golden.tensor(case, "out/1")?.to_vec::<u32>()?)
 }
 
-/// `t` rows of input; gathered by a routing, or all of them.
-fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>) -> Row {
+/// As many rows of input as of output; gathered by a routing, or `t` that are not.
+fn row(case: String, kind: Kind, (t, h): (u64, u64), routing: Option<MoeCase>) -> Row {
     let pos = routing.map(|case| routed(&case, 128).1);
-    let t = pos.as_ref().map_or(4096, |pos| pos.len() as u64);
+    let t = pos.as_ref().map_or(t, |pos| pos.len() as u64);
     let indices = pos.as_ref().map_or(0, |pos| 4 * pos.len() as u64);
     let bytes = kind.bytes(t, h) + indices + t * h + 4 * t.div_ceil(128) * h;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
@@ -306,13 +306,13 @@ fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>) -> Row {
     Row { op: "per_channel_cast_fused", case, bytes, build: Box::new(build) }
 }
 
-/// The cases of 1.0.0's own benchmark: as many rows of input as of output, as there.
+/// The cases of 1.0.0's own benchmark: as many rows of input as of output, as there; and small inputs.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
     let inputs = [("bf16", Kind::Bf16), ("e4m3,1x128", Kind::Pair(SfLayout::RowMajor, 128))];
     for h in [7168, 2048] {
         for (input, kind) in inputs {
-            rows.push(row(format!("h={h},input={input},npt=128,round=False,t=4096"), kind, h, None));
+            rows.push(row(format!("h={h},input={input},npt=128,round=False,t=4096"), kind, (4096, h), None));
         }
     }
     let routings: Vec<_> = moe_bench_cases().into_iter().filter(|case| case.num_topk == 6).collect();
@@ -320,8 +320,11 @@ pub fn bench() -> Vec<Row> {
         for (input, kind) in inputs {
             let MoeCase { num_send_tokens: send, num_topk: k, num_experts: e, num_ranks: ep } = case;
             let name = format!("e={e},ep={ep},h=7168,input={input},k={k},npt=128,round=False,send={send}");
-            rows.push(row(name, kind, 7168, Some(*case)));
+            rows.push(row(name, kind, (0, 7168), Some(*case)));
         }
+    }
+    for t in [1, 16, 128] {
+        rows.push(row(format!("h=7168,input=bf16,npt=128,round=False,t={t}"), Kind::Bf16, (t, 7168), None));
     }
     rows
 }
