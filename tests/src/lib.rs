@@ -118,7 +118,41 @@ pub fn benches() -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::path::Path;
+
+    /// Cases are compared with the peers' by their text: `key=value` with the keys in order, but for `variant`, which comes first. A value
+    /// may have commas of its own (`input=e2m1,1x32`).
+    #[test]
+    fn cases_of_the_benchmark_are_spelled_alike() {
+        let mut seen = HashSet::new();
+        for row in super::benches() {
+            let keys: Vec<&str> = row.case.split(',').filter_map(|part| part.split_once('=')).map(|(key, _)| key).collect();
+            let keys = keys.strip_prefix(&["variant"]).unwrap_or(&keys);
+            let case = format!("{} {}", row.op, row.case);
+            assert!(!keys.is_empty() && keys.windows(2).all(|two| two[0] < two[1]), "{case}");
+            assert!(!row.case.contains(' ') && !row.case.contains("true") && !row.case.contains("false"), "{case}");
+            assert!(seen.insert(case.clone()), "{case} stands twice");
+        }
+    }
+
+    /// The smallest rows of each op run. That needs no GPU, and every row of an op is built alike.
+    #[test]
+    fn small_rows_of_the_benchmark_run() {
+        let device = ferrotile::Device::emulator();
+        let stream = device.stream().unwrap();
+        let mut ops = HashSet::new();
+        for row in super::benches().into_iter().filter(|row| row.bytes < 200_000) {
+            let run = || -> Result<(), String> {
+                let mut launch = (row.build)(&device, &stream)?;
+                (0..2).try_for_each(|_| launch(&stream)).map_err(|error| error.to_string())
+            };
+            run().unwrap_or_else(|error| panic!("{} {}: {error}", row.op, row.case));
+            ops.insert(row.op);
+        }
+        let without: Vec<&str> = super::benches().iter().map(|row| row.op).filter(|op| !ops.contains(op)).collect();
+        assert!(without.is_empty(), "no small row: {:?}", HashSet::<&str>::from_iter(without));
+    }
 
     /// An op's file without an entry in [`suites`](super::suites) would never run on a GPU.
     #[test]

@@ -214,19 +214,11 @@ fn load_quad(from: In<f32>, i: u32, has: u32) -> [f32; 4] {
     [from.get(i), from.get(i + 1), from.get(i + 2), from.get(i + 3)]
 }
 
-/// `part / sum`, correctly rounded, but 0 where it is below 2^-126; `part` is at most 2^64, `sum` from 2^-100 to 2^100. The sequence that the
-/// compiler makes of a division of such numbers, without the 120 instructions for others.
+/// `part / sum`, correctly rounded, but 0 where it is below 2^-126.
 #[inline(always)]
 fn share(part: f32, sum: f32) -> f32 {
-    // So that the remainders of a small part are no subnormal numbers.
-    const SCALE: f32 = (1u64 << 56) as f32;
-    let part = part * SCALE;
-    let near = fast_rcp(sum);
-    let inverse = fma(near, fma(-sum, near, 1.0), near);
-    let quotient = part * inverse;
-    let quotient = fma(inverse, fma(-sum, quotient, part), quotient);
-    let quotient = fma(inverse, fma(-sum, quotient, part), quotient);
-    if quotient < SCALE * f32::MIN_POSITIVE { 0.0 } else { quotient * (1.0 / SCALE) }
+    let quotient = divide_normal(part, sum);
+    if quotient < f32::MIN_POSITIVE { 0.0 } else { quotient }
 }
 
 /// The physical expert and the weight of this lane's slot, of `slots`, for a token with random experts, all of them different. `logical` is

@@ -144,7 +144,7 @@ fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(
     unroll!(i in N {
         // Vectors and places of the first and second of the pair.
         let ((v1, i1), (v2, i2)) = if INTERLEAVED && N > 1 {
-            let (v, j) = (i / (N / 2) & 1, 2 * (i % (N / 2)));
+            let (v, j) = ((i / (N / 2)) & 1, 2 * (i % (N / 2)));
             ((v, j), (v, j + 1))
         } else {
             ((0, i & 7), (1, i & 7))

@@ -447,8 +447,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     };
     for (i, sizes) in GRID.iter().chain(&ODD).enumerate() {
         for bits in 0..32 {
-            // Every option with the first; of the others a third on the emulator, a different one each.
-            if !full && i > 0 && (bits as usize + i) % 7 != 0 {
+            // Every option with the first; of the others a seventh on the emulator, a different one each.
+            if !full && i > 0 && !(bits as usize + i).is_multiple_of(7) {
                 continue;
             }
             for (t, pad) in if full { [(1, 0), (512, 10)] } else { [(1, 0), (11, 3)] } {

@@ -34,9 +34,9 @@ fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 /// The hash of section 19.
 fn call_seed(s: u32) -> u32 {
     let mut z = s.wrapping_add(0x9E37_79B9);
-    z = (z ^ z >> 16).wrapping_mul(0x21F0_AAAD);
-    z = (z ^ z >> 15).wrapping_mul(0x735A_2D97);
-    z ^ z >> 15
+    z = (z ^ (z >> 16)).wrapping_mul(0x21F0_AAAD);
+    z = (z ^ (z >> 15)).wrapping_mul(0x735A_2D97);
+    z ^ (z >> 15)
 }
 
 /// The words of block `block` of a call.
@@ -66,8 +66,9 @@ fn near_exact(name: &str, seed: u64, call: u64, first: u64, got: &[f32]) -> Resu
         let words = words(seed, call, at / 4);
         let pair = (at % 4 / 2 * 2) as usize;
         let (radius, values) = exact_pair(words[pair], words[pair + 1]);
-        // Written so that NaN is far.
-        !((**got as f64 - values[(at % 2) as usize]).abs() <= bound(radius))
+        // NaN is far.
+        let near = (**got as f64 - values[(at % 2) as usize]).abs() <= bound(radius);
+        !near
     });
     far.map_or(Ok(()), |(i, got)| Err(format!("element {} is {got:e}, not what the call has; {name}", first + i as u64)))
 }
@@ -404,7 +405,8 @@ fn check_large<T: Value>(ctx: &Ctx, shape: &[u64]) -> Result<(), String> {
             let pair = (at % 4 / 2 * 2) as usize;
             let (radius, values) = exact_pair(words[pair], words[pair + 1]);
             let exact = values[(at % 2) as usize];
-            !((v.to() as f64 - exact).abs() <= exact.abs() / 256.0 + bound(radius))
+            let near = (v.to() as f64 - exact).abs() <= exact.abs() / 256.0 + bound(radius);
+            !near
         });
         ensure(!far, || format!("elements from {first} on are not those of the call; {name}"))?;
     }
@@ -515,7 +517,7 @@ mod tests {
     fn polynomials_are_as_near_as_documented() {
         let errors = (0..1u32 << 22).into_par_iter().map(|i| {
             // A quarter of 2^24 mantissas and angles: radii of u in (2^-8, 1], angles of [-pi/2, pi/2).
-            let (first, second) = (0x7FFF_FFFF - (i << 9 & 0x7FFF_FFFF), i << 10);
+            let (first, second) = (0x7FFF_FFFF - ((i << 9) & 0x7FFF_FFFF), i << 10);
             let (radius, exact) = exact_pair(first, second);
             let got = kernels::normal_pair([first, second]);
             (0..2).map(|j| (got[j] as f64 - exact[j]).abs() / (radius + 1e-3)).fold(0.0, f64::max)

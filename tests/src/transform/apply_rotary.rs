@@ -1,6 +1,6 @@
 //! apply_rotary: reference, cases, checks and benchmark.
 
-use crate::support::bench::Row;
+use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare::{Bits, close_diff, equal};
 use crate::support::rng::Rng;
@@ -410,7 +410,7 @@ fn check_special(ctx: &Ctx) -> Result<(), String> {
             data.query = draw(0, data.query.len());
             // In the cache every other row, so that NaN is not everywhere.
             let wild = draw(1, data.cache.len());
-            data.cache.iter_mut().enumerate().filter(|(i, _)| i / d as usize % 2 == 0).for_each(|(i, v)| *v = wild[i]);
+            data.cache.iter_mut().enumerate().filter(|(i, _)| (i / d as usize).is_multiple_of(2)).for_each(|(i, v)| *v = wild[i]);
             check(&ctx.device, &p, &data, &name)?;
             let narrow = Data {
                 query: data.query.iter().map(|v| bf16::from_bits((v.to_bits() >> 16) as u16)).collect(),
@@ -548,24 +548,19 @@ fn check_graph(device: &Device) -> Result<(), String> {
 
 /// The 32 cases of the peers' benchmark; few tokens of query and key as in decoding; other layouts.
 pub fn bench() -> Vec<Row> {
+    type BuildRow = fn(&Device, &Problem) -> Result<Launch, String>;
+    fn build<T: Value>(device: &Device, p: &Problem) -> Result<Launch, String> {
+        let mut buffers = Buffers::<T>::new(device, p, &Data::new(p))?;
+        Ok(Box::new(move |stream| buffers.call(stream)))
+    }
     let mut rows = Vec::new();
     let mut row = |case: String, p: Problem, f32s: bool| {
         let tokens = p.batches() * p.length;
         let positions = if p.positions == Positions::None { 0 } else { 4 * tokens };
         let size = if f32s { 4 } else { 2 };
         let bytes = 2 * size * tokens * (p.heads + p.key_heads) * p.d + 4 * p.rows * p.d + positions;
-        let build: Box<dyn Fn(&Device, &Stream) -> Result<crate::support::bench::Launch, String>> = if f32s {
-            Box::new(move |device, _| {
-                let mut buffers = Buffers::<f32>::new(device, &p, &Data::new(&p))?;
-                Ok(Box::new(move |stream| buffers.call(stream)))
-            })
-        } else {
-            Box::new(move |device, _| {
-                let mut buffers = Buffers::<bf16>::new(device, &p, &Data::new(&p))?;
-                Ok(Box::new(move |stream| buffers.call(stream)))
-            })
-        };
-        rows.push(Row { op: "apply_rotary", case, bytes, build });
+        let build: BuildRow = if f32s { build::<f32> } else { build::<bf16> };
+        rows.push(Row { op: "apply_rotary", case, bytes, build: Box::new(move |device, _| build(device, &p)) });
     };
     let length = 8192;
     let peer = |heads, positions, interleaved, spare_heads| Problem {
