@@ -587,13 +587,7 @@ mod tests {
             // Of all ways to spread n choices over experts; how they are ordered does not matter, so counts never rise.
             fn worst(n: u64, e: u64, most: u64, a: u64) -> u64 {
                 match e {
-                    0 => {
-                        if n == 0 {
-                            0
-                        } else {
-                            u64::MIN
-                        }
-                    }
+                    0 => 0,
                     _ => (0..=n.min(most))
                         .filter(|c| (n - c) <= (e - 1) * c.max(&0))
                         .map(|c| c.next_multiple_of(a) + worst(n - c, e - 1, c, a))

@@ -61,12 +61,15 @@ pub enum Error {
 /// Result of everything in this program.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Stages of the layer, and how long each took in microseconds.
+pub type Stages = Vec<(&'static str, f64)>;
+
 /// What came of it.
 pub struct Report {
     /// What became of the choices.
     pub load: Load,
-    /// Each stage, and how long it took in microseconds.
-    pub stages: Vec<(&'static str, f64)>,
+    /// What took how long.
+    pub stages: Stages,
     /// Each result's largest difference from the reference, by the largest value.
     pub errors: Vec<(&'static str, f64)>,
 }
@@ -154,7 +157,7 @@ struct Clock<'a> {
     stream: &'a Stream,
     start: Event,
     end: Event,
-    stages: Vec<(&'static str, f64)>,
+    stages: Stages,
 }
 
 impl Clock<'_> {
@@ -225,7 +228,7 @@ fn forward_and_backward(
     router: &MoeRouter,
     device: &Device,
     progress: &ProgressBar,
-) -> Result<(Outcome, Load, Vec<(&'static str, f64)>)> {
+) -> Result<(Outcome, Load, Stages)> {
     let Options { tokens: t, hidden: h, experts: e, topk: k, .. } = problem.options;
     let rows = router.num_expanded_tokens(t);
     let stream = device.stream()?;
