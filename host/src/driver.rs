@@ -33,12 +33,14 @@ unsafe extern "C" {
     fn cuMemFree_v2(address: CUdeviceptr) -> c_int;
     fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> c_int;
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) -> c_int;
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize, stream: CUstream) -> c_int;
     fn cuMemsetD8_v2(to: CUdeviceptr, byte: u8, bytes: usize) -> c_int;
     fn cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> c_int;
     fn cuMemsetD8Async(to: CUdeviceptr, byte: u8, bytes: usize, stream: CUstream) -> c_int;
     fn cuStreamCreate(stream: *mut CUstream, flags: c_uint) -> c_int;
     fn cuStreamDestroy_v2(stream: CUstream) -> c_int;
     fn cuStreamSynchronize(stream: CUstream) -> c_int;
+    fn cuStreamIsCapturing(stream: CUstream, status: *mut c_int) -> c_int;
     fn cuStreamBeginCapture_v2(stream: CUstream, mode: c_int) -> c_int;
     fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> c_int;
     fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) -> c_int;
@@ -120,7 +122,6 @@ pub struct Context {
     max_shared_bytes: i32,
     driver: String,
     launch_ex: LaunchEx,
-    ways: Ways,
     /// Compiled kernels by the address of their [`Loaded`], where launches look first. Held while a kernel is compiled, so that none is
     /// compiled twice.
     functions: Mutex<HashMap<usize, Function>>,
@@ -129,27 +130,7 @@ pub struct Context {
     capturing: RwLock<()>,
 }
 
-/// Ways to launch that may cost the host less time. To be measured: what is better becomes the only way, the rest goes.
-#[derive(Clone, Copy)]
-struct Ways {
-    /// Parameters as one block instead of a pointer to each, unless the launch is cooperative: a graph cannot capture that.
-    block: bool,
-    /// The context is not bound by a thread that has bound it before, unless the driver then refuses the launch.
-    trust: bool,
-}
-
-impl Ways {
-    /// What the environment variable `FERROTILE_LAUNCH` names, for measurements.
-    fn wanted() -> Self {
-        let names = std::env::var("FERROTILE_LAUNCH").unwrap_or_default();
-        let has = |name| names.split(',').any(|one| one == name);
-        Self { block: has("block"), trust: has("trust") }
-    }
-}
-
 thread_local! {
-    /// The context that this thread bound last.
-    static BOUND: Cell<CUcontext> = const { Cell::new(ptr::null_mut()) };
     /// Whether this thread captures a stream, and so holds the lock above.
     static CAPTURES: Cell<bool> = const { Cell::new(false) };
 }
@@ -305,7 +286,6 @@ impl Context {
             max_shared_bytes,
             driver: driver_version(),
             launch_ex: launch_ex()?,
-            ways: Ways::wanted(),
             functions: Mutex::new(HashMap::new()),
             capturing: RwLock::new(()),
         };
@@ -347,9 +327,7 @@ impl Context {
 
     fn bind(&self, op: &'static str) -> Result<()> {
         // SAFETY: a context that is never released.
-        check(op, unsafe { cuCtxSetCurrent(self.raw) })?;
-        BOUND.set(self.raw);
-        Ok(())
+        check(op, unsafe { cuCtxSetCurrent(self.raw) })
     }
 
     /// Bind and run one driver call.
@@ -407,6 +385,38 @@ impl Context {
         }
         // SAFETY: by the caller.
         self.call(op, || unsafe { cuMemcpyDtoH_v2(to.cast(), address, bytes) })
+    }
+
+    /// Download once the work given to `stream` so far is done. Other streams go on.
+    ///
+    /// # Safety
+    /// Both sides have `bytes` bytes.
+    pub unsafe fn download_after(
+        &self,
+        op: &'static str,
+        stream: *mut c_void,
+        to: *mut u8,
+        address: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        if bytes > 0 {
+            // SAFETY: by the caller; the memory is not touched any more once the stream has been waited for.
+            self.call(op, || unsafe { cuMemcpyDtoHAsync_v2(to.cast(), address, bytes, stream.cast()) })?;
+        }
+        // SAFETY: a stream of this context.
+        self.call(op, || unsafe { cuStreamSynchronize(stream.cast()) })
+    }
+
+    /// An error if waiting for `stream` is not possible because it, or another one by this thread, is being captured.
+    pub fn refuse_capture(&self, op: &'static str, stream: *mut c_void) -> Result<()> {
+        let mut status = 0;
+        // SAFETY: a stream of this context; `status` is a place for the answer.
+        self.call(op, || unsafe { cuStreamIsCapturing(stream.cast(), &mut status) })?;
+        if status != 0 || CAPTURES.get() {
+            let what = "waits for the stream, which is not possible while it is captured".to_owned();
+            return Err(Error::Unsupported { op, what });
+        }
+        Ok(())
     }
 
     /// # Safety
@@ -555,29 +565,23 @@ impl Context {
             attributes: ptr::from_mut(&mut cooperative).cast(),
             num_attributes: config.cooperative.into(),
         };
-        let mut launch = || {
-            if !self.ways.block || config.num_attributes != 0 {
-                // SAFETY: by the caller; the driver has copied everything when it returns.
-                return unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) };
-            }
-            let (block, mut bytes) = params.block();
-            let mut extra = [
-                ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_POINTER),
-                block,
-                ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_SIZE),
-                ptr::from_mut(&mut bytes).cast(),
-                ptr::without_provenance_mut(LAUNCH_PARAM_END),
-            ];
-            // SAFETY: as above.
-            unsafe { (self.launch_ex)(&config, function, ptr::null_mut(), extra.as_mut_ptr()) }
-        };
-        // Another library may have bound another context since; then the driver refuses the launch, because neither the function nor
-        // the stream is of that one.
-        if self.ways.trust && BOUND.get() == self.raw && launch() == 0 {
-            return Ok(());
-        }
         self.bind(op)?;
-        check(op, launch())
+        if config.num_attributes != 0 {
+            // SAFETY: by the caller; the driver has copied everything when it returns.
+            return check(op, unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) });
+        }
+        // One block instead of a pointer to each parameter: for 30 of them that saves the host a microsecond. A cooperative launch cannot
+        // be captured that way.
+        let (block, mut bytes) = params.block();
+        let mut extra = [
+            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_POINTER),
+            block,
+            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_SIZE),
+            ptr::from_mut(&mut bytes).cast(),
+            ptr::without_provenance_mut(LAUNCH_PARAM_END),
+        ];
+        // SAFETY: as above.
+        check(op, unsafe { (self.launch_ex)(&config, function, ptr::null_mut(), extra.as_mut_ptr()) })
     }
 
     /// The kernel of an entry, compiled if it is not yet.

@@ -177,7 +177,14 @@ kernel! {
         }
         block_sync();
         for stage in 0..2 {
-            stages.copy16_async(stage * 1024 + t * 4, from, stage * 1024 + t * 4);
+            let at = stage * 1024 + t * 4;
+            if stage == 0 {
+                stages.copy16_async(at, from, at);
+            } else {
+                for i in 0..4 {
+                    stages.copy4_async(at + i, from, at + i);
+                }
+            }
             copy_commit();
         }
         for stage in 2..4 {
@@ -505,6 +512,12 @@ pub enum Function {
     Rsqrt,
     /// [`reciprocal`].
     Reciprocal,
+    /// [`exp_nonpositive`].
+    ExpNonpositive,
+    /// [`sqrt_normal`].
+    SqrtNormal,
+    /// [`divide_normal`] by a number that is larger by 0.375.
+    DivideNormal,
 }
 
 kernel! {
@@ -523,8 +536,14 @@ kernel! {
                 fast_rcp(v)
             } else if function == Function::Rsqrt as u32 {
                 fast_rsqrt(v)
-            } else {
+            } else if function == Function::Reciprocal as u32 {
                 reciprocal(v)
+            } else if function == Function::ExpNonpositive as u32 {
+                exp_nonpositive(v)
+            } else if function == Function::SqrtNormal as u32 {
+                sqrt_normal(v)
+            } else {
+                divide_normal(v, v + 0.375)
             };
             y.set(i, result);
             i += grid_dim_x() * THREADS;
@@ -575,12 +594,11 @@ kernel! {
         let i = block * THREADS + thread_idx();
         let (from, to) = (x.at(i as u64 * 64), y.at(i as u64 * 64));
         from.prefetch(0);
-        let odd = thread_idx() & 1 == 1;
-        to.store16(0, if odd { from.load16_once(0) } else { from.load16(0) });
+        to.store16(0, from.load16(0));
         to.store16_stream(16, from.load16_stream(16));
-        to.store8(32, if odd { from.load8_once(32) } else { from.load8(32) });
+        to.store8(32, from.load8(32));
         to.store8_stream(40, from.load8_stream(40));
-        to.store4(48, if odd { from.load4_once(48) } else { from.load4(48) });
+        to.store4(48, from.load4(48));
         to.store4_stream(52, from.load4_stream(52));
         to.cast::<u16>().set(28, from.cast::<u16>().get(28));
         to.set(58, from.get(58));

@@ -608,6 +608,88 @@ for e, k in ((256, 8), (384, 6)):
     def _(e=e, k=k):
         s = rand(8001, e)
         return lambda: tk.moe.topk_gate(s, k), s
+
+
+GATES = ((0, 0, 72, 1, 6), (0, 0, 32, 2, 6), (0, 0, 64, 2, 6), (0, 0, 96, 2, 6), (0, 0, 16, 2, 6), (0, 0, 36, 2, 6), (0, 0, 108, 2, 6),
+         (0, 0, 128, 2, 6), (0, 0, 144, 2, 6), (8, 8, 256, 2, 8), (8, 4, 256, 2, 8))
+
+
+def top2_sum_gate(t, pad, gate, score):
+    g, kg, e, s, k = gate
+    s = s if k % s == 0 and e % (k // s) == 0 else 0
+
+    @case('top2_sum_gate', e=e, g=g, k=k, kg=kg, pad=pad, s=s, score=score, t=t, only='v1')
+    def _():
+        n = t + pad
+        logits, bias = randn(n, e, to='f32'), randn(e, to='f32')
+        more = dict(unmapped_topk_idx=torch.zeros(n, k, dtype=torch.int64, device=dev))
+        if pad:
+            more['mask'] = torch.arange(n, device=dev) < t
+        if s:
+            # 32 more physical experts than logical ones: each row of the map is its own index, 33 times.
+            ids = torch.arange(e + s, dtype=torch.int32, device=dev)
+            more.update(to_physical_map=ids[:, None].repeat(1, 33).contiguous(), logical_count=torch.ones_like(ids))
+        f = tk.moe.top2_sum_gate
+        return lambda: f(logits, bias, k, kg, g, s > 0, s, 1.5, 0, 4, 1, 2, score, **more), (logits, bias)
+
+
+SCORES = ('sigmoid', 'sqrtsoftplus', 'softmax')
+for gate in GATES:
+    for score in SCORES:
+        top2_sum_gate(32, 4, gate, score)
+for t in (*SMALL, 4001, 8001):
+    for gate in (GATES[10], GATES[0]):
+        top2_sum_gate(t, 0, gate, 'sigmoid')
+for score in SCORES[1:]:
+    top2_sum_gate(8001, 0, GATES[10], score)
+
+
+def full_gate(t, pad, rnd, s, e=256, k=8):
+    @case('moe_topk_gate_forward', e=e, k=k, pad=pad, random=rnd, s=s, t=t, only='v2')
+    def _():
+        n = t + pad
+        coin = lambda: torch.rand(n, device=dev) < 0.5  # noqa: E731
+        logits, scores = randn(n, e, to='f32'), torch.empty(n, e, device=dev)
+        more = dict(bias=randn(e, to='f32'), image_bias=randn(e, to='f32'), image_token_mask=coin(), scores=scores,
+                    unmapped_topk_idx=torch.zeros(n, k, dtype=torch.int64, device=dev),
+                    out=(torch.empty(n, k + s, dtype=torch.int64, device=dev), torch.empty(n, k + s, device=dev)))
+        if pad:
+            more['mask'] = torch.arange(n, device=dev) < t
+        if rnd:
+            more['force_random'] = coin()
+        if s:
+            count = torch.randint(1, 4, (e + s,), dtype=torch.int32, device=dev)
+            column = torch.arange(3, dtype=torch.int32, device=dev)
+            ids = (count.cumsum(0) - count).to(torch.int32)[:, None] + column
+            more.update(logical_count=count, to_physical_map=torch.where(column < count[:, None], ids, -1).to(torch.int32).contiguous())
+        f = tk.moe.moe_topk_gate_forward
+        return lambda: f(logits, k, s > 0, s, 1.5, 0, **more), logits
+
+
+def full_gate_backward(t, pad, aux, e=256, k=8):
+    @case('moe_topk_gate_backward', aux=aux, e=e, k=k, pad=pad, t=t, only='v2')
+    def _():
+        n = t + pad
+        logits, scores, mask = randn(n, e, to='f32'), torch.empty(n, e, device=dev), torch.arange(n, device=dev) < t
+        idx, w = tk.moe.moe_topk_gate_forward(logits, k, False, 0, 1.5, 0, mask=mask, scores=scores)
+        g = randn(n, k, to='f32')
+        more = dict(mask=mask, grad_scores_sum=randn(1, e, to='f32')) if aux else {}
+        more['out'] = torch.empty_like(scores)
+        f = tk.moe.moe_topk_gate_backward
+        return lambda: f(scores, idx, w, g, 1.5, **more), (scores, idx, w, g)
+
+
+for rnd in (1, 0):
+    for s in (0, 2):
+        for t in (512, 8001):
+            full_gate(t, 0, rnd, s)
+            full_gate(t, 10, rnd, s)
+for t in (*SMALL, 65536):
+    full_gate(t, 0, 0, 0)
+for aux in (0, 1):
+    for t, pad in ((8001, 0), (8001, 10), *((t, 0) for t in SMALL), (65536, 0)):
+        full_gate_backward(t, pad, aux)
+    full_gate_backward(8001, 0, aux, 384, 6)
 for e, ep in MOE[1:]:
     @case('get_fused_mapping', e=e, ep=ep, k=8, send=4001, only='v1')
     def _(e=e, ep=ep):
@@ -671,6 +753,44 @@ for e, ep, name, out, scaled, h in (
     (4, 64, 'f32', 'e4m3', True, H), (4, 64, 'bf16', 'bf16', False, H), (9, 8, 'f32', 'fp32', True, 2048),
 ):
     reduce_fused_of_types(e, ep, name, out, scaled, h)
+def moe_layer(t, e, data, h=H, k=8, alignment=128):
+    """The forward steps of a routed layer in one graph: gate, mapping into the rows of the worst case, cast, expand, reduce."""
+    @case('moe_layer', a=alignment, data=data, e=e, h=h, k=k, t=t, only='v1')
+    def _():
+        logits, bias, x = randn(t, e, to='f32'), randn(e, to='f32'), randn(t, h)
+        rows = (t * k + (alignment - 1) * min(e, t * k)) // alignment * alignment
+        y = randn(rows, h)
+
+        def steps():
+            idx, w = tk.moe.top2_sum_gate(logits, bias, k, 0, 0, False, 0, 1.5, 0, 1, 0, 1, 'sqrtsoftplus')
+            pos_to_expert, _, _, token_topk_to_pos = tk.moe.get_fused_mapping(idx, e, rows, alignment)[:4]
+            if data == 'bf16':
+                expanded = tk.moe.expand_to_fused(x, token_topk_to_pos, pos_to_expert)
+            else:
+                quantised = tk.quant.per_token_cast(x, 'e4m3', 128, **ROW)
+                expanded = tk.moe.expand_to_fused_with_sf(quantised, 128, token_topk_to_pos, pos_to_expert, False)
+            return expanded, tk.moe.reduce_fused(y, w, token_topk_to_pos)
+
+        # Compiled before the capture, on another stream as PyTorch wants it.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                steps()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = steps()
+
+        def replay():
+            graph.replay()
+            return out
+        return replay, (logits, bias, x, y)
+
+
+for t, e in ((4096, 256), (4096, 32), (128, 256), (16, 256), (1, 256)):
+    for data in ('bf16', 'e4m3'):
+        moe_layer(t, e, data)
 for name in ('bf16', 'e4m3'):
     @case('batched_transpose', b=8, dtype=name, h=H, t=T, only='v1')
     def _(name=name):
@@ -683,6 +803,32 @@ def _():
     s, m = 8192, 4
     x, r, p, c = randn(1, s, H), randn(1, s, m, H), rand(1, s, m, 1), rand(1, s, m, m)
     return lambda: tk.mhc.mhc_post_fwd(x, r, p, c), (x, r, p, c)
+
+
+# ---- transform, rand ---------------------------------------------------------------------------------------------------------------------
+def apply_rotary(h, positions, interleaved, split):
+    @case('apply_rotary', d=64, h=h, head_split=split, interleaved=interleaved, l=8192, positions=positions, only='v2')
+    def _():
+        q = randn(1, 8192, h + split, 192)[:, :, :h, 128:]
+        # Turns, so that values stay what they are however often they are turned.
+        angles = rand(8192, 32) * 6.2831853
+        cache = torch.cat([angles.cos(), angles.sin()], dim=1)
+        at = None if positions == 'none' else torch.randint(0, 8192, (1, 8192), device=dev, dtype=torch.int32)
+        f = tk.transform.apply_rotary
+        # The query is read and written.
+        return lambda: f(query=q, cos_sin_cache=cache, positions=at, interleaved=bool(interleaved)), (q, q, cache, at)
+
+
+for h in (128, 64, 32, 1):
+    for positions in ('i32', 'none'):
+        for interleaved in (0, 1):
+            for split in (0, 1):
+                apply_rotary(h, positions, interleaved, split)
+for name in ('f32', 'bf16'):
+    for shape in ((4096, 262144), (4096, 4096), (1024, 1024), (128, H), (16, H), (1, H)):
+        @case('randn', dtype=name, shape=f'{shape[0]}x{shape[1]}', only='v2')
+        def _(name=name, shape=shape):
+            return lambda: tk.rand.randn(shape, dtype(name), dev), ()
 
 
 # ---- measure -----------------------------------------------------------------------------------------------------------------------------

@@ -54,17 +54,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, k::THREADS, None)
-}
-
-/// [`cast`] in blocks of so many threads, to nearest only; with `hints`, by the kernel `exact`, whole vectors of f32 to bf16 only. For
-/// the benchmark.
-#[doc(hidden)]
-pub fn with_variant(stream: &Stream, args: Args<'_>, threads: u32, hints: Option<u32>) -> Result<()> {
-    launch(stream, args, threads, hints)
-}
-
-fn launch(stream: &Stream, args: Args<'_>, threads: u32, hints: Option<u32>) -> Result<()> {
     let (x, out) = (&args.x, &args.out);
     let types = [DType::F32, DType::Bf16, DType::F16, DType::E4m3];
     check::dtype(OP, "x", x, &types)?;
@@ -104,18 +93,7 @@ fn launch(stream: &Stream, args: Args<'_>, threads: u32, hints: Option<u32>) -> 
             _ => &e::f32_e4m3,
         };
         let args = e::Args { x: x.input(), out: out.output(), n };
-        return stream.launch(OP, entry, &k::wide_config(vector, n, k::THREADS), &args);
-    }
-    let config = k::wide_config(vector, n, threads);
-    if let (Some(hints), DType::F32, DType::Bf16, 0) = (hints, from, to, n % 4) {
-        use k::exact as e;
-        let entry = match hints {
-            0 => &e::plain,
-            k::ONCE => &e::once,
-            k::TOUCH => &e::touch,
-            _ => &e::both,
-        };
-        return stream.launch(OP, entry, &config, &e::Args { x: x.input(), out: out.output(), n: n / u64::from(vector) });
+        return stream.launch(OP, entry, &k::wide_config(vector, n), &args);
     }
     use k::wide as e;
     let entry: &'static Entry<e::Args> = match (from, to) {
@@ -133,7 +111,7 @@ fn launch(stream: &Stream, args: Args<'_>, threads: u32, hints: Option<u32>) -> 
         (_, _) => &e::e4m3_f16,
     };
     let args = e::Args { x: x.input(), out: out.output(), n };
-    stream.launch(OP, entry, &config, &args)
+    stream.launch(OP, entry, &k::wide_config(vector, n), &args)
 }
 
 /// The kernels' number of a type.

@@ -73,7 +73,7 @@ pub struct PerTokenArgs<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn cast_back(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch("cast_back", stream, args, u32::MAX, Variant::default())
+    launch("cast_back", stream, args, u32::MAX)
 }
 
 /// Dequantise what a per-token cast made: [`cast_back`] with blocks of one token and `npc` channels.
@@ -105,31 +105,13 @@ pub fn per_token_cast_back(stream: &Stream, args: PerTokenArgs<'_>) -> Result<()
     let op = "per_token_cast_back";
     let hidden = hidden(op, &args.x)?;
     allowed_npc(op, "npc", args.npc, hidden, &[16, 32, 64, 128])?;
-    launch(op, stream, Args { x: args.x, sf: args.sf, block: (1, args.npc), out: args.out }, u32::MAX, Variant::default())
-}
-
-/// What may be faster, for the benchmark.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Variant {
-    /// Threads of a block, where scaling blocks have more than one channel.
-    pub threads: Option<u32>,
-    /// Rows of a thread where they have one: 2, 4 or 8.
-    pub rows: Option<u32>,
-    /// Loads say that the input is read once.
-    pub once: bool,
-}
-
-/// [`cast_back`] in another way, if it is of e4m3 to bf16 with f32 scales and all is aligned. For the benchmark.
-#[doc(hidden)]
-pub fn with_variant(stream: &Stream, args: Args<'_>, variant: Variant) -> Result<()> {
-    launch("cast_back", stream, args, u32::MAX, variant)
+    launch(op, stream, Args { x: args.x, sf: args.sf, block: (1, args.npc), out: args.out }, u32::MAX)
 }
 
 /// [`cast_back`] in launches of at most `max_tokens` tokens each, as it goes about tensors of more than 2^31 items.
 #[doc(hidden)]
 pub fn cast_back_in_parts(stream: &Stream, args: Args<'_>, max_tokens: u32) -> Result<()> {
-    launch("cast_back", stream, args, max_tokens, Variant::default())
+    launch("cast_back", stream, args, max_tokens)
 }
 
 /// Channels of `x`.
@@ -261,10 +243,10 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     Ok(Some(plan))
 }
 
-fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32, variant: Variant) -> Result<()> {
+fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) -> Result<()> {
     let Some(plan) = check(op, stream, &args)? else { return Ok(()) };
     if plan.path == Path::PerChannel {
-        return launch_per_channel(op, stream, &args, &plan, variant);
+        return launch_per_channel(op, stream, &args, &plan);
     }
     let values = plan.values_per_item();
     let row_items = plan.hidden / values;
@@ -274,7 +256,6 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32, va
     let one_column = plan.npc_shift == 31;
     let k_shift = if one_column || plan.path == Path::Narrow { plan.npc_shift } else { plan.npc_shift - values.trailing_zeros() };
     // Beyond 2^31 items (32 GiB of output) it takes more than one launch.
-    let threads = variant.threads.unwrap_or(k::THREADS);
     let limit = ((k::MAX_ITEMS - 1) / row_items as u64).min(max_tokens.into()) as u32;
     let mut first_token = 0;
     while first_token < plan.tokens {
@@ -291,8 +272,8 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32, va
         let out = args.out.output::<u8>().at(first_token as u64 * plan.hidden as u64 * plan.out.size());
         // Both kernels number items through the tensor and take the same arguments, but for the last.
         macro_rules! launch {
-            ($kernel:ident, $entry:expr, $threads:expr, $thread_items:expr $(, $more:ident)?) => {{
-                let config = LaunchConfig::new(num_items.div_ceil($threads * $thread_items), $threads);
+            ($kernel:ident, $entry:expr, $block_items:expr $(, $more:ident)?) => {{
+                let config = LaunchConfig::new(num_items.div_ceil($block_items), k::THREADS);
                 let args = k::$kernel::Args {
                     x,
                     sf,
@@ -313,24 +294,19 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32, va
             }};
         }
         if plan.path == Path::Narrow {
-            launch!(narrow, narrow_entry(&plan), k::THREADS, k::NARROW_ITEMS, first_block);
+            launch!(narrow, narrow_entry(&plan), k::THREADS * k::NARROW_ITEMS, first_block);
         } else {
-            let entry = wide_entry(&plan);
-            let once = variant.once && std::ptr::eq(entry, &k::wide::e4m3_bf16_f32);
-            launch!(wide, if once { &k::wide::once } else { entry }, threads, 1);
+            launch!(wide, wide_entry(&plan), k::THREADS);
         }
         first_token += tokens;
     }
     Ok(())
 }
 
-fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: &Plan, variant: Variant) -> Result<()> {
+fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: &Plan) -> Result<()> {
     let row_items = plan.hidden / plan.values_per_item();
     let columns = row_items.div_ceil(k::PER_CHANNEL_THREADS);
-    let varied = plan.format == Format::E4m3 && plan.out == DType::Bf16 && plan.layout == SfLayout::RowMajor && !variant.once;
-    let usual = k::CHANNEL_ROWS as u32;
-    let rows = if varied { variant.rows.unwrap_or(usual) } else { usual };
-    let tiles = plan.npt.div_ceil(rows);
+    let tiles = plan.npt.div_ceil(k::CHANNEL_ROWS);
     let blocks = columns as u64 * tiles as u64 * plan.tokens.div_ceil(plan.npt) as u64;
     check::in_range(op, "number of blocks", blocks, 0, i32::MAX as u64)?;
     let config = LaunchConfig::new(blocks as u32, k::PER_CHANNEL_THREADS);
@@ -353,12 +329,7 @@ fn launch_per_channel(op: &'static str, stream: &Stream, args: &Args<'_>, plan: 
     };
     use k::per_channel as e;
     let entry = match (plan.format, plan.out, plan.layout) {
-        (Format::E4m3, DType::Bf16, SfLayout::RowMajor) => match (variant.once, rows) {
-            (true, _) => &e::once,
-            (_, 2) => &e::rows2,
-            (_, 8) => &e::rows8,
-            _ => &e::e4m3_bf16,
-        },
+        (Format::E4m3, DType::Bf16, SfLayout::RowMajor) => &e::e4m3_bf16,
         (Format::E4m3, _, SfLayout::RowMajor) => &e::e4m3_f32,
         (Format::E2m1, DType::Bf16, SfLayout::RowMajor) => &e::e2m1_bf16,
         (Format::E2m1, _, SfLayout::RowMajor) => &e::e2m1_f32,

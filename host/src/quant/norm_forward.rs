@@ -78,16 +78,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn norm_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, None)
-}
-
-/// [`norm_forward`] with the weights read early, as it does for few rows, or not, whatever the number of rows. For the benchmark.
-#[doc(hidden)]
-pub fn with_few(stream: &Stream, args: Args<'_>, few: bool) -> Result<()> {
-    launch(stream, args, Some(few))
-}
-
-fn launch(stream: &Stream, args: Args<'_>, few: Option<bool>) -> Result<()> {
     let norm = Norm {
         x: &args.x,
         residual: args.residual.as_deref(),
@@ -132,7 +122,7 @@ fn launch(stream: &Stream, args: Args<'_>, few: Option<bool>) -> Result<()> {
             stream.launch(OP, $entry, &config, &kernel_args)
         }};
     }
-    if way == Way::Held && few.unwrap_or(config.num_blocks() <= stream.device().num_sms().into()) {
+    if way == Way::Held && config.num_blocks() <= stream.device().num_sms().into() {
         let entry = if rows.bf16 { &k::few_rows::bf16 } else { &k::few_rows::f32 };
         return launch!(few_rows, entry);
     }

@@ -116,17 +116,6 @@ macro_rules! entries {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, None)
-}
-
-/// [`per_block_cast`] in blocks of so many threads (256, 512 or 1024), if it is of bf16 to e4m3 in blocks of 128 tokens and all is aligned.
-/// For the benchmark.
-#[doc(hidden)]
-pub fn with_threads(stream: &Stream, args: Args<'_>, threads: u32) -> Result<()> {
-    launch(stream, args, Some(threads))
-}
-
-fn launch(stream: &Stream, args: Args<'_>, threads: Option<u32>) -> Result<()> {
     let op = "per_block_cast";
     let plan = Plan::new(op, &args.x, args.block)?;
     let format = plan.check_out(op, &args.out)?;
@@ -161,14 +150,8 @@ fn launch(stream: &Stream, args: Args<'_>, threads: Option<u32>) -> Result<()> {
     let flat = plan.npt == 5 && plan.aligned;
     if plan.bf16 && format == Format::E4m3 && plan.aligned && !flat {
         let few = plan.config(128).num_blocks() <= stream.device().num_sms().into();
-        let threads = threads.unwrap_or(if few { k::FEW_THREADS } else { k::THREADS });
-        let entry = match threads {
-            512 => Some(&k::cast_few::of512),
-            1024 => Some(&k::cast_few::of1024),
-            _ => None,
-        };
-        if let Some(entry) = entry {
-            return launch!(cast_few, entry, k::config(plan.num_tokens, plan.hidden, (128, 128), threads));
+        if few {
+            return launch!(cast_few, &k::cast_few::ENTRY, k::config(plan.num_tokens, plan.hidden, (128, 128), k::FEW_THREADS));
         }
     }
     let entry = match (plan.bf16, format, plan.aligned) {

@@ -10,7 +10,14 @@ impl<T> Shared<T> {
     #[inline(always)]
     #[track_caller]
     pub fn copy16_async(self, i: u32, source: In<T>, j: u32) {
-        backend::copy16_async(self.element(i), source.element(j))
+        backend::copy_async::<16>(self.element(i), source.element(j))
+    }
+
+    /// As [`copy16_async`](Self::copy16_async) with 4 bytes, 4-byte aligned.
+    #[inline(always)]
+    #[track_caller]
+    pub fn copy4_async(self, i: u32, source: In<T>, j: u32) {
+        backend::copy_async::<4>(self.element(i), source.element(j))
     }
 
     /// Start copying `bytes` (a multiple of 16) from `source[j]` to element `i`, both 16-byte aligned; called by one thread.

@@ -128,7 +128,7 @@ impl<T: Word> Out<T> {
 }
 
 macro_rules! vector_access {
-    ($($v:ty, $bytes:literal, $load:ident, $load_stream:ident, $load_once:ident, $store:ident, $store_stream:ident;)*) => {
+    ($($v:ty, $bytes:literal, $load:ident, $load_stream:ident, $store:ident, $store_stream:ident;)*) => {
         impl<T> In<T> {
             $(
                 #[doc = concat!($bytes, " bytes from element `i` on.")]
@@ -143,13 +143,6 @@ macro_rules! vector_access {
                 #[track_caller]
                 pub fn $load_stream(self, i: u32) -> $v {
                     backend::load_nc_stream(self.element(i))
-                }
-
-                #[doc = concat!($bytes, " bytes from element `i` on that nobody reads again soon: first to leave the caches.")]
-                #[inline(always)]
-                #[track_caller]
-                pub fn $load_once(self, i: u32) -> $v {
-                    backend::load_nc_once(self.element(i))
                 }
             )*
         }
@@ -181,9 +174,9 @@ macro_rules! vector_access {
 }
 
 vector_access! {
-    u32, 4, load4, load4_stream, load4_once, store4, store4_stream;
-    [u32; 2], 8, load8, load8_stream, load8_once, store8, store8_stream;
-    [u32; 4], 16, load16, load16_stream, load16_once, store16, store16_stream;
+    u32, 4, load4, load4_stream, store4, store4_stream;
+    [u32; 2], 8, load8, load8_stream, store8, store8_stream;
+    [u32; 4], 16, load16, load16_stream, store16, store16_stream;
 }
 
 impl<T> In<T> {

@@ -8,6 +8,12 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     backend::fma(a, b, c)
 }
 
+/// Lower and upper half of a product.
+#[inline(always)]
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    backend::multiply_wide(a, b)
+}
+
 /// A result of arithmetic, with the bits of NaN that it has on NVIDIA hardware; the host that emulates may make others. For code that
 /// looks at the bits.
 #[inline(always)]
@@ -49,6 +55,52 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {
     backend::sqrt(v)
+}
+
+/// Square root, correctly rounded, for `v` from 2^-100 to the largest finite number: without the branch for other numbers that [`sqrt`]
+/// has, so that several of them overlap.
+#[inline(always)]
+pub fn sqrt_normal(v: f32) -> f32 {
+    // The sequence that the compiler makes of `sqrt.rn` for such numbers.
+    let inverse = fast_rsqrt(v);
+    let near = v * inverse;
+    let remainder = fma(-near, near, v);
+    fma(remainder, 0.5 * inverse, near)
+}
+
+/// `a / b`, correctly rounded like the operator, without the branch that that has: for `b` from 2^-67 to 2^70 and `0 <= a <= b`,
+/// `a` not above 2^64. Quotients that are subnormal are rounded twice.
+#[inline(always)]
+pub fn divide_normal(a: f32, b: f32) -> f32 {
+    // A correctly rounded inverse and an exact remainder make a correctly rounded quotient. The scaling keeps the remainder normal.
+    let near = fast_rcp(b);
+    let inverse = fma(near, fma(-b, near, 1.0), near);
+    let scaled = a * 1.152_921_5e18;
+    let quotient = scaled * inverse;
+    fma(inverse, fma(-b, quotient, scaled), quotient) * 8.673_617_4e-19
+}
+
+/// e^v for `v <= 0`, within 1 ulp and from fused multiply-adds only: the same bits on both backends. Subnormal results are right, NaN
+/// stays NaN, and positive `v` must not be given.
+#[inline(always)]
+pub fn exp_nonpositive(v: f32) -> f32 {
+    // Below this the result rounds to 0.
+    let v = max_nan(v, -104.0);
+    // e^v = 2^n * e^r with n the nearest integer. The sum has n + 151 in its low bits, which makes the exponent of 2^(n + 24).
+    const MAGIC: f32 = 12_582_912.0 + 151.0;
+    let shifted = fma(v, core::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
+    // In two steps, of which the first one is exact.
+    let r = fma(n, -core::f32::consts::LN_2, v);
+    let r = fma(n, 1.904_654_2e-9, r);
+    // (e^r - 1 - r) / r^2 interpolated on |r| <= ln(2) / 2; relative error of the whole 8e-9.
+    let p = fma(0.001_392_845_1, r, 0.008_364_993);
+    let p = fma(p, r, 0.041_666_541);
+    let p = fma(p, r, 0.166_665_66);
+    let p = fma(p, r, 0.5);
+    let p = fma(fma(p, r, 1.0), r, 1.0);
+    // The first product is normal and exact, the second one rounds once.
+    p * f32::from_bits(shifted.to_bits() << 23) * 5.960_464_5e-8
 }
 
 /// 2^v, relative error at most 2^-22; results below 2^-126 are 0. The emulator's is correctly rounded.

@@ -25,6 +25,7 @@ mod macros;
 mod math;
 mod mma;
 pub mod num;
+mod philox;
 mod shared;
 mod warp;
 
@@ -36,6 +37,7 @@ pub use copy::*;
 pub use global::*;
 pub use math::*;
 pub use mma::*;
+pub use philox::*;
 pub use shared::*;
 pub use warp::*;
 

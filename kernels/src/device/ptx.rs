@@ -58,8 +58,6 @@ pub trait Word: Copy {
     #[doc(hidden)]
     unsafe fn ld_nc_stream(p: Ptr) -> Self;
     #[doc(hidden)]
-    unsafe fn ld_nc_once(p: Ptr) -> Self;
-    #[doc(hidden)]
     unsafe fn ld(p: Ptr) -> Self;
     #[doc(hidden)]
     unsafe fn st(p: Ptr, v: Self);
@@ -83,12 +81,6 @@ macro_rules! word {
         unsafe fn ld_nc_stream(p: Ptr) -> Self {
             let $r: $bits;
             unsafe { asm!(concat!("ld.global.nc.L1::no_allocate.", $ty, " {0}, [{1}];"), out($reg) $r, in(reg64) p.0, options(pure, nomem, nostack, preserves_flags)) };
-            $from
-        }
-        #[inline(always)]
-        unsafe fn ld_nc_once(p: Ptr) -> Self {
-            let $r: $bits;
-            unsafe { asm!(concat!("ld.global.cs.nc.", $ty, " {0}, [{1}];"), out($reg) $r, in(reg64) p.0, options(pure, nomem, nostack, preserves_flags)) };
             $from
         }
         #[inline(always)]
@@ -142,12 +134,6 @@ macro_rules! vector_word {
             [$($r),*]
         }
         #[inline(always)]
-        unsafe fn ld_nc_once(p: Ptr) -> Self {
-            $(let $r: u32;)*
-            unsafe { asm!(concat!("ld.global.cs.nc.", $ty, " ", $list, ", [", $at, "];"), $(out(reg32) $r,)* in(reg64) p.0, options(pure, nomem, nostack, preserves_flags)) };
-            [$($r),*]
-        }
-        #[inline(always)]
         unsafe fn ld(p: Ptr) -> Self {
             $(let $r: u32;)*
             unsafe { asm!(concat!("ld.global.", $ty, " ", $list, ", [", $at, "];"), $(out(reg32) $r,)* in(reg64) p.0, options(readonly, nostack, preserves_flags)) };
@@ -185,10 +171,6 @@ pub fn load_nc<W: Word>(p: Ptr) -> W {
 #[inline(always)]
 pub fn load_nc_stream<W: Word>(p: Ptr) -> W {
     unsafe { W::ld_nc_stream(p) }
-}
-#[inline(always)]
-pub fn load_nc_once<W: Word>(p: Ptr) -> W {
-    unsafe { W::ld_nc_once(p) }
 }
 #[inline(always)]
 pub fn load<W: Word>(p: Ptr) -> W {
@@ -509,8 +491,13 @@ pub fn fence(scope: Scope) {
 }
 
 #[inline(always)]
-pub fn copy16_async(to: SharedPtr, from: Ptr) {
-    unsafe { asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+pub fn copy_async<const BYTES: u32>(to: SharedPtr, from: Ptr) {
+    // Only 16 bytes can go past L1.
+    if BYTES == 16 {
+        unsafe { asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+    } else {
+        unsafe { asm!("cp.async.ca.shared.global [{0}], [{1}], 4;", in(reg32) to.0, in(reg64) from.0, options(nostack)) }
+    }
 }
 #[inline(always)]
 pub fn copy_commit() {
@@ -679,6 +666,17 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub fn saturate(v: f32) -> f32 {
     pure!("cvt.sat.f32.f32 {0}, {1};", reg32 f32, reg32 v)
+}
+// As an instruction with both halves as results, because the compiler makes whatever follows it 64 bits wide, for which there are pairs of
+// instructions.
+#[inline(always)]
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    let (low, high): (u32, u32);
+    unsafe {
+        asm!("{{ .reg .b64 p; mul.wide.u32 p, {2}, {3}; mov.b64 {{{0}, {1}}}, p; }}",
+            out(reg32) low, out(reg32) high, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags))
+    };
+    [low, high]
 }
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {

@@ -148,14 +148,14 @@ pub const fn vector(from: u32, to: u32) -> u32 {
 }
 
 /// Grid and block of `wide`; `vector` elements in a vector.
-pub fn wide_config(vector: u32, n: u64, threads: u32) -> LaunchConfig {
+pub fn wide_config(vector: u32, n: u64) -> LaunchConfig {
     // More blocks than a grid can have are refused by the launch.
-    LaunchConfig::new(n.div_ceil((threads * vector) as u64).min(u32::MAX as u64) as u32, threads)
+    LaunchConfig::new(n.div_ceil((THREADS * vector) as u64).min(u32::MAX as u64) as u32, THREADS)
 }
 
 /// Grid and block of `narrow`.
 pub fn narrow_config(n: u64) -> LaunchConfig {
-    wide_config(4, n, THREADS)
+    wide_config(4, n)
 }
 
 /// Four elements one by one, the first `count` of those at `x`; zeros behind them.
@@ -208,7 +208,7 @@ fn both(a: [f32; 4], b: [f32; 4]) -> [f32; 8] {
 fn vectors<S: Source, T: Target>(x: In<u8>, out: Out<u8>, n: u64, encode: impl Fn([[f32; 4]; 2], u32) -> [u32; 4]) {
     let size = vector(S::KIND, T::KIND);
     let (from, to) = (bytes(S::KIND), bytes(T::KIND));
-    let tile = (block_dim() * size) as u64;
+    let tile = (THREADS * size) as u64;
     let base = block_idx_x() as u64 * tile;
     let left = (n - base).min(tile) as u32;
     let first_quad = (base / 4) as u32;
@@ -244,7 +244,7 @@ fn vectors<S: Source, T: Target>(x: In<u8>, out: Out<u8>, n: u64, encode: impl F
 
 kernel! {
     op = cast;
-    threads = 1024, blocks = 2;
+    threads = 256, blocks = 8;
     /// `n` elements; `x` and `out` are aligned to vectors, see [`vector`].
     pub fn wide[S: Source, T: Target](x: In<u8>, out: Out<u8>, n: u64) {
         vectors::<S, T>(x, out, n, |quads, _| T::encode(both(quads[0], quads[1])));
@@ -263,32 +263,6 @@ kernel! {
         e4m3_bf16[E4m3, Bf16],
         e4m3_f16[E4m3, F16],
     }
-}
-
-/// Loads that tell the caches that nobody reads the input again soon.
-pub const ONCE: u32 = 1;
-/// The output's page is looked up while the loads are on their way.
-pub const TOUCH: u32 = 2;
-
-// To be measured: what is better goes into `wide`, the rest goes.
-kernel! {
-    op = cast;
-    threads = 1024, blocks = 2;
-    /// `wide` from f32 to bf16 without the elements after the last of `n` vectors, and with [`ONCE`] or [`TOUCH`].
-    pub fn exact[const HINTS: u32](x: In<u8>, out: Out<u8>, n: u64) {
-        let item = block_idx_x() as u64 * block_dim() as u64 + thread_idx() as u64;
-        if item >= n {
-            return;
-        }
-        let (x, out) = (x.at(item * 16), out.at(item * 8));
-        let raw = if HINTS & ONCE != 0 { x.load16_once(0) } else { x.load16(0) };
-        if HINTS & TOUCH != 0 && lane_id() == 0 {
-            out.as_in().prefetch(0);
-        }
-        let [a, b, ..] = Bf16::encode(both(F32::quad(raw, 0), [0.0; 4]));
-        out.store8(0, [a, b]);
-    }
-    entries { plain[0], once[ONCE], touch[TOUCH], both[3] }
 }
 
 kernel! {

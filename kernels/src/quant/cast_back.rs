@@ -22,7 +22,7 @@ pub const NARROW_ITEMS: u32 = 4;
 /// Items of one launch must stay below this, see [`Divisor`].
 pub const MAX_ITEMS: u64 = 1 << 31;
 /// Rows of a thread in `per_channel`.
-pub const CHANNEL_ROWS: usize = 4;
+pub const CHANNEL_ROWS: u32 = 4;
 
 /// Tokens of the launch that starts with token `first`, at most `limit` of them: whole scaling blocks of `npt` tokens, or a part
 /// of one, so that block rows count from 0 in every launch.
@@ -91,8 +91,7 @@ impl Output for F32 {
 /// A format of the input.
 pub trait Source: Target {
     /// The quantised values of 16 bytes of output `O`: 2, 4 or 8 bytes, in the low end of 8.
-    /// `ONCE`: nobody reads them again soon.
-    fn load<O: Output, const ONCE: bool>(x: In<u8>) -> [u32; 2];
+    fn load<O: Output>(x: In<u8>) -> [u32; 2];
 
     /// Those values; only the first `O::VALUES` mean something.
     fn decode(raw: [u32; 2]) -> [f32; 8];
@@ -101,12 +100,8 @@ pub trait Source: Target {
 impl Source for E4m3 {
     #[inline(always)]
     #[track_caller]
-    fn load<O: Output, const ONCE: bool>(x: In<u8>) -> [u32; 2] {
-        match (O::VALUES, ONCE) {
-            (8, false) => x.load8(0),
-            (8, true) => x.load8_once(0),
-            _ => [x.load4(0), 0],
-        }
+    fn load<O: Output>(x: In<u8>) -> [u32; 2] {
+        if O::VALUES == 8 { x.load8(0) } else { [x.load4(0), 0] }
     }
 
     #[inline(always)]
@@ -119,7 +114,7 @@ impl Source for E4m3 {
 impl Source for E2m1 {
     #[inline(always)]
     #[track_caller]
-    fn load<O: Output, const ONCE: bool>(x: In<u8>) -> [u32; 2] {
+    fn load<O: Output>(x: In<u8>) -> [u32; 2] {
         [if O::VALUES == 8 { x.load4(0) } else { x.cast::<u16>().get(0) as u32 }, 0]
     }
 
@@ -184,35 +179,34 @@ fn product<F: Source, O: Output>(raw: [u32; 2], scale: f32) -> [u32; 4] {
 
 kernel! {
     op = cast_back;
-    threads = 1024, blocks = 2;
+    threads = 256;
     /// Rows of `x` start at a multiple of what an item reads, `out` is contiguous and 16-byte aligned. An item is 16 bytes of
     /// output; `num_items` of them, `row_items` in a row. `x_stride` counts bytes, the strides of `sf` its elements (packed:
     /// words). The magic numbers divide by the items of a row and of a row of scaling blocks; an item's number within its row,
     /// shifted by `k_shift`, is its block column.
-    pub fn wide[F: Source, O: Output, S: Scales, const ONCE: bool](
+    pub fn wide[F: Source, O: Output, S: Scales](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
         num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
-        let item = block_idx_x() * block_dim() + thread_idx();
+        let item = block_idx_x() * THREADS + thread_idx();
         if item >= num_items {
             return;
         }
         let row = Divisor { magic: row_magic, shift: row_shift }.divide(item);
         let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
         let column = item - row * row_items;
-        let raw = F::load::<O, ONCE>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
+        let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
         let scale = S::load(sf, layout, block, column >> k_shift);
         out.at(item as u64 * 16).store16(0, product::<F, O>(raw, scale));
     }
     entries {
-        e4m3_bf16_f32[E4m3, Bf16, SfF32, false], e4m3_f32_f32[E4m3, F32, SfF32, false],
-        e2m1_bf16_f32[E2m1, Bf16, SfF32, false], e2m1_f32_f32[E2m1, F32, SfF32, false],
-        e4m3_bf16_ue8m0[E4m3, Bf16, SfUe8m0, false], e4m3_f32_ue8m0[E4m3, F32, SfUe8m0, false],
-        e2m1_bf16_ue8m0[E2m1, Bf16, SfUe8m0, false], e2m1_f32_ue8m0[E2m1, F32, SfUe8m0, false],
-        e4m3_bf16_e4m3[E4m3, Bf16, SfE4m3, false], e4m3_f32_e4m3[E4m3, F32, SfE4m3, false],
-        e2m1_bf16_e4m3[E2m1, Bf16, SfE4m3, false], e2m1_f32_e4m3[E2m1, F32, SfE4m3, false],
-        once[E4m3, Bf16, SfF32, true],
+        e4m3_bf16_f32[E4m3, Bf16, SfF32], e4m3_f32_f32[E4m3, F32, SfF32],
+        e2m1_bf16_f32[E2m1, Bf16, SfF32], e2m1_f32_f32[E2m1, F32, SfF32],
+        e4m3_bf16_ue8m0[E4m3, Bf16, SfUe8m0], e4m3_f32_ue8m0[E4m3, F32, SfUe8m0],
+        e2m1_bf16_ue8m0[E2m1, Bf16, SfUe8m0], e2m1_f32_ue8m0[E2m1, F32, SfUe8m0],
+        e4m3_bf16_e4m3[E4m3, Bf16, SfE4m3], e4m3_f32_e4m3[E4m3, F32, SfE4m3],
+        e2m1_bf16_e4m3[E2m1, Bf16, SfE4m3], e2m1_f32_e4m3[E2m1, F32, SfE4m3],
     }
 }
 
@@ -220,16 +214,16 @@ kernel! {
     op = cast_back;
     threads = 128;
     /// Blocks of one channel (npc = 1) with row-major f32 scales, or `PACKED` ones; aligned as for `wide`, and `sf` for 16-byte loads.
-    /// A thread has one item of a row and goes down `ROWS` rows of one scaling block. `tiles` is the number of such row
+    /// A thread has one item of a row and goes down `CHANNEL_ROWS` rows of one scaling block. `tiles` is the number of such row
     /// groups in a scaling block, `columns` of grid blocks across a row.
-    pub fn per_channel[F: Source, O: Output, const PACKED: bool, const ROWS: usize, const ONCE: bool](
+    pub fn per_channel[F: Source, O: Output, const PACKED: bool](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_stride: u32, num_tokens: u32, row_items: u32, npt: u32,
         columns: u32, columns_magic: u32, columns_shift: u32, tiles: u32, tiles_magic: u32, tiles_shift: u32,
     ) {
         let down = Divisor { magic: columns_magic, shift: columns_shift }.divide(block_idx_x());
         let item = (block_idx_x() - down * columns) * PER_CHANNEL_THREADS + thread_idx();
         let block = Divisor { magic: tiles_magic, shift: tiles_shift }.divide(down);
-        let row_in_block = (down - block * tiles) * ROWS as u32;
+        let row_in_block = (down - block * tiles) * CHANNEL_ROWS;
         let first = block * npt + row_in_block;
         // The last scaling block may have fewer row groups than the others.
         if item >= row_items || first >= num_tokens {
@@ -239,8 +233,8 @@ kernel! {
 
         // Rows beyond the end are the last one again, so that all loads are in flight together.
         let x = x.at(first as u64 * x_stride as u64 + (item * (O::VALUES * F::BITS / 8)) as u64);
-        let mut held = [[0; 2]; ROWS];
-        unroll!(i in ROWS { held[i] = F::load::<O, ONCE>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
+        let mut held = [[0; 2]; CHANNEL_ROWS as usize];
+        unroll!(i in (CHANNEL_ROWS as usize) { held[i] = F::load::<O>(x.at((i as u32).min(rows - 1) as u64 * x_stride as u64)); });
         let sf_row = if PACKED { block / 4 } else { block };
         let sf = sf.cast::<f32>().at(sf_row as u64 * sf_stride as u64 + (item * O::VALUES) as u64);
         let (a, b) = (sf.load16(0), if O::VALUES == 8 { sf.load16(4) } else { [0; 4] });
@@ -248,7 +242,7 @@ kernel! {
         let scales = [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(|word| f32::from_bits(bits(word)));
 
         let out = out.at((first as u64 * row_items as u64 + item as u64) * 16);
-        unroll!(i in ROWS {
+        unroll!(i in (CHANNEL_ROWS as usize) {
             if (i as u32) < rows {
                 let values = F::decode(held[i]);
                 let products = core::array::from_fn(|j| values[j] * scales[j]);
@@ -257,11 +251,9 @@ kernel! {
         });
     }
     entries {
-        e4m3_bf16[E4m3, Bf16, false, CHANNEL_ROWS, false], e4m3_f32[E4m3, F32, false, CHANNEL_ROWS, false],
-        e2m1_bf16[E2m1, Bf16, false, CHANNEL_ROWS, false], e2m1_f32[E2m1, F32, false, CHANNEL_ROWS, false],
-        e4m3_bf16_ue8m0[E4m3, Bf16, true, CHANNEL_ROWS, false], e4m3_f32_ue8m0[E4m3, F32, true, CHANNEL_ROWS, false],
-        e2m1_bf16_ue8m0[E2m1, Bf16, true, CHANNEL_ROWS, false], e2m1_f32_ue8m0[E2m1, F32, true, CHANNEL_ROWS, false],
-        rows2[E4m3, Bf16, false, 2, false], rows8[E4m3, Bf16, false, 8, false], once[E4m3, Bf16, false, CHANNEL_ROWS, true],
+        e4m3_bf16[E4m3, Bf16, false], e4m3_f32[E4m3, F32, false], e2m1_bf16[E2m1, Bf16, false], e2m1_f32[E2m1, F32, false],
+        e4m3_bf16_ue8m0[E4m3, Bf16, true], e4m3_f32_ue8m0[E4m3, F32, true],
+        e2m1_bf16_ue8m0[E2m1, Bf16, true], e2m1_f32_ue8m0[E2m1, F32, true],
     }
 }
 

@@ -350,17 +350,16 @@ kernel! {
 
 kernel! {
     op = per_block_cast;
-    threads = 1024, blocks = 1;
-    /// As [`cast`] for few tokens of bf16, in blocks of 2048 / `N` threads.
-    pub fn cast_few[const N: usize](
+    threads = 512;
+    /// As [`cast`] for few tokens of bf16, in larger blocks.
+    pub fn cast_few(
         x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
         npt: u32, npc: u32, round: u32, packed: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
         let options = Options { x_stride, sf: layout, round: round != 0, packed: packed != 0 };
-        cast_tile::<Bf16, E4m3, 128, 128, N, true, false, true>(x, out, sf, Shape { t, h, npt, npc }, options);
+        cast_tile::<Bf16, E4m3, 128, 128, 4, true, false, true>(x, out, sf, Shape { t, h, npt, npc }, options);
     }
-    entries { of512[4], of1024[2] }
 }
 
 kernel! {

@@ -4,7 +4,7 @@
 //! of each op; best on one processor, as in `taskset -c 2 bench --launch-lab --schedule spin`.
 
 use clap::{Parser, ValueEnum};
-use ferrotile_tests::support::bench::{Bench, Line, Row};
+use ferrotile_tests::support::bench::{Bench, LAYERS, Line, Row};
 use ferrotile_tests::support::suite::{self, Filter};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashSet;
@@ -119,7 +119,7 @@ fn run(cli: &Cli) -> Result<usize, String> {
     let mut launched = HashSet::new();
     let begin = Instant::now();
     for row in &rows {
-        if launched.insert(row.op) {
+        if !LAYERS.contains(&row.op) && launched.insert(row.op) {
             let small = rows.iter().filter(|other| other.op == row.op).min_by_key(|other| other.bytes).unwrap_or(row);
             match if cli.launch_lab { bench.launch_lab(row) } else { bench.first_launch(row, small) } {
                 Ok(lines) => lines.iter().try_for_each(&mut emit)?,

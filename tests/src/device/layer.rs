@@ -18,7 +18,7 @@ const THREADS: usize = k::THREADS as usize;
 fn run(ctx: &Ctx) -> Result<Report, String> {
     device_math::register();
     type Check = fn(&Run) -> Result<(), String>;
-    let checks: [(&str, Check); 19] = [
+    let checks: [(&str, Check); 20] = [
         ("scan", scan),
         ("warp_ops", warp_ops),
         ("block_ops", block_ops),
@@ -32,6 +32,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         ("packed", packed),
         ("decode", decode),
         ("math", math),
+        ("short_math", short_math),
         ("silu_sweep", silu_sweep),
         ("short_silu", short_silu),
         ("widths", widths),
@@ -588,6 +589,43 @@ fn math(r: &Run) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Functions without the branches of the operators have the operators' bits, and `exp_nonpositive` those of the emulator, within an ulp of
+/// the exact power.
+fn short_math(r: &Run) -> Result<(), String> {
+    // On a GPU all mantissas of two binades; every number from 2^-60 on would be as many binades of the same.
+    let step = if r.device.is_emulator() { 1021 } else { 1 };
+    let between = |from: f32, to: f32, step: usize| -> Vec<f32> {
+        (from.to_bits()..to.to_bits()).step_by(step).map(f32::from_bits).collect()
+    };
+    let differ = |name: &str, x: &[f32], got: &[f32], expected: &dyn Fn(f32) -> f32| -> Result<(), String> {
+        match x.iter().zip(got).find(|(x, got)| got.to_bits() != expected(**x).to_bits()) {
+            None => Ok(()),
+            Some((x, got)) => Err(format!("{name}({x:e}): got {got:e}, expected {:e}", expected(*x))),
+        }
+    };
+    for (from, step) in [(1.0f32, step), (2f32.powi(-90), 4093 * step), (2f32.powi(100), 4093 * step)] {
+        let x = between(from, 4.0 * from, step);
+        differ("sqrt_normal", &x, &device_math::map(&r.device, k::Function::SqrtNormal, &x)?, &f32::sqrt)?;
+    }
+    // Down to quotients that are nearly subnormal, where all is exact.
+    for (from, to, step) in [(0.25f32, 4.0, step), (2f32.powi(-120), 0.25, 4093 * step), (4.0, 2f32.powi(60), 4093 * step)] {
+        let x = between(from, to, step);
+        differ("divide_normal", &x, &device_math::map(&r.device, k::Function::DivideNormal, &x)?, &|v| v / (v + 0.375))?;
+    }
+    let mut x: Vec<f32> = between(1e-8, 110.0, 61 * step).iter().map(|v| -v).collect();
+    x.extend([0.0, -0.0, f32::NEG_INFINITY, f32::MIN, -1e-45, -104.0, -103.3, -87.4]);
+    let got = device_math::map(&r.device, k::Function::ExpNonpositive, &x)?;
+    let emulated = device_math::map(&Device::emulator(), k::Function::ExpNonpositive, &x)?;
+    for ((x, got), emulated) in x.iter().zip(&got).zip(&emulated) {
+        let exact = f64::from(*x).exp();
+        let ulp = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+        let close = (f64::from(*got) - exact).abs() <= ulp && got.to_bits() == emulated.to_bits();
+        ensure(close, || format!("exp_nonpositive({x:e}): got {got:e}, on the emulator {emulated:e}, expected {exact:e}"))?;
+    }
+    let nan = device_math::map(&r.device, k::Function::ExpNonpositive, &[f32::NAN])?;
+    ensure(nan[0].is_nan(), || format!("exp_nonpositive(NaN): got {:e}", nan[0]))
 }
 
 /// With the shortest division of SwiGLU, every product of a bf16 with `silu` of a bf16 is rounded to the same bf16 as with the IEEE one.

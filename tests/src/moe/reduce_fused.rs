@@ -22,7 +22,8 @@ const FILL: u8 = 0xA5;
 const GUARD: u64 = 16;
 
 /// An element type of rows.
-trait Value: Element + Bits + Send + Sync + Default + PartialEq {
+pub trait Value: Element + Bits + Send + Sync + Default + PartialEq {
+    /// As f32.
     fn widen(self) -> f32;
     /// Rounded to nearest even; NaN as the op defines it.
     fn round(value: f32) -> Self;
@@ -240,7 +241,7 @@ fn small_places() -> Vec<Place> {
 }
 
 /// Normal values with some that are special: both zeros, infinities, NaN, subnormals, the largest.
-fn awkward(rng: &Rng, i: u64) -> f32 {
+pub fn awkward(rng: &Rng, i: u64) -> f32 {
     let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, f32::MAX, -448.0, 465.0, 2f32.powi(-10)];
     match rng.stream(9).below(i, 32) {
         n if n < special.len() as u64 => special[n as usize],

@@ -13,7 +13,7 @@ use crate::support::inputs::{self, BLOCK};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::Format;
-use ferrotile::quant::cast::{Args, cast, with_variant};
+use ferrotile::quant::cast::{Args, cast};
 use ferrotile::{Buffer, DType, Device, Stream, TensorMut, TensorRef};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -126,10 +126,6 @@ impl Tensors {
     }
 
     fn cast(&mut self, stream: &Stream, stochastic: bool) -> ferrotile::Result<()> {
-        self.cast_by(|args| cast(stream, args), stochastic)
-    }
-
-    fn cast_by(&mut self, cast: impl FnOnce(Args<'_>) -> ferrotile::Result<()>, stochastic: bool) -> ferrotile::Result<()> {
         let strides: Vec<u64> = (0..self.shape.len()).map(|i| self.shape[i + 1..].iter().product()).collect();
         let at = |buffer: &Buffer<u8>, (dtype, offset): (DType, u64)| buffer.as_ptr() + offset * dtype.size();
         // SAFETY: the buffers have room for these elements, and outlive the call.
@@ -140,7 +136,7 @@ impl Tensors {
                 TensorMut::from_raw(device, at(&self.out, self.to), self.to.0, &self.shape, &strides)?,
             )
         };
-        cast(Args { x, out, stochastic })
+        cast(stream, Args { x, out, stochastic })
     }
 
     fn check(&self, name: &str, expected: &[u32]) -> Result<(), String> {
@@ -322,28 +318,6 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 }
 
 /// A row of the benchmark.
-/// What may be faster than `cast`: name, threads of a block and hints.
-const VARIANTS: [(&str, u32, Option<u32>); 8] = [
-    ("threads128", 128, None),
-    ("threads512", 512, None),
-    ("threads1024", 1024, None),
-    ("exact", 256, Some(0)),
-    ("exact_once", 256, Some(1)),
-    ("exact_touch", 256, Some(2)),
-    ("exact_once_touch", 256, Some(3)),
-    ("exact_once_threads512", 512, Some(1)),
-];
-
-fn variant_row((name, threads, hints): (&str, u32, Option<u32>), (t, h): (u64, u64)) -> Row {
-    let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let x = Rng::named("cast benchmark").fill((t * h) as usize, |rng, i| encode(DType::F32, rng.normal(i)));
-        let mut tensors = Tensors::new(device, (DType::F32, 0), (DType::Bf16, 0), &[t, h], &x)?;
-        Ok(Box::new(move |stream| tensors.cast_by(|args| with_variant(stream, args, threads, hints), false)))
-    };
-    let case = format!("h={h},input=f32,out=bf16,t={t},variant={name}");
-    Row { op: "cast", case, bytes: t * h * 6, build: Box::new(build) }
-}
-
 fn row(from: DType, to: DType, (t, h): (u64, u64), stochastic: bool) -> Row {
     let rounding = if stochastic { ",rounding=stochastic" } else { "" };
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
@@ -370,9 +344,6 @@ pub fn bench() -> Vec<Row> {
     rows.extend([(f32, e4m3), (bf16, f32), (bf16, e4m3), (e4m3, f32), (e4m3, bf16)].map(|(a, b)| row(a, b, large, false)));
     rows.extend([(f32, bf16), (f32, e4m3), (bf16, e4m3)].map(|(a, b)| row(a, b, large, true)));
     rows.extend([1, 16, 128].map(|t| row(f32, bf16, (t, 7168), false)));
-    for variant in VARIANTS {
-        rows.extend([1, 16, 128, 8064].map(|t| variant_row(variant, (t, 7168))));
-    }
     rows
 }
 
@@ -415,24 +386,6 @@ mod tests {
             let mut again = Tensors::new(&device, (DType::F32, 0), (to, 0), &[n], &bits).unwrap();
             again.cast(&stream, true).unwrap();
             assert_eq!(again.out.to_vec().unwrap(), tensors.out.to_vec().unwrap());
-        }
-    }
-
-    #[test]
-    fn variants_give_the_same_bytes() {
-        let device = Device::emulator().checked();
-        let stream = device.stream().unwrap();
-        // Vectors that fill blocks of all sizes, and some that do not.
-        for n in [4096, 8 * 1024 + 12] {
-            let x = Rng::named("cast variants").fill(n, |rng, i| encode(DType::F32, rng.normal(i)));
-            let tensors = || Tensors::new(&device, (DType::F32, 0), (DType::Bf16, 0), &[n as u64], &x).unwrap();
-            let mut usual = tensors();
-            usual.cast(&stream, false).unwrap();
-            for (name, threads, hints) in VARIANTS {
-                let mut other = tensors();
-                other.cast_by(|args| with_variant(&stream, args, threads, hints), false).unwrap();
-                assert_eq!(usual.out.to_vec().unwrap(), other.out.to_vec().unwrap(), "{name}");
-            }
         }
     }
 

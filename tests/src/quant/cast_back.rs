@@ -8,9 +8,7 @@ use crate::support::golden::{self, Case as GoldenCase, Golden};
 use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::cast_back::{
-    Args, PerTokenArgs, Variant, cast_back, cast_back_in_parts, per_token_cast_back, with_variant,
-};
+use ferrotile::quant::cast_back::{Args, PerTokenArgs, cast_back, cast_back_in_parts, per_token_cast_back};
 use ferrotile::quant::{Format, Sf, SfLayout, SfShape, sf_shape};
 use ferrotile::{Buffer, DType, Device, E4m3, Element, Stream, TensorMut, TensorRef};
 use half::bf16;
@@ -251,29 +249,13 @@ enum Way {
     PerToken,
     /// In launches of so many tokens.
     Parts(u32),
-    /// In a way that may be faster.
-    Variant(Variant),
 }
-
-/// What may be faster, by name: where scaling blocks have several channels, and where they have one.
-const VARIANTS: [(&str, Variant); 4] = [
-    ("threads128", Variant { threads: Some(128), rows: None, once: false }),
-    ("threads512", Variant { threads: Some(512), rows: None, once: false }),
-    ("once", Variant { threads: None, rows: None, once: true }),
-    ("once_threads128", Variant { threads: Some(128), rows: None, once: true }),
-];
-const CHANNEL_VARIANTS: [(&str, Variant); 3] = [
-    ("rows2", Variant { threads: None, rows: Some(2), once: false }),
-    ("rows8", Variant { threads: None, rows: Some(8), once: false }),
-    ("once", Variant { threads: None, rows: None, once: true }),
-];
 
 fn call(stream: &Stream, way: Way, x: TensorRef<'_>, sf: Sf<'_>, block: (u32, u32), out: TensorMut<'_>) -> ferrotile::Result<()> {
     match way {
         Way::Block => cast_back(stream, Args { x, sf, block, out }),
         Way::PerToken => per_token_cast_back(stream, PerTokenArgs { x, sf, npc: block.1, out }),
         Way::Parts(tokens) => cast_back_in_parts(stream, Args { x, sf, block, out }, tokens),
-        Way::Variant(variant) => with_variant(stream, Args { x, sf, block, out }, variant),
     }
 }
 
@@ -317,7 +299,6 @@ fn name(way: Way, p: &Problem, layout: SfLayout, out: &str) -> String {
         Way::Block => String::new(),
         Way::PerToken => ",per_token".to_owned(),
         Way::Parts(tokens) => format!(",max_tokens={tokens}"),
-        Way::Variant(variant) => format!(",{variant:?}"),
     };
     format!("fmt={format},h={hidden},layout={layout},out={out},sf={npt}x{npc},t={tokens}{way}")
 }
@@ -326,9 +307,7 @@ fn name(way: Way, p: &Problem, layout: SfLayout, out: &str) -> String {
 fn combinations(hidden: u64) -> Vec<(Way, (u32, u32), SfLayout)> {
     use SfLayout::{ColMajor, ColMajorE4m3, ColMajorPacked, PerChannelPacked, RowMajor, RowMajorE4m3, RowMajorPacked};
     let h = hidden as u32;
-    let variants = VARIANTS.map(|(_, variant)| (Way::Variant(variant), (1, 128), RowMajor));
-    let channel_variants = CHANNEL_VARIANTS.map(|(_, variant)| (Way::Variant(variant), (32, 1), RowMajor));
-    let mut ways = vec![
+    vec![
         (Way::PerToken, (1, 128), RowMajor),
         (Way::PerToken, (1, 128), ColMajorPacked),
         (Way::PerToken, (1, h), RowMajor),
@@ -349,9 +328,7 @@ fn combinations(hidden: u64) -> Vec<(Way, (u32, u32), SfLayout)> {
         (Way::Block, (7, 1), RowMajorE4m3),
         (Way::Block, (32, 1), PerChannelPacked),
         (Way::Block, (3, 1), PerChannelPacked),
-    ];
-    ways.extend(variants.into_iter().chain(channel_variants));
-    ways
+    ]
 }
 
 fn run(ctx: &Ctx) -> Result<Report, String> {
@@ -620,18 +597,6 @@ pub fn bench() -> Vec<Row> {
         };
         let case = format!("fmt={format},h={hidden},layout={layout_name},out={out},sf={}x{},t={tokens}", block.0, block.1);
         add(case, format, (tokens, hidden), block, layout, out, Way::Block);
-    }
-    for (name, variant) in VARIANTS {
-        for tokens in [1, 16, 128, 8064] {
-            let case = format!("fmt=e4m3,h=7168,layout=R,out=bf16,sf=1x128,t={tokens},variant={name}");
-            add(case, e4m3, (tokens, 7168), (1, 128), r, "bf16", Way::Variant(variant));
-        }
-    }
-    for (name, variant) in CHANNEL_VARIANTS {
-        for (tokens, hidden) in [(4001, 2048), (8001, 7168)] {
-            let case = format!("fmt=e4m3,h={hidden},layout=R,out=bf16,sf=128x1,t={tokens},variant={name}");
-            add(case, e4m3, (tokens, hidden), (128, 1), r, "bf16", Way::Variant(variant));
-        }
     }
     rows
 }

@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::convert_sf::{Args, convert_sf};
@@ -182,6 +183,25 @@ impl Conversion {
         })
     }
 
+    /// For a benchmark: powers of two that every layout can hold.
+    fn bench(device: &Device, blocks: (u64, u64), layouts: [SfLayout; 2]) -> Result<Self, String> {
+        let [from, to] = layouts.map(|layout| Stored::new(blocks, layout, 0));
+        let codes: Vec<[u8; 4]> = (-8..8).map(|e| encode(from.layout, 2f32.powi(e)).0.to_le_bytes()).collect();
+        let len = if from.layout.is_packed() { 1 } else { from.layout.dtype().size() as usize };
+        let draws = Rng::named("convert_sf benchmark").bytes(inputs::BLOCK as usize);
+        let block: Vec<u8> = draws.iter().flat_map(|draw| &codes[*draw as usize % codes.len()][..len]).copied().collect();
+        Ok(Self {
+            blocks,
+            sf: inputs::repeated(device, &block, from.bytes.len() as u64)?,
+            out: device.upload(&to.bytes).map_err(text)?,
+            bad: device.upload(&[BEFORE]).map_err(text)?,
+            expected: Vec::new(),
+            odd: 0,
+            from,
+            to,
+        })
+    }
+
     fn reset(&mut self) -> Result<(), String> {
         self.out.copy_from(&self.to.bytes).map_err(text)?;
         self.bad.copy_from(&[BEFORE]).map_err(text)
@@ -268,7 +288,7 @@ pub fn bench() -> Vec<Row> {
     let row = |blocks: (u64, u64), from: SfLayout, to: SfLayout| {
         let size = |layout: SfLayout| layout.rows(blocks.0) * layout.columns(blocks.1) * layout.dtype().size();
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let mut conversion = Conversion::new(device, blocks, [from, to], [0, 0], true)?;
+            let mut conversion = Conversion::bench(device, blocks, [from, to])?;
             Ok(Box::new(move |stream| conversion.call(stream, true)))
         };
         let case = format!("from={from},k={},m={},to={to}", blocks.1, blocks.0).replace(' ', "_");

@@ -126,7 +126,7 @@ impl Outputs {
         let mega_moe_shape = [mega_moe_rows, if mega_moe_rows > 0 { h / 128 } else { 0 }];
         let optional = |dtype: DType, shape: &[u64]| Placed::output(device, dtype, shape, o.offset);
         let mut new = Self {
-            data: device.alloc((p.x.len() as u64 + o.offset + GUARD) as usize).map_err(text)?,
+            data: device.alloc((p.shape.iter().product::<u64>() + o.offset + GUARD) as usize).map_err(text)?,
             sf: device.alloc((batches * pitch + GUARD) as usize).map_err(text)?,
             sf_shape,
             sf_strides,

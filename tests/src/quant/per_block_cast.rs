@@ -287,22 +287,10 @@ impl Outputs {
     }
 
     fn cast(&mut self, stream: &Stream, x: TensorRef<'_>, block: Block, round_sf: bool) -> ferrotile::Result<()> {
-        self.cast_by(op::per_block_cast, stream, x, block, round_sf)
-    }
-
-    /// By one of the launchers that do the same.
-    fn cast_by(
-        &mut self,
-        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-        stream: &Stream,
-        x: TensorRef<'_>,
-        block: Block,
-        round_sf: bool,
-    ) -> ferrotile::Result<()> {
         let out = self.data.tensor_mut(&self.shape)?.reinterpret(self.format.dtype())?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let sf = SfMut { tensor: sf, layout: self.layout };
-        launcher(stream, Args { x, block, round_sf, out, sf })
+        op::per_block_cast(stream, Args { x, block, round_sf, out, sf })
     }
 
     fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, block: Block, round_sf: bool) -> ferrotile::Result<()> {
@@ -395,14 +383,6 @@ fn check_input(ctx: &Ctx, input: &Input, blocks: &[Block], kind: &str) -> Result
                         let words = sf_words(&expected().sf, columns, layout);
                         out.check_sf(&name, &words)?;
                         out.check_data(&name, &expected().data)?;
-                        for threads in [256, 512, 1024] {
-                            let mut out = Outputs::new(&ctx.device, input, format, block, layout)?;
-                            let launcher = |stream: &Stream, args: Args<'_>| op::with_threads(stream, args, threads);
-                            out.cast_by(launcher, &stream, x, block, round).map_err(text)?;
-                            let name = format!("{name},threads={threads}");
-                            out.check_sf(&name, &words)?;
-                            out.check_data(&name, &expected().data)?;
-                        }
                         if i == 0 {
                             // Once more, over its own results.
                             out.cast(&stream, x, block, round).map_err(text)?;
@@ -598,19 +578,7 @@ fn check_large_input(ctx: &Ctx) -> Result<(), String> {
 // The benchmark.
 
 /// One row: names as the peers', if they have the case.
-fn row(case: String, dtype: DType, shape: (u64, u64), format: Format, block: Block, layout: SfLayout) -> Row {
-    row_by(op::per_block_cast, case, dtype, shape, format, block, layout)
-}
-
-fn row_by(
-    launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()> + Copy + 'static,
-    case: String,
-    dtype: DType,
-    (t, h): (u64, u64),
-    format: Format,
-    block: Block,
-    layout: SfLayout,
-) -> Row {
+fn row(case: String, dtype: DType, (t, h): (u64, u64), format: Format, block: Block, layout: SfLayout) -> Row {
     let sf = sf_shape(t, h, block, layout);
     let bytes = t * h * dtype.size() + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
@@ -625,7 +593,7 @@ fn row_by(
                 Elements::Bf16(b) => b.tensor(&[t, h])?,
                 Elements::F32(b) => b.tensor(&[t, h])?,
             };
-            out.cast_by(launcher, stream, x, block, true)
+            out.cast(stream, x, block, true)
         }))
     };
     Row { op: "per_block_cast", case, bytes, build: Box::new(build) }
@@ -652,13 +620,6 @@ pub fn bench() -> Vec<Row> {
     for (t, h) in shapes {
         let case = format!("block=128x128,fmt=e4m3,h={h},input=bf16,t={t}");
         rows.push(row(case, DType::Bf16, (t, h), Format::E4m3, (128, 128), SfLayout::RowMajor));
-    }
-    for threads in [256, 512, 1024] {
-        for t in [1, 16, 128] {
-            let case = format!("block=128x128,fmt=e4m3,h=7168,input=bf16,t={t},variant=threads{threads}");
-            let launcher = move |stream: &Stream, args: Args<'_>| op::with_threads(stream, args, threads);
-            rows.push(row_by(launcher, case, DType::Bf16, (t, 7168), Format::E4m3, (128, 128), SfLayout::RowMajor));
-        }
     }
     rows
 }

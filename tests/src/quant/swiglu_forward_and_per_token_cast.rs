@@ -110,9 +110,6 @@ impl Options {
     }
 }
 
-/// One of the launchers that do the same.
-type Launcher = fn(&Stream, Args<'_>) -> ferrotile::Result<()>;
-
 /// Output buffers of one call. Counters start at 100.
 struct Outputs {
     shape: [u64; 2],
@@ -135,21 +132,10 @@ impl Outputs {
     }
 
     fn run(&mut self, stream: &Stream, input: &Input, options: Options, counters: u64) -> ferrotile::Result<()> {
-        self.run_by(op::swiglu_forward_and_per_token_cast, stream, input, options, counters)
-    }
-
-    fn run_by(
-        &mut self,
-        launcher: Launcher,
-        stream: &Stream,
-        input: &Input,
-        options: Options,
-        counters: u64,
-    ) -> ferrotile::Result<()> {
         let out = self.data.tensor_mut(&self.shape)?.reinterpret(DType::E4m3)?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let clamped_count = if options.count { Some(self.counts.strided_mut(&[counters], &[1], 0)?) } else { None };
-        launcher(
+        op::swiglu_forward_and_per_token_cast(
             stream,
             Args {
                 x: input.x()?,
@@ -226,7 +212,7 @@ fn check_input(ctx: &Ctx, input: &Input, all: &[Options], kind: &str) -> Result<
         outputs.check_counts(&name, sums, counters)?;
         if i % 8 == 0 {
             // Once more, over its own results; counters go on.
-            outputs.run_by(|s, args| op::with_steps(s, args, 3), &stream, input, options, counters).map_err(text)?;
+            outputs.run(&stream, input, options, counters).map_err(text)?;
             outputs.check(&name, input, options, &expected)?;
             sums = sums.map(|n| 2 * n);
             outputs.check_counts(&name, sums, counters)?;
@@ -570,7 +556,7 @@ impl Tokens {
 }
 
 /// One row. Bytes are those of rows that hold tokens if the call says which do, scales included.
-fn row(launcher: Launcher, case: String, dtype: DType, tokens: Tokens, h: u64, options: Options) -> Row {
+fn row(case: String, dtype: DType, tokens: Tokens, h: u64, options: Options) -> Row {
     let layout = tokens.layout();
     let used = match options.rows {
         RowsKind::All => layout.num_rows,
@@ -583,7 +569,7 @@ fn row(launcher: Launcher, case: String, dtype: DType, tokens: Tokens, h: u64, o
         let mut outputs = Outputs::new(device, &input, options)?;
         // 1.0.0, which alone says it by the experts of rows, has no counter of elements.
         let counters = if options.rows == RowsKind::PosToExpert { 3 } else { 4 };
-        Ok(Box::new(move |stream| outputs.run_by(launcher, stream, &input, options, counters)))
+        Ok(Box::new(move |stream| outputs.run(stream, &input, options, counters)))
     };
     Row { op: "swiglu_forward_and_per_token_cast", case, bytes, build: Box::new(build) }
 }
@@ -599,35 +585,28 @@ const PACKED: Options = Options {
     amax_min: None,
 };
 
-/// The peers' cases, options, small inputs, and other numbers of steps a block takes. With a clamp what it does is counted too.
+/// The peers' cases, options and small inputs. With a clamp what it does is counted too.
 pub fn bench() -> Vec<Row> {
-    let usual: Launcher = op::swiglu_forward_and_per_token_cast;
-    let mut rows = peers(usual);
+    let mut rows = peers();
     let (shape, clamped) = (Tokens::Dense(32768), |clamp| Options { clamp: Some(clamp), count: true, ..PACKED });
-    for (launcher, variant) in [
-        (usual, ""),
-        ((|s, args| op::with_steps(s, args, 2)) as Launcher, "variant=steps2,"),
-        (|s, args| op::with_steps(s, args, 8), "variant=steps8,"),
-    ] {
-        for h in [2048, 3072, 1024, 1280, 1536, 3584] {
-            rows.push(row(launcher, format!("{variant}h={h},npc=128,sf=packed,t=32768"), DType::Bf16, shape, h, PACKED));
-        }
-        let case = format!("{variant}clamp=10,h=2048,npc=128,sf=packed,t=32768");
-        rows.push(row(launcher, case, DType::Bf16, shape, 2048, clamped(10.0)));
-        let psum = Options { rows: RowsKind::Psum, ..PACKED };
-        let case = format!("{variant}h=2048,npc=128,psum=True,sf=packed,t=32768,weights=True");
-        let weights = Options { weights: WeightsKind::PerRow(FACTOR), ..psum };
-        rows.push(row(launcher, case, DType::Bf16, shape, 2048, weights));
-        let case = format!("{variant}h=2048,npc=128,psum=True,sf=packed,t=32768,used=2048");
-        rows.push(row(launcher, case, DType::Bf16, Tokens::Sparse(32768), 2048, psum));
-        for t in [1, 16, 128] {
-            let case = format!("{variant}h=2048,npc=128,sf=packed,t={t}");
-            rows.push(row(launcher, case, DType::Bf16, Tokens::Dense(t), 2048, PACKED));
-        }
+    for h in [2048, 3072, 1024, 1280, 1536, 3584] {
+        rows.push(row(format!("h={h},npc=128,sf=packed,t=32768"), DType::Bf16, shape, h, PACKED));
+    }
+    let case = "clamp=10,h=2048,npc=128,sf=packed,t=32768".to_owned();
+    rows.push(row(case, DType::Bf16, shape, 2048, clamped(10.0)));
+    let psum = Options { rows: RowsKind::Psum, ..PACKED };
+    let case = "h=2048,npc=128,psum=True,sf=packed,t=32768,weights=True".to_owned();
+    let weights = Options { weights: WeightsKind::PerRow(FACTOR), ..psum };
+    rows.push(row(case, DType::Bf16, shape, 2048, weights));
+    let case = "h=2048,npc=128,psum=True,sf=packed,t=32768,used=2048".to_owned();
+    rows.push(row(case, DType::Bf16, Tokens::Sparse(32768), 2048, psum));
+    for t in [1, 16, 128] {
+        let case = format!("h=2048,npc=128,sf=packed,t={t}");
+        rows.push(row(case, DType::Bf16, Tokens::Dense(t), 2048, PACKED));
     }
     for h in [2048, 3584] {
         let case = format!("clamp=0.5,h={h},npc=128,sf=packed,t=32768");
-        rows.push(row(usual, case, DType::Bf16, shape, h, clamped(0.5)));
+        rows.push(row(case, DType::Bf16, shape, h, clamped(0.5)));
         for (npc, sf, name) in [
             (32, SfLayout::ColMajorPacked, "packed"),
             (32, SfLayout::RowMajor, "row"),
@@ -636,19 +615,19 @@ pub fn bench() -> Vec<Row> {
         ] {
             let of = if npc == 0 { h } else { npc.into() };
             let case = format!("h={h},npc={of},sf={name},t=32768");
-            rows.push(row(usual, case, DType::Bf16, shape, h, Options { npc, sf, ..PACKED }));
+            rows.push(row(case, DType::Bf16, shape, h, Options { npc, sf, ..PACKED }));
         }
     }
     let by_row = Options { npc: 0, sf: SfLayout::RowMajor, ..clamped(0.5) };
-    rows.push(row(usual, "clamp=0.5,h=2048,npc=2048,sf=row,t=32768".to_owned(), DType::Bf16, shape, 2048, by_row));
+    rows.push(row("clamp=0.5,h=2048,npc=2048,sf=row,t=32768".to_owned(), DType::Bf16, shape, 2048, by_row));
     let plain = Options { round: false, sf: SfLayout::RowMajor, ..PACKED };
-    rows.push(row(usual, "h=2048,npc=128,round=False,sf=row,t=32768".to_owned(), DType::Bf16, shape, 2048, plain));
-    rows.push(row(usual, "h=2048,input=f32,npc=128,sf=packed,t=32768".to_owned(), DType::F32, shape, 2048, PACKED));
+    rows.push(row("h=2048,npc=128,round=False,sf=row,t=32768".to_owned(), DType::Bf16, shape, 2048, plain));
+    rows.push(row("h=2048,input=f32,npc=128,sf=packed,t=32768".to_owned(), DType::F32, shape, 2048, PACKED));
     rows
 }
 
 /// Their cases of experts: rows as 1.0.0's own benchmark has them, with what it says about them, and as 2.1.0 says it.
-fn peers(launcher: Launcher) -> Vec<Row> {
+fn peers() -> Vec<Row> {
     let mut rows = Vec::new();
     let mut add = |(e, ep, k): (u64, u64, u64), h: u64, mut o: Options, alignment: u32| {
         o.count = o.clamp.is_some();
@@ -662,7 +641,7 @@ fn peers(launcher: Launcher) -> Vec<Row> {
         let npc = o.npc;
         let case = format!("{clamp}e={e},ep={ep},h={h},k={k},npc={npc},{masked}{psum}send=4001,sf=packed{weights}");
         let moe = MoeCase { num_send_tokens: 4001, num_topk: k, num_experts: e, num_ranks: ep };
-        rows.push(row(launcher, case, DType::Bf16, Tokens::Moe(moe, alignment), h, o));
+        rows.push(row(case, DType::Bf16, Tokens::Moe(moe, alignment), h, o));
     };
     let masked = Options { rows: RowsKind::PosToExpert, ..PACKED };
     let psum = Options { rows: RowsKind::Psum, ..PACKED };

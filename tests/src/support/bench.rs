@@ -49,6 +49,9 @@ pub struct Line {
     pub ptx_sha: Option<String>,
 }
 
+/// Rows that are several ops in one graph. They have no kernel of their own to launch for the first time.
+pub const LAYERS: &[&str] = &["moe_layer"];
+
 /// Times rows on one device.
 pub struct Bench {
     device: Device,

@@ -144,11 +144,6 @@ pub fn load_nc_stream<W: Word>(p: Ptr) -> W {
 }
 #[inline(always)]
 #[track_caller]
-pub fn load_nc_once<W: Word>(p: Ptr) -> W {
-    load_nc(p)
-}
-#[inline(always)]
-#[track_caller]
 pub fn load<W: Word>(p: Ptr) -> W {
     load_nc(p)
 }
@@ -378,15 +373,16 @@ pub fn fence(_scope: Scope) {
 }
 
 #[track_caller]
-pub fn copy16_async(to: SharedPtr, from: Ptr) {
+pub fn copy_async<const BYTES: u32>(to: SharedPtr, from: Ptr) {
     let at = Location::caller();
-    let source = from.checked_bytes(16, 16, Access::Read, at);
-    let thread = to.bounds(16, 16, at);
+    let source = from.checked_bytes(BYTES as usize, BYTES as usize, Access::Read, at);
+    let thread = to.bounds(BYTES, BYTES, at);
     if thread.block().checked() {
-        thread.check_shared(to.offset, 16, Access::Write, at);
+        thread.check_shared(to.offset, BYTES as usize, Access::Write, at);
     }
-    thread.block().shared_in_flight(to.offset, 16);
-    thread.copies.borrow_mut().push(PendingCopy { to: to.offset, from: source, group: thread.copy_group.get() });
+    thread.block().shared_in_flight(to.offset, BYTES);
+    let copy = PendingCopy { to: to.offset, from: source, bytes: BYTES, group: thread.copy_group.get() };
+    thread.copies.borrow_mut().push(copy);
 }
 pub fn copy_commit() {
     let group = &current().copy_group;
@@ -402,7 +398,7 @@ pub fn copy_wait<const PENDING: u32>() {
         if copy.group >= done {
             return true;
         }
-        let bytes = 16;
+        let bytes = copy.bytes as usize;
         // SAFETY: both sides were checked when the copy was started.
         unsafe { std::ptr::copy_nonoverlapping(copy.from as *const u8, shared_address(thread, copy.to), bytes) };
         if thread.block().checked() {
@@ -639,6 +635,10 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 }
 pub fn saturate(v: f32) -> f32 {
     if v > 0.0 { v.min(1.0) } else { 0.0 }
+}
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    let product = a as u64 * b as u64;
+    [product as u32, (product >> 32) as u32]
 }
 pub fn sqrt(v: f32) -> f32 {
     v.sqrt()

@@ -61,10 +61,11 @@ impl Wait {
     }
 }
 
-/// An asynchronous 16-byte copy that a thread has started.
+/// An asynchronous copy of 4 or 16 bytes that a thread has started.
 pub struct PendingCopy {
     pub to: u32,
     pub from: usize,
+    pub bytes: u32,
     pub group: u32,
 }
 
