@@ -242,6 +242,13 @@ pub fn warp_id() -> u32 {
     thread_idx() >> 5
 }
 
+/// `v`, of which the compiler knows nothing: what is computed from it a second time is computed then, and not held in registers since the
+/// first.
+#[inline(always)]
+pub fn opaque(v: u32) -> u32 {
+    backend::opaque(v)
+}
+
 /// First in the body of a loop: ptxas leaves it a loop. It would otherwise unroll a small loop four times, which gains little where the
 /// loop rarely turns more than once and makes the driver compile longer before the first launch.
 #[inline(always)]

@@ -308,6 +308,13 @@ pub fn block_sync(_: Here) {
 pub fn spin(_: Here) {}
 /// ptxas takes the line as one about the loop whose first block it stands in.
 #[inline(always)]
+pub fn opaque(v: u32) -> u32 {
+    let r: u32;
+    // Not `pure`: two calls with one value are two values.
+    unsafe { asm!("mov.b32 {0}, {1};", out(reg32) r, in(reg32) v, options(nomem, nostack, preserves_flags)) };
+    r
+}
+#[inline(always)]
 pub fn rolled() {
     unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack, preserves_flags)) }
 }
@@ -584,6 +591,10 @@ pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
 #[inline(always)]
 pub fn cvt_e4m3x2(lo: f32, hi: f32) -> u32 {
     pure!("cvt.rn.satfinite.e4m3x2.f32 {0}, {1}, {2};", reg16 u16, reg32 hi, reg32 lo) as u32
+}
+#[inline(always)]
+pub fn join_halves(lo: u32, hi: u32) -> u32 {
+    pure!("mov.b32 {0}, {{{1}, {2}}};", reg32 u32, reg16 lo as u16, reg16 hi as u16)
 }
 #[inline(always)]
 pub fn cvt_e5m2x2(lo: f32, hi: f32) -> u32 {

@@ -4,7 +4,8 @@
 //! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, where one
 //! thread a channel makes the scales.
 
-use super::common::{E4m3, SfLayout, load_bf16s, load_bytes, load_f32s, load_sf, scale, ue8m0};
+use super::common::{E4m3, Scale, SfLayout, Target, load_bf16s, load_bytes, load_f32s, load_sf, scale, ue8m0};
+use super::common_swiglu::normal_quotient;
 use crate::device::*;
 use crate::unroll;
 
@@ -30,6 +31,9 @@ pub trait Source: Copy {
     const SCALED: bool;
     /// Whether those are packed exponents.
     const PACKED: bool = false;
+    /// Whether instructions are what a block waits for: the code is shorter then. Plain input waits for memory, and what was measured for
+    /// it stays.
+    const SHORT: bool = false;
     /// A vector as it lies in memory.
     type Raw: Copy;
     /// A vector as it is held: products with their scale, if there is one.
@@ -45,10 +49,26 @@ pub trait Source: Copy {
     fn hold(raw: Self::Raw, sf: f32) -> Self::Held;
     /// The larger magnitudes of `max` and a vector; a NaN loses against what is in `max`. Signs in the result mean nothing.
     fn fold(max: [u32; 8], held: Self::Held) -> [u32; 8];
+    /// The magnitudes of the first vector, to fold others into; those that may be NaN are joined by [`larger`](Self::larger) in the end.
+    #[inline(always)]
+    fn start(held: Self::Held) -> [u32; 8] {
+        Self::fold([0; 8], held)
+    }
     /// The same for two words of maxima.
     fn join(a: u32, b: u32) -> u32;
     /// The bits of one channel's maximum out of words of maxima.
     fn maximum(words: Shared<u32>, channel: u32) -> u32;
+    /// The larger of a maximum that is a number and one more.
+    #[inline(always)]
+    fn larger(max: u32, one: u32) -> u32 {
+        // Magnitudes compare as integers do.
+        one.max(max)
+    }
+    /// The scale for a block whose largest magnitude is `amax`, if it is not to be a power of two.
+    #[inline(always)]
+    fn exact_scale(amax: f32) -> Scale {
+        scale::<E4m3, false>(amax)
+    }
     /// The values of a vector; only the first [`CHANNELS`](Self::CHANNELS) mean something.
     fn values(held: Self::Held) -> [f32; 8];
 }
@@ -59,9 +79,12 @@ pub struct Bf16;
 /// f32 input.
 #[derive(Clone, Copy)]
 pub struct F32;
-/// e4m3 input with scales for 32 or more channels of a row, f32 or packed exponents.
+/// e4m3 input with scales for 16 or more channels of a row, f32 or packed exponents, held as products.
 #[derive(Clone, Copy)]
 pub struct Quantised<const PACKED: bool>;
+/// The same, held as codes and scales: a third of the registers, and two and a half instructions a value more to make the products twice.
+#[derive(Clone, Copy)]
+pub struct Codes<const PACKED: bool>;
 
 impl Source for Bf16 {
     const BYTES: u32 = 2;
@@ -169,6 +192,7 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     const WORDS: usize = 8;
     const SCALED: bool = true;
     const PACKED: bool = PACKED;
+    const SHORT: bool = true;
     type Raw = [u32; 2];
     type Held = [f32; 8];
     const ZERO: [u32; 2] = [0; 2];
@@ -192,6 +216,11 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     }
 
     #[inline(always)]
+    fn start(held: [f32; 8]) -> [u32; 8] {
+        held.map(f32::to_bits)
+    }
+
+    #[inline(always)]
     fn fold(mut max: [u32; 8], held: [f32; 8]) -> [u32; 8] {
         unroll!(w in 8 { max[w] = Self::join(max[w], held[w].to_bits()); });
         max
@@ -205,12 +234,88 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     #[inline(always)]
     #[track_caller]
     fn maximum(words: Shared<u32>, channel: u32) -> u32 {
-        words.get(channel) & 0x7FFF_FFFF
+        words.get(channel)
+    }
+
+    #[inline(always)]
+    fn larger(max: u32, one: u32) -> u32 {
+        max_total(f32::from_bits(max), f32::from_bits(one).abs()).to_bits()
+    }
+
+    #[inline(always)]
+    fn exact_scale(amax: f32) -> Scale {
+        short_scale(amax)
     }
 
     #[inline(always)]
     fn values(held: [f32; 8]) -> [f32; 8] {
         held
+    }
+}
+
+impl<const PACKED: bool> Source for Codes<PACKED> {
+    const BYTES: u32 = 1;
+    const CHANNELS: u32 = 8;
+    const WORDS: usize = 8;
+    const SCALED: bool = true;
+    const PACKED: bool = PACKED;
+    const SHORT: bool = true;
+    type Raw = [u32; 2];
+    type Held = ([u32; 2], f32);
+    const ZERO: [u32; 2] = [0; 2];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(x: In<u8>) -> [u32; 2] {
+        x.load8(0)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn load_part(x: In<u8>, channels: u32) -> [u32; 2] {
+        Quantised::<PACKED>::load_part(x, channels)
+    }
+
+    #[inline(always)]
+    fn hold(raw: [u32; 2], sf: f32) -> ([u32; 2], f32) {
+        (raw, sf)
+    }
+
+    #[inline(always)]
+    fn start((raw, sf): ([u32; 2], f32)) -> [u32; 8] {
+        Quantised::<PACKED>::start(Quantised::<PACKED>::hold(raw, sf))
+    }
+
+    #[inline(always)]
+    fn fold(max: [u32; 8], (raw, sf): ([u32; 2], f32)) -> [u32; 8] {
+        Quantised::<PACKED>::fold(max, Quantised::<PACKED>::hold(raw, sf))
+    }
+
+    #[inline(always)]
+    fn join(a: u32, b: u32) -> u32 {
+        Quantised::<PACKED>::join(a, b)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
+        Quantised::<PACKED>::maximum(words, channel)
+    }
+
+    #[inline(always)]
+    fn larger(max: u32, one: u32) -> u32 {
+        Quantised::<PACKED>::larger(max, one)
+    }
+
+    #[inline(always)]
+    fn exact_scale(amax: f32) -> Scale {
+        Quantised::<PACKED>::exact_scale(amax)
+    }
+
+    #[inline(always)]
+    fn values((raw, sf): ([u32; 2], f32)) -> [f32; 8] {
+        // After the maxima, not since then.
+        Quantised::<PACKED>::hold(raw.map(opaque), sf)
     }
 }
 
@@ -343,14 +448,22 @@ impl Rows for SameRows {
 pub fn load<S: Source, R: Rows, const N: usize, const WIDE: bool>(input: Input, rows: R, tile: Tile, at: Place) -> [S::Held; N] {
     let last = tile.t - 1;
     let first = if at.row < last { at.row } else { last };
-    let sources: [Option<u32>; N] = core::array::from_fn(|i| rows.source(first + (i as u32).min(last - first)));
+    let sources: [Option<u32>; N] = core::array::from_fn(|i| {
+        let i = i as u32;
+        rows.source(if S::SHORT { (at.row + i).min(last) } else { first + i.min(last - first) })
+    });
     // Narrow rows end where they end.
     let last = if WIDE { tile.h - S::CHANNELS } else { tile.h };
     let col = if at.col < last { at.col } else { last };
     let mut raw = [(S::ZERO, 0.0); N];
     unroll!(i in N {
         if let Some(row) = sources[i] {
-            let from = input.x.at((row as u64 * input.stride as u64 + col as u64) * S::BYTES as u64);
+            let from = if S::SHORT {
+                // One instruction a row.
+                input.x.at(col as u64 * S::BYTES as u64).at(row as u64 * input.stride as u64 * S::BYTES as u64)
+            } else {
+                input.x.at((row as u64 * input.stride as u64 + col as u64) * S::BYTES as u64)
+            };
             raw[i].0 = if WIDE { S::load(from) } else { S::load_part(from, tile.h - col) };
             // Channels beyond the end have no scale.
             if S::SCALED && (WIDE || col < tile.h) {
@@ -363,7 +476,10 @@ pub fn load<S: Source, R: Rows, const N: usize, const WIDE: bool>(input: Input, 
             }
         }
     });
-    raw.map(|(raw, sf)| S::hold(raw, sf))
+    // Not by `map`, which LLVM would leave in local memory for 64 products.
+    let mut held = [S::hold(S::ZERO, 0.0); N];
+    unroll!(i in N { held[i] = S::hold(raw[i].0, raw[i].1); });
+    held
 }
 
 /// Shared memory of a block of `warps` warps: words of maxima for each warp, and what the channels of each block of 32 rows are
@@ -409,10 +525,12 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
 ) -> [f32; 8] {
     let warps = threads::<S>(COLS, N) / WARP_SIZE;
     let (_, maxima, factors) = shared::<S>(COLS, warps);
-    let mut max = [0; 8];
-    for v in held {
-        max = S::fold(max, *v);
-    }
+    let mut max = S::start(held[0]);
+    unroll!(i in N {
+        if i > 0 {
+            max = S::fold(max, held[i]);
+        }
+    });
     // A warp that has several rows side by side joins them first.
     let lanes = row_lanes::<S>(COLS);
     let mut mask = lanes;
@@ -441,18 +559,27 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
         // Units with rows, one after the other: unrolled, the divisions would take the driver long to compile.
         let end = (ceil_div(tile.t, UNIT) - tile.index * UNITS).min(UNITS);
         let mut unit = 0;
+        let words = |i: u32| maxima.slice(i * maxima_words::<S>(COLS), maxima_words::<S>(COLS));
+        let whole = S::SHORT && to.units == UNITS;
+        if whole {
+            // At once, with one latency. Units without rows have the maxima of the last row.
+            unroll!(i in 16 {
+                if (i as u32) < warps {
+                    max = S::larger(max, S::maximum(words(i as u32), channel));
+                }
+            });
+            unit = end - 1;
+        }
         while unit < end {
             let mut i = 0;
-            while i < per_unit {
-                let words = maxima.slice((unit * per_unit + i) * maxima_words::<S>(COLS), maxima_words::<S>(COLS));
-                // Magnitudes compare as integers do.
-                max = S::maximum(words, channel).max(max);
+            while i < per_unit && !whole {
+                max = S::larger(max, S::maximum(words(unit * per_unit + i), channel));
                 i += 1;
             }
             unit += 1;
             if to.units == 1 || unit == end {
                 let amax = f32::from_bits(max);
-                let scale = if to.round { scale::<E4m3, true>(amax) } else { scale::<E4m3, false>(amax) };
+                let scale = if to.round { scale::<E4m3, true>(amax) } else { S::exact_scale(amax) };
                 let first = if to.units == 1 { (unit - 1) * COLS } else { 0 };
                 factors.set(first + channel, scale.inv);
                 scales.push(scale.sf);
@@ -469,6 +596,19 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
     let [a, b, c, d] = factors.load16(first);
     let [e, f, g, h] = if S::CHANNELS == 8 { factors.load16(first + 4) } else { [0; 4] };
     [a, b, c, d, e, f, g, h].map(f32::from_bits)
+}
+
+/// The exact scale for a block whose largest magnitude is `amax`, as [`scale`] makes it, without the branches of its divisions.
+#[inline(always)]
+fn short_scale(amax: f32) -> Scale {
+    let c = max_total(amax, E4m3::AMAX_MIN);
+    if c == f32::INFINITY {
+        return Scale { sf: c, inv: 0.0 };
+    }
+    // The product with the rounded reciprocal, corrected by its remainder, is the quotient rounded to nearest.
+    let reciprocal = 1.0 / E4m3::MAX;
+    let sf = c * reciprocal;
+    Scale { sf: fma(fma(-sf, E4m3::MAX, c), reciprocal, sf), inv: normal_quotient(E4m3::MAX, c) }
 }
 
 /// The scales of a channel of a tile on their way to memory.
@@ -551,8 +691,9 @@ pub fn store<S: Source, const N: usize, const WIDE: bool>(
         out = if i == 0 { out } else { out.at(tile.h as u64) };
         let values = S::values(held[i]);
         let v: [f32; 8] = core::array::from_fn(|j| values[j] * factors[j]);
-        let low = f32x4_to_e4m3x4([v[0], v[1], v[2], v[3]]);
-        let high = if S::CHANNELS == 8 { f32x4_to_e4m3x4([v[4], v[5], v[6], v[7]]) } else { 0 };
+        let codes = |v| if S::SHORT { f32x4_to_e4m3x4_merged(v) } else { f32x4_to_e4m3x4(v) };
+        let low = codes([v[0], v[1], v[2], v[3]]);
+        let high = if S::CHANNELS == 8 { codes([v[4], v[5], v[6], v[7]]) } else { 0 };
         if !WIDE {
             store_part(out, [low, high], (tile.h - at.col).min(S::CHANNELS));
         } else if S::CHANNELS == 8 {

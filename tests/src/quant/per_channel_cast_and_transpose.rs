@@ -213,15 +213,14 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool) -> R
     Row { op: "per_channel_cast_and_transpose", case, bytes, build: Box::new(build) }
 }
 
-fn columns_row(columns: u32, t: u64) -> Row {
-    let h = 7168;
+fn columns_row(columns: u32, npt: u32, (t, h): (u64, u64)) -> Row {
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::random(device, Kind::Bf16, (t, h), (h, 0), false)?;
-        let mut to = outputs(device, &source, 128, SfLayout::RowMajor, (0, 0))?;
-        Ok(Box::new(move |stream| cast_by_columns(stream, &source, 128, &mut to, columns, true)))
+        let source = Source::bench(device, Kind::Bf16, (t, h))?;
+        let mut to = outputs(device, &source, npt, SfLayout::RowMajor, (0, 0))?;
+        Ok(Box::new(move |stream| cast_by_columns(stream, &source, npt, &mut to, columns, true)))
     };
-    let case = format!("h={h},npt=128,t={t},variant=columns{columns}");
-    Row { op: "per_channel_cast_and_transpose", case, bytes: t * h * 3 + 4 * t.div_ceil(128) * h, build: Box::new(build) }
+    let case = format!("h={h},npt={npt},t={t},variant=columns{columns}");
+    Row { op: "per_channel_cast_and_transpose", case, bytes: t * h * 3 + 4 * t.div_ceil(npt.into()) * h, build: Box::new(build) }
 }
 
 /// The peer's case, those of its own benchmark, f32, and small inputs.
@@ -237,7 +236,8 @@ pub fn bench() -> Vec<Row> {
         rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, true));
     }
     for columns in [64, 128] {
-        rows.extend([16, 128].map(|t| columns_row(columns, t)));
+        rows.extend([16, 128].map(|t| columns_row(columns, 128, (t, 7168))));
+        rows.push(columns_row(columns, 32, (4096, 2048)));
     }
     rows
 }

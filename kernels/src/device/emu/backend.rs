@@ -252,6 +252,9 @@ pub fn spin(at: Here) {
     current().wait_for(Wait::Spin(at));
 }
 pub fn rolled() {}
+pub fn opaque(v: u32) -> u32 {
+    v
+}
 
 /// Words with atomic instructions.
 pub trait AtomicWord: Word {
@@ -493,6 +496,9 @@ pub fn cvt_f32_f16x2(v: u32) -> [f32; 2] {
 }
 pub fn cvt_e4m3x2(lo: f32, hi: f32) -> u32 {
     num::f32_to_e4m3(lo) as u32 | (num::f32_to_e4m3(hi) as u32) << 8
+}
+pub fn join_halves(lo: u32, hi: u32) -> u32 {
+    lo & 0xffff | hi << 16
 }
 pub fn cvt_e5m2x2(lo: f32, hi: f32) -> u32 {
     num::f32_to_e5m2(lo) as u32 | (num::f32_to_e5m2(hi) as u32) << 8
