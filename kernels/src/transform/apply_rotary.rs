@@ -217,6 +217,13 @@ kernel! {
         let c = load_angles::<INTERLEAVED, N>(angles, vector, half, 0);
         let s = load_angles::<INTERLEAVED, N>(angles.at(half as u64), vector, half, flip);
 
+        let mut first_head = first_head;
+        if INTERLEAVED && H == 1 {
+            // The vectors have nothing to do with each other, and the compiler would load the second one when the first one is done. This
+            // lets the first one wait for all loads: no bit of the mask is set, which it does not know.
+            let wait = (first_head[1][3] | c[N - 1].to_bits() | s[N - 1].to_bits()) & (num_items >> 31);
+            first_head[0] = first_head[0].map(|word| word ^ wait);
+        }
         let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(first_head, c, s, !has_row);
         T::store::<N>(at(head, a), new_a);
         T::store::<N>(at(head, b), new_b);
