@@ -33,12 +33,14 @@ unsafe extern "C" {
     fn cuMemFree_v2(address: CUdeviceptr) -> c_int;
     fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> c_int;
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) -> c_int;
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize, stream: CUstream) -> c_int;
     fn cuMemsetD8_v2(to: CUdeviceptr, byte: u8, bytes: usize) -> c_int;
     fn cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> c_int;
     fn cuMemsetD8Async(to: CUdeviceptr, byte: u8, bytes: usize, stream: CUstream) -> c_int;
     fn cuStreamCreate(stream: *mut CUstream, flags: c_uint) -> c_int;
     fn cuStreamDestroy_v2(stream: CUstream) -> c_int;
     fn cuStreamSynchronize(stream: CUstream) -> c_int;
+    fn cuStreamIsCapturing(stream: CUstream, status: *mut c_int) -> c_int;
     fn cuStreamBeginCapture_v2(stream: CUstream, mode: c_int) -> c_int;
     fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> c_int;
     fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) -> c_int;
@@ -276,7 +278,7 @@ impl Context {
             check(op, cuDeviceGetAttribute(&mut max_shared_bytes, DEVICE_MAX_SHARED_BYTES_OPTIN, device.as_raw()))?;
             check(op, cuDevicePrimaryCtxRetain(&mut raw, device.as_raw()))?;
         }
-        Ok(Self {
+        let context = Self {
             ordinal,
             raw,
             name,
@@ -286,7 +288,25 @@ impl Context {
             launch_ex: launch_ex()?,
             functions: Mutex::new(HashMap::new()),
             capturing: RwLock::new(()),
-        })
+        };
+        context.read_compiler(op)?;
+        Ok(context)
+    }
+
+    /// Compile a kernel that does nothing. For the first text of a process the driver reads its compiler from disk, 50 to 150 ms that
+    /// belong to opening the device and not to whichever op happens to be launched first. A text in the driver's cache costs nothing.
+    fn read_compiler(&self, op: &'static str) -> Result<()> {
+        self.bind(op)?;
+        // A driver that does not take this takes no kernel either, and says more about why when an op is launched.
+        let (text, mut module) =
+            (c".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry nothing() { ret; }\n", ptr::null_mut());
+        // SAFETY: the text ends with a zero byte, and the module is unloaded only if there is one.
+        unsafe {
+            if cuModuleLoadDataEx(&mut module, text.as_ptr().cast(), 0, ptr::null_mut(), ptr::null_mut()) == 0 {
+                cuModuleUnload(module);
+            }
+        }
+        Ok(())
     }
 
     pub fn ordinal(&self) -> usize {
@@ -365,6 +385,38 @@ impl Context {
         }
         // SAFETY: by the caller.
         self.call(op, || unsafe { cuMemcpyDtoH_v2(to.cast(), address, bytes) })
+    }
+
+    /// Download once the work given to `stream` so far is done. Other streams go on.
+    ///
+    /// # Safety
+    /// Both sides have `bytes` bytes.
+    pub unsafe fn download_after(
+        &self,
+        op: &'static str,
+        stream: *mut c_void,
+        to: *mut u8,
+        address: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        if bytes > 0 {
+            // SAFETY: by the caller; the memory is not touched any more once the stream has been waited for.
+            self.call(op, || unsafe { cuMemcpyDtoHAsync_v2(to.cast(), address, bytes, stream.cast()) })?;
+        }
+        // SAFETY: a stream of this context.
+        self.call(op, || unsafe { cuStreamSynchronize(stream.cast()) })
+    }
+
+    /// An error if waiting for `stream` is not possible because it, or another one by this thread, is being captured.
+    pub fn refuse_capture(&self, op: &'static str, stream: *mut c_void) -> Result<()> {
+        let mut status = 0;
+        // SAFETY: a stream of this context; `status` is a place for the answer.
+        self.call(op, || unsafe { cuStreamIsCapturing(stream.cast(), &mut status) })?;
+        if status != 0 || CAPTURES.get() {
+            let what = "waits for the stream, which is not possible while it is captured".to_owned();
+            return Err(Error::Unsupported { op, what });
+        }
+        Ok(())
     }
 
     /// # Safety
@@ -514,8 +566,22 @@ impl Context {
             num_attributes: config.cooperative.into(),
         };
         self.bind(op)?;
-        // SAFETY: by the caller; the driver has copied everything when it returns.
-        check(op, unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) })
+        if config.num_attributes != 0 {
+            // SAFETY: by the caller; the driver has copied everything when it returns.
+            return check(op, unsafe { (self.launch_ex)(&config, function, params.pointers(), ptr::null_mut()) });
+        }
+        // One block instead of a pointer to each parameter: for 30 of them that saves the host a microsecond. A cooperative launch cannot
+        // be captured that way.
+        let (block, mut bytes) = params.block();
+        let mut extra = [
+            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_POINTER),
+            block,
+            ptr::without_provenance_mut(LAUNCH_PARAM_BUFFER_SIZE),
+            ptr::from_mut(&mut bytes).cast(),
+            ptr::without_provenance_mut(LAUNCH_PARAM_END),
+        ];
+        // SAFETY: as above.
+        check(op, unsafe { (self.launch_ex)(&config, function, ptr::null_mut(), extra.as_mut_ptr()) })
     }
 
     /// The kernel of an entry, compiled if it is not yet.
@@ -537,8 +603,7 @@ impl Context {
     fn load(&self, op: &'static str, file: &str, name: &str, more: &str) -> Result<Function> {
         let text = ptx::text(file)
             .ok_or_else(|| Error::Unsupported { op, what: format!("no PTX of {file} in this build, run cargo xtask ptx") })?;
-        let module = ptx::cut(text, name).and_then(|module| CString::new(module + more).ok());
-        let module = module.ok_or_else(|| Error::Unsupported {
+        let module = ptx::module(text, name, more).ok_or_else(|| Error::Unsupported {
             op,
             what: format!("the PTX of {file} has no kernel {name}, run cargo xtask ptx"),
         })?;
@@ -561,10 +626,8 @@ impl Context {
     pub fn compile_times(&self) -> Result<Vec<(&'static str, f64)>> {
         const SLOW_US: f64 = 80_000.0;
         self.bind("compile")?;
-        let begin = std::time::SystemTime::now();
         let timed = |op, name| -> Result<f64> {
-            // A comment of its own keeps the driver from finding the kernel in its cache of compiled texts.
-            let more = format!("// {begin:?} {:?}\n", begin.elapsed());
+            let more = ptx::fresh_comment();
             let start = std::time::Instant::now();
             self.load("compile", op, name, &more)?;
             Ok(start.elapsed().as_secs_f64() * 1e6)
@@ -695,14 +758,13 @@ pub struct BareLaunch {
     context: &'static Context,
     stream: CUstream,
     api: BareApi,
-    /// Owns the parameters of `node`.
     graph: CUgraph,
     exec: CUgraphExec,
     node: KernelNode,
     cooperative: bool,
-    /// The parameters as one block of memory, as the kernel sees them.
+    /// The parameters as one block of memory, as the kernel sees them, and a pointer to each.
     block: Vec<u8>,
-    num_params: usize,
+    params: Vec<*mut c_void>,
     /// Kernels that do nothing, without parameters and with `num_params` of 8 bytes.
     empty: CUfunction,
     empty_params: CUfunction,
@@ -789,6 +851,23 @@ impl BareApi {
     }
 }
 
+/// The block of parameters that a list of launch options has; null if it has none.
+///
+/// # Safety
+/// The list is null or ends with its mark.
+unsafe fn recorded_block(mut list: *mut *mut c_void) -> *const u8 {
+    // SAFETY: by the caller; a mark is followed by its value.
+    unsafe {
+        while !list.is_null() && (*list).addr() != LAUNCH_PARAM_END {
+            if (*list).addr() == LAUNCH_PARAM_BUFFER_POINTER {
+                return (*list.add(1)).cast();
+            }
+            list = list.add(2);
+        }
+    }
+    ptr::null()
+}
+
 impl BareLaunch {
     fn new(context: &'static Context, stream: CUstream, graph: CUgraph) -> Result<Self> {
         let op = "bare launch";
@@ -814,16 +893,30 @@ impl BareLaunch {
             context.call(op, || (api.node_params)(nodes[0], &mut node))?;
             context.call(op, || (api.node_attribute)(nodes[0], ATTRIBUTE_COOPERATIVE as c_int, &mut attribute))?;
         }
-        let (mut block, mut num_params) = (Vec::new(), 0);
+        // Recorded as pointers or as one block, and the driver may have turned one into the other.
+        // SAFETY: a list of pairs up to the end mark, in which the address of a block comes with its mark.
+        let recorded_block = unsafe { recorded_block(node.extra) };
+        if node.params.is_null() && recorded_block.is_null() {
+            return Err(Error::Unsupported { op, what: "a launch whose parameters the driver does not give back".to_owned() });
+        }
+        let (mut block, mut offsets) = (Vec::new(), Vec::new());
         let (mut offset, mut size) = (0, 0);
-        // SAFETY: as many parameters as the function has, each as large as it says.
+        // SAFETY: as many parameters as the function has, each as large and in such a place as it says.
         unsafe {
-            while (api.param_info)(node.function, num_params, &mut offset, &mut size) == 0 {
+            while (api.param_info)(node.function, offsets.len(), &mut offset, &mut size) == 0 {
+                let from = if node.params.is_null() {
+                    recorded_block.add(offset)
+                } else {
+                    (*node.params.add(offsets.len())).cast::<u8>()
+                };
                 block.resize(offset, 0u8);
-                block.extend(std::slice::from_raw_parts((*node.params.add(num_params)).cast::<u8>(), size));
-                num_params += 1;
+                block.extend(std::slice::from_raw_parts(from, size));
+                offsets.push(offset);
             }
         }
+        let start = block.as_mut_ptr();
+        let pointers: Vec<*mut c_void> = offsets.iter().map(|offset| start.wrapping_add(*offset).cast()).collect();
+        let num_params = pointers.len();
         let params: Vec<String> = (0..num_params).map(|i| format!(".param .u64 p{i}")).collect();
         let text =
             |params: &str| format!(".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry empty({params}) {{ ret; }}\n");
@@ -836,18 +929,18 @@ impl BareLaunch {
         }
         let (empty, empty_params) = (compile("")?, compile(&params.join(", "))?);
         let cooperative = attribute[0] as u32 != 0;
-        Ok(Self { context, stream, api, graph, exec, node, cooperative, block, num_params, empty, empty_params, blocking })
+        Ok(Self { context, stream, api, graph, exec, node, cooperative, block, params: pointers, empty, empty_params, blocking })
     }
 
     /// How many parameters the kernel has.
     pub fn num_params(&self) -> usize {
-        self.num_params
+        self.params.len()
     }
 
     /// Launch `n` times.
     pub fn burst(&mut self, way: LaunchWay, n: u32) -> Result<()> {
         let op = "bare launch";
-        let (api, raw, params) = (self.api, self.context.raw, self.node.params);
+        let (api, raw, params) = (self.api, self.context.raw, self.params.as_mut_ptr());
         let KernelNode { function, grid, block, shared, .. } = self.node;
         let cooperative = self.cooperative;
         self.context.bind(op)?;

@@ -79,6 +79,7 @@ unreachable_methods! {
     fn create_stream() -> Result<*mut c_void>;
     fn destroy_stream(stream: *mut c_void);
     fn synchronize(stream: *mut c_void) -> Result<()>;
+    fn refuse_capture(op: &'static str, stream: *mut c_void) -> Result<()>;
     fn begin_capture(stream: *mut c_void) -> Result<Capture>;
     fn launch_graph(graph: *mut c_void, stream: *mut c_void) -> Result<()>;
     fn destroy_graph(graph: *mut c_void);
@@ -96,6 +97,17 @@ impl Context {
     }
 
     pub unsafe fn download(&self, _op: &'static str, _to: *mut u8, _address: u64, _bytes: usize) -> Result<()> {
+        match *self {}
+    }
+
+    pub unsafe fn download_after(
+        &self,
+        _op: &'static str,
+        _stream: *mut c_void,
+        _to: *mut u8,
+        _address: u64,
+        _bytes: usize,
+    ) -> Result<()> {
         match *self {}
     }
 

@@ -1,4 +1,5 @@
-//! LLM tile kernels in Rust: quantisation and what is fused with it, mixture-of-experts routing, transposes, hyper-connections.
+//! LLM tile kernels in Rust: quantisation and what is fused with it, mixture-of-experts routing, transposes, rotary
+//! embedding, random numbers, hyper-connections.
 //!
 //! Every op is one function that takes a [`Stream`] and borrowed tensors. The kernels are written in Rust (crate
 //! `ferrotile-kernels`) and run on CUDA GPUs, as PTX that ships with this crate, and on a CPU emulator that needs nothing.
@@ -22,8 +23,11 @@
 //! | back, or without scales | [`cast_back`](quant::cast_back()), [`cast_back_e5m6`](quant::cast_back_e5m6()), [`cast`](quant::cast()) |
 //! | SwiGLU | [`swiglu_forward`](quant::swiglu_forward()), [`swiglu_forward_and_per_token_cast`](quant::swiglu_forward_and_per_token_cast()), [`swiglu_forward_and_per_channel_cast_and_transpose`](quant::swiglu_forward_and_per_channel_cast_and_transpose()), [`swiglu_backward`](quant::swiglu_backward()), [`swiglu_backward_and_per_token_cast`](quant::swiglu_backward_and_per_token_cast()) |
 //! | RMS norm | [`norm_forward`](quant::norm_forward()), [`norm_forward_and_per_token_cast`](quant::norm_forward_and_per_token_cast()), [`norm_backward`](quant::norm_backward()) |
-//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`top2_sum_gate`](moe::top2_sum_gate()), [`moe_topk_gate_forward`](moe::moe_topk_gate_forward()), [`moe_topk_gate_backward`](moe::moe_topk_gate_backward()), [`get_fused_mapping`](moe::get_fused_mapping()), [`expand_to_fused`](moe::expand_to_fused()), [`reduce_fused`](moe::reduce_fused()), [`normalize_weight`](moe::normalize_weight()), [`group_count`](moe::group_count()), [`aux_fi`](moe::aux_fi()), [`mask_indices_by_tp`](moe::mask_indices_by_tp()), [`inplace_unique_group_indices`](moe::inplace_unique_group_indices()), [`topk_sum_and_topk_group_idx`](moe::topk_sum_and_topk_group_idx()) |
+//! | [`moe`] | [`topk_gate`](moe::topk_gate()), [`top2_sum_gate`](moe::top2_sum_gate()), [`moe_topk_gate_forward`](moe::moe_topk_gate_forward()), [`moe_topk_gate_backward`](moe::moe_topk_gate_backward()), [`get_fused_mapping`](moe::get_fused_mapping()), [`expand_to_fused`](moe::expand_to_fused()), [`reduce_fused`](moe::reduce_fused()), [`reduce_fused_backward`](moe::reduce_fused_backward()), [`normalize_weight`](moe::normalize_weight()), [`group_count`](moe::group_count()), [`aux_fi`](moe::aux_fi()), [`mask_indices_by_tp`](moe::mask_indices_by_tp()), [`inplace_unique_group_indices`](moe::inplace_unique_group_indices()), [`topk_sum_and_topk_group_idx`](moe::topk_sum_and_topk_group_idx()) |
+//! | a routed layer | [`MoeRouter`](moe::MoeRouter) in [`router`](moe::router) |
 //! | [`transpose`] | [`transpose`](transpose::transpose()), [`batched_transpose`](transpose::batched_transpose()) |
+//! | [`transform`] | [`apply_rotary`](transform::apply_rotary()) |
+//! | [`rand`] | [`randn`](rand::randn()), [`randn_like`](rand::randn_like), [`randn_counted`](rand::randn_counted), [`Generator`](rand::Generator), [`set_seed`](rand::set_seed) |
 //! | [`mhc`] | [`mhc_post_fwd`](mhc::mhc_post_fwd()) |
 //!
 //! | feature | brings |
@@ -49,8 +53,10 @@ pub mod mhc;
 pub mod moe;
 mod ptx;
 pub mod quant;
+pub mod rand;
 mod stream;
 mod tensor;
+pub mod transform;
 pub mod transpose;
 
 pub use buffer::Buffer;

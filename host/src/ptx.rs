@@ -5,7 +5,10 @@
 //! the first launch pays for nothing that is not used.
 #![cfg_attr(not(feature = "cuda"), allow(dead_code))]
 
+use std::ffi::CString;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
@@ -43,6 +46,20 @@ pub fn cut(text: &str, name: &str) -> Option<String> {
         }
     }
     found.then_some(module)
+}
+
+/// The module with only the kernel `name`, followed by `more`, as the driver reads it: up to its only zero byte, which is the last one.
+pub fn module(text: &str, name: &str, more: &str) -> Option<CString> {
+    CString::new(cut(text, name)? + more).ok()
+}
+
+/// A line that no text had before: behind a module it keeps the driver from finding that in its cache of compiled texts.
+///
+/// All ASCII, which is all that the driver's compiler reads; `Debug` of a `Duration`, for one, may say `µs`.
+pub fn fresh_comment() -> String {
+    static LINES: AtomicU64 = AtomicU64::new(0);
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    format!("// {time} ns, process {}, line {}\n", std::process::id(), LINES.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Every kernel of the embedded texts: op, kernel.
@@ -104,6 +121,23 @@ mod tests {
     }
 
     #[test]
+    fn a_text_for_the_driver_is_new_each_time() {
+        let texts: Vec<CString> = (0..100).map(|_| module(TEXT, "op__a", &fresh_comment()).unwrap()).collect();
+        for (i, text) in texts.iter().enumerate() {
+            let bytes = text.as_bytes_with_nul();
+            assert!(bytes.is_ascii(), "{text:?}");
+            assert_eq!(bytes.iter().position(|b| *b == 0), Some(bytes.len() - 1));
+            // The comment is a line of its own behind the module, and changes nothing else.
+            let (module, comment) = text.to_str().unwrap().split_at(cut(TEXT, "op__a").unwrap().len());
+            assert_eq!(Some(module), cut(TEXT, "op__a").as_deref());
+            assert!(comment.starts_with("// ") && comment.find('\n') == Some(comment.len() - 1), "{comment:?}");
+            assert!(!texts[..i].contains(text), "{text:?} came twice");
+        }
+        assert_eq!(module(TEXT, "op__b", "").unwrap().to_str().unwrap(), cut(TEXT, "op__b").unwrap());
+        assert!(module(TEXT, "op__c", "").is_none() && module(TEXT, "op__a", "\0").is_none());
+    }
+
+    #[test]
     fn the_version_is_read() {
         assert_eq!(isa(TEXT), Some((7, 8)));
         assert_eq!(isa("//\n\t.version 8.6\n"), Some((8, 6)));
@@ -129,6 +163,8 @@ mod tests {
             for name in names {
                 let module = cut(text, name).unwrap_or_else(|| panic!("{op}: no mark before {name}"));
                 assert_eq!(module.matches(".entry ").count(), 1, "{op}: {name}");
+                // A last line without an end would become one with the comment of `fresh_comment`.
+                assert!(module.is_ascii() && module.ends_with('\n'), "{op}: {name}");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Streams, graphs and events.
 
 use crate::device::Backend;
-use crate::{Device, Error, Result, TensorMut, TensorRef, check, driver, emu};
+use crate::{Device, Error, Result, TensorMut, TensorRef, View, check, driver, emu};
 use ferrotile_kernels::entry::{Entry, KernelArgs};
 use ferrotile_kernels::launch::LaunchConfig;
 use std::ffi::c_void;
@@ -137,6 +137,28 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// For calls that wait for the stream: an error, before anything is launched, if that is not possible because it is captured.
+    pub(crate) fn refuse_capture(&self, op: &'static str) -> Result<()> {
+        match self.device.backend {
+            Backend::Emulator(_) => Ok(()),
+            Backend::Cuda(context) => context.refuse_capture(op, self.raw),
+        }
+    }
+
+    /// The bytes of a tensor, from the first to the last element, once the work given to the stream so far is done. Waits for that.
+    pub(crate) fn download(&self, op: &'static str, view: &View) -> Result<Vec<u8>> {
+        let len = view.span_bytes() as usize;
+        let mut bytes = vec![0u8; len];
+        // SAFETY: both sides have that many bytes; whoever made the view has said that they may be read.
+        unsafe {
+            match self.device.backend {
+                Backend::Emulator(_) => emu::download(bytes.as_mut_ptr(), view.ptr(), len),
+                Backend::Cuda(context) => context.download_after(op, self.raw, bytes.as_mut_ptr(), view.ptr(), len)?,
+            }
+        }
+        Ok(bytes)
     }
 
     /// Launch a kernel: for launchers, which have checked that `args` points to memory as large as the kernel touches. A grid

@@ -68,20 +68,24 @@ impl<A> Entry<A> {
     }
 }
 
-/// Kernel arguments, and a pointer to each as the driver wants them.
+/// Kernel arguments as they lie in the kernel's parameter space, and a pointer to each: the two ways in which the driver takes them.
 pub struct Params {
     // Most kernels have few, so the others are not even zeroed.
-    values: [MaybeUninit<u64>; Self::MAX],
+    block: [MaybeUninit<u64>; Self::MAX],
+    offsets: [MaybeUninit<u16>; Self::MAX],
     pointers: [MaybeUninit<*mut c_void>; Self::MAX],
     count: usize,
+    bytes: usize,
 }
 
 impl Default for Params {
     fn default() -> Self {
         Self {
-            values: [const { MaybeUninit::uninit() }; Self::MAX],
+            block: [const { MaybeUninit::uninit() }; Self::MAX],
+            offsets: [const { MaybeUninit::uninit() }; Self::MAX],
             pointers: [const { MaybeUninit::uninit() }; Self::MAX],
             count: 0,
+            bytes: 0,
         }
     }
 }
@@ -95,19 +99,40 @@ impl Params {
     #[inline(always)]
     pub fn push<P: KernelParam>(&mut self, p: P) {
         assert!(self.count < Self::MAX, "a kernel has more than Params::MAX arguments");
-        // The kernel takes as many bytes from there as its parameter has; the low ones come first.
-        self.values[self.count].write(p.to_bits().to_le());
+        // Each starts at a multiple of its size. One of 4 bytes is written as 8: the next one takes the rest, or nobody reads it.
+        let offset = self.bytes.next_multiple_of(P::BYTES);
+        let word = &mut self.block[offset / 8];
+        let bits = p.to_bits();
+        if offset.is_multiple_of(8) {
+            word.write(bits);
+        } else {
+            // SAFETY: the argument before this one, of 4 bytes, has written the word.
+            word.write(unsafe { word.assume_init() } & 0xFFFF_FFFF | bits << 32);
+        }
+        self.offsets[self.count].write(offset as u16);
+        self.bytes = offset + P::BYTES;
         self.count += 1;
     }
 
     /// A pointer to each argument, valid until this is moved.
     pub fn pointers(&mut self) -> *mut *mut c_void {
-        for (pointer, value) in self.pointers.iter_mut().zip(&mut self.values).take(self.count) {
-            pointer.write(value.as_mut_ptr().cast());
+        let block = self.block.as_mut_ptr().cast::<u8>();
+        for (pointer, offset) in self.pointers.iter_mut().zip(&self.offsets).take(self.count) {
+            // SAFETY: the first `count` offsets are written and lie in the block.
+            pointer.write(unsafe { block.add(offset.assume_init().into()) }.cast());
         }
         self.pointers.as_mut_ptr().cast()
     }
+
+    /// All arguments as one block, valid until this is moved, and its size in bytes.
+    #[inline]
+    pub fn block(&mut self) -> (*mut c_void, usize) {
+        (self.block.as_mut_ptr().cast(), self.bytes)
+    }
 }
+
+// Words are put together as a little-endian machine reads them.
+const _: () = assert!(cfg!(target_endian = "little"));
 
 /// An argument struct that can be turned into driver parameters.
 pub trait KernelArgs {
@@ -174,6 +199,27 @@ mod tests {
         assert_eq!(words, [1, 2.5f32.to_bits(), -3i32 as u32, -4i32 as u32]);
         // SAFETY: the last has eight.
         assert_eq!(unsafe { (*pointers.add(3)).cast::<i64>().read() }, -4);
+    }
+
+    #[test]
+    fn the_block_is_laid_out_as_a_kernel_reads_it() {
+        let mut params = Params::default();
+        params.push(1u64);
+        params.push(2u32);
+        params.push(3u32);
+        params.push(4u32);
+        params.push(5u64);
+        params.push(6u32);
+        let (block, bytes) = params.block();
+        assert_eq!(bytes, 36);
+        // SAFETY: the block has that many bytes, of which those at 20 are between two arguments, and this reads whole words of it.
+        let words = [0, 2, 3, 4, 6, 8].map(|i| unsafe { block.cast::<u32>().add(i).read() });
+        assert_eq!(words, [1, 2, 3, 4, 5, 6]);
+        let first = block.addr();
+        let pointers = params.pointers();
+        // SAFETY: six arguments.
+        let offsets = [0, 1, 2, 3, 4, 5].map(|i| unsafe { *pointers.add(i) }.addr() - first);
+        assert_eq!(offsets, [0, 8, 12, 16, 24, 32]);
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub mod launch;
 pub mod mhc;
 pub mod moe;
 pub mod quant;
+pub mod rand;
+pub mod transform;
 pub mod transpose;
 
 #[cfg(feature = "selftest")]

@@ -753,6 +753,44 @@ for e, ep, name, out, scaled, h in (
     (4, 64, 'f32', 'e4m3', True, H), (4, 64, 'bf16', 'bf16', False, H), (9, 8, 'f32', 'fp32', True, 2048),
 ):
     reduce_fused_of_types(e, ep, name, out, scaled, h)
+def moe_layer(t, e, data, h=H, k=8, alignment=128):
+    """The forward steps of a routed layer in one graph: gate, mapping into the rows of the worst case, cast, expand, reduce."""
+    @case('moe_layer', a=alignment, data=data, e=e, h=h, k=k, t=t, only='v1')
+    def _():
+        logits, bias, x = randn(t, e, to='f32'), randn(e, to='f32'), randn(t, h)
+        rows = (t * k + (alignment - 1) * min(e, t * k)) // alignment * alignment
+        y = randn(rows, h)
+
+        def steps():
+            idx, w = tk.moe.top2_sum_gate(logits, bias, k, 0, 0, False, 0, 1.5, 0, 1, 0, 1, 'sqrtsoftplus')
+            pos_to_expert, _, _, token_topk_to_pos = tk.moe.get_fused_mapping(idx, e, rows, alignment)[:4]
+            if data == 'bf16':
+                expanded = tk.moe.expand_to_fused(x, token_topk_to_pos, pos_to_expert)
+            else:
+                quantised = tk.quant.per_token_cast(x, 'e4m3', 128, **ROW)
+                expanded = tk.moe.expand_to_fused_with_sf(quantised, 128, token_topk_to_pos, pos_to_expert, False)
+            return expanded, tk.moe.reduce_fused(y, w, token_topk_to_pos)
+
+        # Compiled before the capture, on another stream as PyTorch wants it.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                steps()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = steps()
+
+        def replay():
+            graph.replay()
+            return out
+        return replay, (logits, bias, x, y)
+
+
+for t, e in ((4096, 256), (4096, 32), (128, 256), (16, 256), (1, 256)):
+    for data in ('bf16', 'e4m3'):
+        moe_layer(t, e, data)
 for name in ('bf16', 'e4m3'):
     @case('batched_transpose', b=8, dtype=name, h=H, t=T, only='v1')
     def _(name=name):
@@ -765,6 +803,32 @@ def _():
     s, m = 8192, 4
     x, r, p, c = randn(1, s, H), randn(1, s, m, H), rand(1, s, m, 1), rand(1, s, m, m)
     return lambda: tk.mhc.mhc_post_fwd(x, r, p, c), (x, r, p, c)
+
+
+# ---- transform, rand ---------------------------------------------------------------------------------------------------------------------
+def apply_rotary(h, positions, interleaved, split):
+    @case('apply_rotary', d=64, h=h, head_split=split, interleaved=interleaved, l=8192, positions=positions, only='v2')
+    def _():
+        q = randn(1, 8192, h + split, 192)[:, :, :h, 128:]
+        # Turns, so that values stay what they are however often they are turned.
+        angles = rand(8192, 32) * 6.2831853
+        cache = torch.cat([angles.cos(), angles.sin()], dim=1)
+        at = None if positions == 'none' else torch.randint(0, 8192, (1, 8192), device=dev, dtype=torch.int32)
+        f = tk.transform.apply_rotary
+        # The query is read and written.
+        return lambda: f(query=q, cos_sin_cache=cache, positions=at, interleaved=bool(interleaved)), (q, q, cache, at)
+
+
+for h in (128, 64, 32, 1):
+    for positions in ('i32', 'none'):
+        for interleaved in (0, 1):
+            for split in (0, 1):
+                apply_rotary(h, positions, interleaved, split)
+for name in ('f32', 'bf16'):
+    for shape in ((4096, 262144), (4096, 4096), (1024, 1024), (128, H), (16, H), (1, H)):
+        @case('randn', dtype=name, shape=f'{shape[0]}x{shape[1]}', only='v2')
+        def _(name=name, shape=shape):
+            return lambda: tk.rand.randn(shape, dtype(name), dev), ()
 
 
 # ---- measure -----------------------------------------------------------------------------------------------------------------------------

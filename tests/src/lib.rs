@@ -9,7 +9,9 @@ pub mod moe;
 #[cfg(test)]
 mod numerics;
 pub mod quant;
+pub mod rand;
 pub mod support;
+pub mod transform;
 pub mod transpose;
 
 use support::bench::Row;
@@ -35,6 +37,8 @@ pub fn suites() -> Vec<Suite> {
         moe::moe_topk_gate_forward::SUITE,
         moe::normalize_weight::SUITE,
         moe::reduce_fused::SUITE,
+        moe::reduce_fused_backward::SUITE,
+        moe::router::SUITE,
         moe::top2_sum_gate::SUITE,
         moe::topk_gate::SUITE,
         moe::topk_sum_and_topk_group_idx::SUITE,
@@ -59,6 +63,8 @@ pub fn suites() -> Vec<Suite> {
         quant::swiglu_forward::SUITE,
         quant::swiglu_forward_and_per_channel_cast_and_transpose::SUITE,
         quant::swiglu_forward_and_per_token_cast::SUITE,
+        rand::randn::SUITE,
+        transform::apply_rotary::SUITE,
         transpose::batched_transpose::SUITE,
     ]
 }
@@ -77,6 +83,8 @@ pub fn benches() -> Vec<Row> {
         moe::moe_topk_gate_forward::bench(),
         moe::normalize_weight::bench(),
         moe::reduce_fused::bench(),
+        moe::reduce_fused_backward::bench(),
+        moe::router::bench(),
         moe::top2_sum_gate::bench(),
         moe::topk_gate::bench(),
         moe::topk_sum_and_topk_group_idx::bench(),
@@ -101,6 +109,8 @@ pub fn benches() -> Vec<Row> {
         quant::swiglu_forward::bench(),
         quant::swiglu_forward_and_per_channel_cast_and_transpose::bench(),
         quant::swiglu_forward_and_per_token_cast::bench(),
+        rand::randn::bench(),
+        transform::apply_rotary::bench(),
         transpose::batched_transpose::bench(),
     ];
     per_op.into_iter().flatten().collect()
@@ -108,7 +118,41 @@ pub fn benches() -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::path::Path;
+
+    /// Cases are compared with the peers' by their text: `key=value` with the keys in order, but for `variant`, which comes first. A value
+    /// may have commas of its own (`input=e2m1,1x32`).
+    #[test]
+    fn cases_of_the_benchmark_are_spelled_alike() {
+        let mut seen = HashSet::new();
+        for row in super::benches() {
+            let keys: Vec<&str> = row.case.split(',').filter_map(|part| part.split_once('=')).map(|(key, _)| key).collect();
+            let keys = keys.strip_prefix(&["variant"]).unwrap_or(&keys);
+            let case = format!("{} {}", row.op, row.case);
+            assert!(!keys.is_empty() && keys.windows(2).all(|two| two[0] < two[1]), "{case}");
+            assert!(!row.case.contains(' ') && !row.case.contains("true") && !row.case.contains("false"), "{case}");
+            assert!(seen.insert(case.clone()), "{case} stands twice");
+        }
+    }
+
+    /// The smallest rows of each op run. That needs no GPU, and every row of an op is built alike.
+    #[test]
+    fn small_rows_of_the_benchmark_run() {
+        let device = ferrotile::Device::emulator();
+        let stream = device.stream().unwrap();
+        let mut ops = HashSet::new();
+        for row in super::benches().into_iter().filter(|row| row.bytes < 200_000) {
+            let run = || -> Result<(), String> {
+                let mut launch = (row.build)(&device, &stream)?;
+                (0..2).try_for_each(|_| launch(&stream)).map_err(|error| error.to_string())
+            };
+            run().unwrap_or_else(|error| panic!("{} {}: {error}", row.op, row.case));
+            ops.insert(row.op);
+        }
+        let without: Vec<&str> = super::benches().iter().map(|row| row.op).filter(|op| !ops.contains(op)).collect();
+        assert!(without.is_empty(), "no small row: {:?}", HashSet::<&str>::from_iter(without));
+    }
 
     /// An op's file without an entry in [`suites`](super::suites) would never run on a GPU.
     #[test]

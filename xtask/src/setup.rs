@@ -174,6 +174,12 @@ fn parse_depends(text: &str) -> Vec<String> {
         .collect()
 }
 
+/// Whether what `apt-cache show` prints is a compiler that will do: `Version: 1.96.0+dfsg1-1~deb12u2`.
+fn is_new_enough(show: &str) -> bool {
+    let version = show.lines().find_map(|line| line.strip_prefix("Version: ")).unwrap_or_default();
+    minor(&format!("rustc {version}")).is_some_and(|minor| minor >= OLDEST_MINOR)
+}
+
 fn is_installed(package: &str) -> bool {
     shell::output(Command::new("dpkg-query").args(["-W", "-f=${db:Status-Status}\n", package]))
         .is_ok_and(|text| text.lines().any(|line| line == "installed"))
@@ -204,14 +210,14 @@ fn unpack_debian() -> Result {
             return fail(format!("{program} is not here, so Debian's packages cannot be had"));
         }
     }
-    let known =
-        |name: &str| shell::output(Command::new("apt-cache").args(["show", name])).is_ok_and(|text| text.contains("Package:"));
-    if !known("rustc-web") {
+    let offered = || shell::output(Command::new("apt-cache").args(["show", "--no-all-versions", "rustc-web"])).ok();
+    // Lists of another day may know none, or one of an older release of Debian.
+    if !offered().is_some_and(|text| is_new_enough(&text)) {
         let mut progress = Progress::new("apt-get update", 0);
         watch(&mut progress, Command::new("apt-get").arg("update"), || 0)?;
         progress.done("package lists are here");
-        if !known("rustc-web") {
-            return fail("apt knows no package rustc-web, even after apt-get update");
+        if !offered().is_some_and(|text| is_new_enough(&text)) {
+            return fail(format!("apt knows no package rustc-web of 1.{OLDEST_MINOR} or newer, even after apt-get update"));
         }
     }
     let packages = debian_packages()?;
@@ -345,6 +351,9 @@ mod tests {
         let show = "Package: x\nDepends: libc6 (>= 2.34), libgcc-s1 (>= 3.0), libz3-4 | libz3, gcc:any\nDescription: y\n";
         assert_eq!(parse_depends(show), ["libc6", "libgcc-s1", "libz3-4", "gcc"]);
         assert!(parse_depends("Package: x\n").is_empty());
+        assert!(is_new_enough("Package: rustc-web\nVersion: 1.96.0+dfsg1-1~deb12u2\n"));
+        assert!(!is_new_enough("Package: rustc-web\nVersion: 1.85.0+dfsg3-1~deb12u3\n"));
+        assert!(!is_new_enough(""));
         assert_eq!(total_size("'http://a/b.deb' b.deb 100 SHA256:00\nW: chatter\n'http://a/c.deb' c.deb 23 SHA256:11\n"), 123);
     }
 

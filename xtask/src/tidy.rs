@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Ops that are made of other ops' launchers and have no kernel of their own: `family/op`.
-const WITHOUT_KERNEL: &[&str] = &[];
+const WITHOUT_KERNEL: &[&str] = &["moe/router"];
 
 /// Only the device layer may use these.
 const DEVICE_ONLY: &[&str] =

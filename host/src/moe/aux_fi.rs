@@ -80,16 +80,15 @@ pub fn aux_fi(stream: &Stream, args: Args<'_>) -> Result<()> {
     if sizes.bins == 0 {
         return Ok(());
     }
-    let plan = kernels::plan(sizes.n, sizes.bins, stream.device().num_sms());
+    let num_blocks = kernels::num_blocks(sizes.n, sizes.bins, stream.device().num_sms());
     let values = fi::Args {
         topk_idx: args.topk_idx.input(),
         workspace: args.workspace.output(),
         f: args.f.output(),
         n: sizes.n,
         e: sizes.bins,
-        stride: plan.stride,
         // Rounded once, from 64 bits or more: a tensor without entries may have any number of rows.
         denominator: (u128::from(args.topk_idx.dim(0)) * u128::from(args.num_aux_topk)) as f32,
     };
-    stream.launch(OP, &fi::ENTRY, &kernels::config(plan, sizes.bins), &values)
+    stream.launch(OP, &fi::ENTRY, &kernels::config(num_blocks, sizes.bins), &values)
 }

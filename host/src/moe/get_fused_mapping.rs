@@ -1,8 +1,9 @@
 //! get_fused_mapping: which row of the expanded buffer belongs to which choice of which token.
 
-use crate::{Buffer, DType, Result, Stream, TensorMut, TensorRef, View, check};
+use crate::{Buffer, DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::moe::get_fused_mapping as kernels;
 use kernels::{Plan, mapping};
+use std::collections::HashMap;
 
 const OP: &str = "get_fused_mapping";
 
@@ -44,12 +45,62 @@ pub fn workspace_bytes(num_tokens: u64, num_topk: u64, num_experts: u64) -> u64 
     }
 }
 
-/// Rows that are enough for any choice of experts: `num_expanded_tokens` when the counts are not known on the host. It saturates
-/// instead of overflowing.
+/// Rows that are enough for any choice of experts: `num_expanded_tokens` when the counts are not known on the host. That is
+/// `num_tokens * num_topk`, and `alignment - 1` for each expert that may have been chosen, down to a multiple of `alignment`. It
+/// saturates instead of overflowing.
 pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, alignment: u32) -> u64 {
     let alignment = u64::from(alignment.max(1));
-    let rows = num_tokens.saturating_mul(num_topk).saturating_add(num_experts.saturating_mul(alignment - 1));
+    let choices = num_tokens.saturating_mul(num_topk);
+    let rows = choices.saturating_add(num_experts.min(choices).saturating_mul(alignment - 1));
     rows / alignment * alignment
+}
+
+/// A mistake in a routing table is an error that says where: an expert beyond `num_experts`, a number below -1, or the same expert
+/// twice in a row. `topk_idx` is i64 `[num_tokens, num_topk]`, contiguous.
+///
+/// For debugging, as no op looks for these mistakes on a GPU: **waits for the stream** and looks at a copy on the host. An op that
+/// meets a wrong index takes it for -1, and the checked emulator reports it if it is too large. A repeated expert is two rows of it
+/// with the same token.
+///
+/// ```
+/// use ferrotile::moe::get_fused_mapping::check_indices;
+///
+/// let device = ferrotile::Device::emulator();
+/// let topk_idx = device.upload(&[3i64, -1, 2, 2])?;
+/// let stream = device.stream()?;
+/// check_indices(&stream, &topk_idx.tensor(&[1, 2])?, 4)?;
+/// let error = check_indices(&stream, &topk_idx.tensor(&[2, 2])?, 4).unwrap_err();
+/// assert_eq!(error.to_string(), "check_indices: topk_idx is 2 for choice 1 of token 1, allowed: an expert not chosen before");
+/// # Ok::<(), ferrotile::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Value`] for the first mistake; [`Error::Shape`], [`Error::DType`], [`Error::Layout`] for another kind of tensor,
+/// [`Error::DeviceMismatch`], [`Error::Driver`]; [`Error::Unsupported`] while the stream is captured.
+pub fn check_indices(stream: &Stream, topk_idx: &TensorRef<'_>, num_experts: u64) -> Result<()> {
+    let op = "check_indices";
+    check::rank(op, "topk_idx", topk_idx, 2)?;
+    check::dtype(op, "topk_idx", topk_idx, &[DType::I64])?;
+    check::contiguous(op, "topk_idx", topk_idx)?;
+    check::same_device(op, stream, &[("topk_idx", topk_idx)])?;
+    stream.refuse_capture(op)?;
+    let bytes = stream.download(op, topk_idx)?;
+    let k = topk_idx.dim(1).max(1) as usize;
+    // The token that chose an expert last.
+    let mut last = HashMap::new();
+    for (slot, bytes) in bytes.chunks_exact(8).enumerate() {
+        let (token, expert) = (slot / k, i64::from_le_bytes(bytes.try_into().unwrap_or_default()));
+        let allowed = if expert < -1 || expert >= 0 && expert as u64 >= num_experts {
+            format!("-1 to {}", num_experts as i128 - 1)
+        } else if expert >= 0 && last.insert(expert, token) == Some(token) {
+            "an expert not chosen before".to_owned()
+        } else {
+            continue;
+        };
+        let got = format!("{expert} for choice {} of token {token}", slot % k);
+        return Err(Error::Value { op, arg: "topk_idx", allowed, got });
+    }
+    Ok(())
 }
 
 /// Lays out the expanded buffer: a stable counting sort of all choices by expert. Asynchronous on `stream`; allocates nothing.
@@ -67,11 +118,12 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 /// Expert `e` owns rows `expert_start[e]..expert_end[e]`, its number of choices rounded up to `alignment`; expert 0
 /// starts at row 0 and each expert where the one before ends. Choices stand in ascending order of `token * num_topk + choice` inside
 /// an expert, whatever the GPU, so the result is deterministic. Padding rows and rows after the last expert hold -1, as does
-/// `token_topk_to_pos` for a choice without expert. Values outside `0..num_experts` count as -1.
+/// `token_topk_to_pos` for a choice without expert. Values outside `0..num_experts` count as -1; the checked emulator reports those
+/// that are too large, and [`check_indices`] all of them.
 ///
 /// `num_expanded_tokens` is the caller's upper bound, for instance [`max_expanded_tokens`]. Should it be too small, choices whose
 /// row would lie beyond it are left out of all four index tensors, and `expert_end` of the last expert says how many rows were
-/// needed. [`get_fused_mapping_alloc`] finds the exact size by waiting for the device. No tokens are fine: everything is 0 or -1.
+/// needed. [`get_fused_mapping_exact`] finds the exact size by waiting for the stream. No tokens are fine: everything is 0 or -1.
 /// (Facts: moe.md, sections 1.2 and 8.)
 ///
 /// ```
@@ -108,10 +160,10 @@ pub fn max_expanded_tokens(num_tokens: u64, num_topk: u64, num_experts: u64, ali
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType), [`Error::Layout`](crate::Error::Layout) when a tensor
-/// is not as in the table or the workspace is too small; [`Error::Value`](crate::Error::Value) for no or more than 1024 experts, an
-/// alignment of 0, or more than 2^31 - 1 choices or rows; [`Error::Overlap`](crate::Error::Overlap),
-/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), [`Error::Driver`](crate::Error::Driver).
+/// [`Error::Shape`], [`Error::DType`], [`Error::Layout`] when a tensor
+/// is not as in the table or the workspace is too small; [`Error::Value`] for no or more than 1024 experts, an
+/// alignment of 0, or more than 2^31 - 1 choices or rows; [`Error::Overlap`],
+/// [`Error::DeviceMismatch`], [`Error::Driver`].
 pub fn get_fused_mapping(stream: &Stream, args: Args<'_>) -> Result<()> {
     let sizes = check_args(stream, &args)?;
     launch(stream, args, &sizes, kernels::plan(sizes.n, sizes.e, stream.device().num_sms()))
@@ -138,6 +190,69 @@ fn launch(stream: &Stream, args: Args<'_>, sizes: &Sizes, plan: Plan) -> Result<
     stream.launch(OP, &mapping::ENTRY, &kernels::config(plan, sizes.e), &values)
 }
 
+/// What [`get_fused_mapping_exact`] returns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExactCounts {
+    /// Rows of the expanded buffer that are needed; the tensors by row mean something up to there.
+    pub num_expanded_tokens: u64,
+    /// Rows of each expert, padding included.
+    pub num_tokens_per_expert: Vec<i32>,
+}
+
+/// [`get_fused_mapping`], and then **waits for the stream** to learn the exact size of the expanded buffer: one copy of
+/// `num_tokens_per_expert` to the host. It can't be captured into a graph, which is refused before anything is launched.
+///
+/// The tensors by row should have [`max_expanded_tokens`] elements; `pos_to_expert.tensor(&[counts.num_expanded_tokens])` is then
+/// the exact one. If they have fewer than are needed in the end, that is an error, and they are as [`get_fused_mapping`] leaves them.
+/// Allocates the list on the host. (Facts: moe.md, section 8, the form with `P_in = 0`.)
+///
+/// ```
+/// use ferrotile::moe::get_fused_mapping::{Args, get_fused_mapping_exact, max_expanded_tokens, workspace_bytes};
+///
+/// let device = ferrotile::Device::emulator();
+/// let topk_idx = device.upload(&[1i64, -1, 0, 1])?;
+/// // Enough rows for two tokens with two of two experts each, in pairs.
+/// let most = max_expanded_tokens(2, 2, 2, 2);
+/// let mut rows: Vec<_> = (0..3).map(|_| device.alloc::<i32>(most as usize)).collect::<Result<_, _>>()?;
+/// let [pos_to_expert, pos_to_token, pos_to_token_topk] = &mut rows[..] else { unreachable!() };
+/// let mut token_topk_to_pos = device.alloc::<i32>(4)?;
+/// let mut experts: Vec<_> = (0..3).map(|_| device.alloc::<i32>(2)).collect::<Result<_, _>>()?;
+/// let [expert_start, expert_end, num_tokens_per_expert] = &mut experts[..] else { unreachable!() };
+/// let bytes = workspace_bytes(2, 2, 2);
+/// let mut workspace = device.zeros::<u8>(bytes as usize)?;
+/// let counts = get_fused_mapping_exact(&device.stream()?, Args {
+///     topk_idx: topk_idx.tensor(&[2, 2])?,
+///     alignment: 2,
+///     pos_to_expert: pos_to_expert.tensor_mut(&[most])?,
+///     pos_to_token: pos_to_token.tensor_mut(&[most])?,
+///     pos_to_token_topk: pos_to_token_topk.tensor_mut(&[most])?,
+///     token_topk_to_pos: token_topk_to_pos.tensor_mut(&[2, 2])?,
+///     expert_start: expert_start.tensor_mut(&[2])?,
+///     expert_end: expert_end.tensor_mut(&[2])?,
+///     num_tokens_per_expert: num_tokens_per_expert.tensor_mut(&[2])?,
+///     workspace: workspace.tensor_mut(&[bytes])?,
+/// })?;
+/// assert_eq!((most, counts.num_expanded_tokens, counts.num_tokens_per_expert), (6, 4, vec![2, 2]));
+/// # Ok::<(), ferrotile::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`get_fused_mapping`]; [`Error::Unsupported`] while the stream is captured; [`Error::Value`] of `num_expanded_tokens` if
+/// the tensors by row are too small.
+pub fn get_fused_mapping_exact(stream: &Stream, args: Args<'_>) -> Result<ExactCounts> {
+    stream.refuse_capture(OP)?;
+    let (counts, rows) = (*args.num_tokens_per_expert, args.pos_to_expert.dim(0));
+    get_fused_mapping(stream, args)?;
+    let bytes = stream.download(OP, &counts)?;
+    let list: Vec<i32> = bytes.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default())).collect();
+    let needed = list.iter().map(|n| *n as u64).sum();
+    if needed > rows {
+        let (allowed, got) = (format!("at least {needed} for this routing"), rows.to_string());
+        return Err(Error::Value { op: OP, arg: "num_expanded_tokens", allowed, got });
+    }
+    Ok(ExactCounts { num_expanded_tokens: needed, num_tokens_per_expert: list })
+}
+
 /// What [`get_fused_mapping_alloc`] returns. The three tensors by row have more elements than rows that are needed:
 /// `mapping.pos_to_expert.tensor(&[mapping.num_expanded_tokens])` is the exact one.
 #[derive(Debug)]
@@ -162,8 +277,7 @@ pub struct FusedMapping {
     pub num_tokens_per_expert_list: Vec<i32>,
 }
 
-/// [`get_fused_mapping`] that **allocates its outputs and waits for the device** to learn their exact size. It can't be captured into
-/// a graph.
+/// [`get_fused_mapping_exact`] that **allocates its outputs** too, and waits for the stream. It can't be captured into a graph.
 ///
 /// ```
 /// use ferrotile::moe::get_fused_mapping_alloc;
@@ -177,7 +291,7 @@ pub struct FusedMapping {
 /// ```
 ///
 /// # Errors
-/// Those of [`get_fused_mapping`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// Those of [`get_fused_mapping_exact`], and [`Error::OutOfMemory`].
 pub fn get_fused_mapping_alloc(
     stream: &Stream,
     topk_idx: TensorRef<'_>,
@@ -187,6 +301,7 @@ pub fn get_fused_mapping_alloc(
     check::rank(OP, "topk_idx", &topk_idx, 2)?;
     let (t, k) = (topk_idx.dim(0), topk_idx.dim(1));
     check_counts(&topk_idx, num_experts, alignment)?;
+    stream.refuse_capture(OP)?;
     let rows = max_expanded_tokens(t, k, num_experts, alignment);
     let bytes = workspace_bytes(t, k, num_experts);
     let device = *stream.device();
@@ -216,10 +331,9 @@ pub fn get_fused_mapping_alloc(
         num_tokens_per_expert: mapping.num_tokens_per_expert.tensor_mut(&[num_experts])?,
         workspace: workspace.tensor_mut(&[bytes])?,
     };
-    get_fused_mapping(stream, args)?;
-    stream.synchronize()?;
-    mapping.num_tokens_per_expert_list = mapping.num_tokens_per_expert.to_vec()?;
-    mapping.num_expanded_tokens = mapping.num_tokens_per_expert_list.iter().map(|n| *n as u64).sum();
+    let counts = get_fused_mapping_exact(stream, args)?;
+    mapping.num_expanded_tokens = counts.num_expanded_tokens;
+    mapping.num_tokens_per_expert_list = counts.num_tokens_per_expert;
     Ok(mapping)
 }
 
@@ -276,7 +390,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     let bytes = workspace_bytes(topk_idx.dim(0), topk_idx.dim(1), e);
     if workspace.dim(0) < bytes {
         let (expected, got) = (format!("at least [{bytes}]"), format!("{:?}", workspace.shape()));
-        return Err(crate::Error::Shape { op: OP, arg: "workspace", expected, got });
+        return Err(Error::Shape { op: OP, arg: "workspace", expected, got });
     }
 
     let mut all: [(&str, &View); 9] = [("topk_idx", topk_idx); 9];

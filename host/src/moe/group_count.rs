@@ -3,7 +3,7 @@
 use super::common_count::{self, Tensors};
 use crate::{DType, Result, Stream, TensorMut, TensorRef};
 use ferrotile_kernels::moe::group_count as kernels;
-use kernels::{Plan, count};
+use kernels::count;
 
 const OP: &str = "group_count";
 
@@ -64,16 +64,6 @@ pub fn workspace_bytes(num_tokens: u64, num_topk: u64, num_groups: u64) -> u64 {
 /// entries; [`Error::Overlap`](crate::Error::Overlap), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
 /// [`Error::Driver`](crate::Error::Driver).
 pub fn group_count(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, |n, groups| kernels::plan(n, groups, stream.device().num_sms()))
-}
-
-/// For the benchmark: another number of blocks, or another distance between the words of the workspace.
-#[doc(hidden)]
-pub fn group_count_with(stream: &Stream, args: Args<'_>, plan: impl Fn(Plan) -> Plan) -> Result<()> {
-    launch(stream, args, |n, groups| plan(kernels::plan(n, groups, stream.device().num_sms())))
-}
-
-fn launch(stream: &Stream, args: Args<'_>, plan: impl Fn(u32, u32) -> Plan) -> Result<()> {
     let tensors = Tensors {
         indices: ("group_idx", &args.group_idx),
         workspace: &args.workspace,
@@ -84,14 +74,13 @@ fn launch(stream: &Stream, args: Args<'_>, plan: impl Fn(u32, u32) -> Plan) -> R
     if sizes.bins == 0 {
         return Ok(());
     }
-    let plan = plan(sizes.n, sizes.bins);
+    let num_blocks = kernels::num_blocks(sizes.n, sizes.bins, stream.device().num_sms());
     let values = count::Args {
         group_idx: args.group_idx.input(),
         workspace: args.workspace.output(),
         count: args.count.output(),
         n: sizes.n,
         groups: sizes.bins,
-        stride: plan.stride,
     };
-    stream.launch(OP, &count::ENTRY, &kernels::config(plan, sizes.bins), &values)
+    stream.launch(OP, &count::ENTRY, &kernels::config(num_blocks, sizes.bins), &values)
 }

@@ -111,7 +111,7 @@ impl<'a> Args<'a> {
 /// Scores are `u = sqrt(log(1 + exp(x)))`. Experts are ranked by `u + bias`, rounded to f32; tokens whose `token_mask` is true rank by the
 /// bias for images instead. Of equal ones the smaller index comes first, and -0.0 equals +0.0. Weights are
 /// `u[j] / (sum of the chosen u + 1e-20) * routed_scaling_factor`; the sum is a tree of distances 16, 8, 4, 2, 1 over 32 slots, of
-/// which the unused ones are 0. Shared experts follow in the last columns, with the logical indices `num_experts` and
+/// which the unused ones are 0; a quotient below 2^-126 counts as 0. Shared experts follow in the last columns, with the logical indices `num_experts` and
 /// `num_experts + 1` and the weight 1.
 ///
 /// With `physical_map`, `topk_idx` holds `to_physical_map[j, (ep_rank + t * 23333) % logical_count[j]]` of each logical expert `j`, shared

@@ -92,8 +92,42 @@ pub fn norm_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
     if args.x.is_empty() {
         return Ok(());
     }
+    let way = rows.way(args.out.ptr().is_multiple_of(16));
+    let config = rows.config();
+    // Two kernels take the same arguments.
+    macro_rules! launch {
+        ($kernel:ident, $entry:expr) => {{
+            let kernel_args = k::$kernel::Args {
+                x: args.x.input(),
+                residual: input(norm.residual),
+                weight: input(norm.weight),
+                out: args.out.output(),
+                residual_out: output(norm.residual_out),
+                rstd: output(norm.rstd),
+                x_batch_stride: rows.x_strides.batch,
+                x_stride: rows.x_strides.token,
+                residual_batch_stride: rows.residual_strides.batch,
+                residual_stride: rows.residual_strides.token,
+                num_rows: rows.num_rows,
+                hidden: rows.hidden,
+                num_tokens: rows.num_tokens,
+                tokens_magic: rows.by_tokens.magic,
+                tokens_shift: rows.by_tokens.shift,
+                lanes_log2: rows.lanes_log2(),
+                parts: norm.parts(),
+                inv_hidden: rows.inv_hidden(),
+                eps: args.eps,
+                out_scale: args.out_scale,
+            };
+            stream.launch(OP, $entry, &config, &kernel_args)
+        }};
+    }
+    if way == Way::Held && config.num_blocks() <= stream.device().num_sms().into() {
+        let entry = if rows.bf16 { &k::few_rows::bf16 } else { &k::few_rows::f32 };
+        return launch!(few_rows, entry);
+    }
     use k::rows as e;
-    let entry = match (args.x.dtype(), rows.way(args.out.ptr().is_multiple_of(16))) {
+    let entry = match (args.x.dtype(), way) {
         (DType::F32, Way::Held) => &e::f32,
         (DType::F32, Way::Long) => &e::f32_long,
         (DType::F32, Way::Narrow) => &e::f32_narrow,
@@ -101,29 +135,7 @@ pub fn norm_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
         (_, Way::Long) => &e::bf16_long,
         (_, Way::Narrow) => &e::bf16_narrow,
     };
-    let kernel_args = e::Args {
-        x: args.x.input(),
-        residual: input(norm.residual),
-        weight: input(norm.weight),
-        out: args.out.output(),
-        residual_out: output(norm.residual_out),
-        rstd: output(norm.rstd),
-        x_batch_stride: rows.x_strides.batch,
-        x_stride: rows.x_strides.token,
-        residual_batch_stride: rows.residual_strides.batch,
-        residual_stride: rows.residual_strides.token,
-        num_rows: rows.num_rows,
-        hidden: rows.hidden,
-        num_tokens: rows.num_tokens,
-        tokens_magic: rows.by_tokens.magic,
-        tokens_shift: rows.by_tokens.shift,
-        lanes_log2: rows.lanes_log2(),
-        parts: norm.parts(),
-        inv_hidden: rows.inv_hidden(),
-        eps: args.eps,
-        out_scale: args.out_scale,
-    };
-    stream.launch(OP, entry, &rows.config(), &kernel_args)
+    launch!(rows, entry)
 }
 
 /// The pointer of an input that may be absent.

@@ -80,6 +80,17 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_channel_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
+    launch(stream, args, None)
+}
+
+/// [`per_channel_cast`] in tiles of so many channels and blocks whose threads have so many rows, if it is of bf16 and all is aligned:
+/// one of the shapes of the kernel's entries. For the benchmark.
+#[doc(hidden)]
+pub fn with_shape(stream: &Stream, args: Args<'_>, shape: (u32, usize)) -> Result<()> {
+    launch(stream, args, Some(shape))
+}
+
+fn launch(stream: &Stream, args: Args<'_>, shape: Option<(u32, usize)>) -> Result<()> {
     let op = "per_channel_cast";
     let plan = Plan::new(op, &args.x)?;
     let scales = Scales::check(op, args.npt, args.round_sf, &args.sf, (plan.num_rows.into(), plan.hidden.into()))?;
@@ -88,7 +99,7 @@ pub fn per_channel_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
     if args.out.is_empty() {
         return Ok(());
     }
-    plan.launch(op, stream, wide, scales, &args.out, &args.sf)
+    plan.launch(op, stream, (wide, shape), scales, &args.out, &args.sf)
 }
 
 /// What the checks of the input found out.
@@ -194,14 +205,23 @@ impl<'a> Plan<'a> {
         &self,
         op: &'static str,
         stream: &Stream,
-        wide: bool,
+        (wide, shape): (bool, Option<Shape>),
         scales: Scales,
         out: &TensorMut<'_>,
         sf: &SfMut<'_>,
     ) -> Result<()> {
         use k::cast as e;
+        let few = k::bf16_tiles(self.num_rows, self.hidden) <= stream.device().num_sms().into();
+        let bf16_shape = shape.unwrap_or(if few { k::BF16_FEW_SHAPE } else { k::BF16_SHAPE });
         let (entry, shape) = match (self.element, self.x_packed, wide) {
-            (Element::Bf16, _, true) => (&e::bf16, k::BF16_SHAPE),
+            (Element::Bf16, _, true) => match bf16_shape {
+                k::BF16_FEW_SHAPE => (&e::bf16_few, k::BF16_FEW_SHAPE),
+                (64, 4) => (&e::bf16_64x4, (64, 4)),
+                (32, 1) => (&e::bf16_32x1, (32, 1)),
+                (32, 2) => (&e::bf16_32x2, (32, 2)),
+                (32, 4) => (&e::bf16_32x4, (32, 4)),
+                _ => (&e::bf16, k::BF16_SHAPE),
+            },
             (Element::Bf16, _, false) => (&e::bf16_narrow, k::NARROW_SHAPE),
             (Element::F32, _, true) => (&e::f32, k::F32_SHAPE),
             (Element::F32, _, false) => (&e::f32_narrow, k::NARROW_F32_SHAPE),

@@ -102,16 +102,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn swiglu_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, None)
-}
-
-/// [`swiglu_forward_and_per_token_cast`] where a warp takes so many rows, from 1 to 31.
-#[doc(hidden)]
-pub fn with_steps(stream: &Stream, args: Args<'_>, steps: u32) -> Result<()> {
-    launch(stream, args, Some(steps))
-}
-
-fn launch(stream: &Stream, args: Args<'_>, steps: Option<u32>) -> Result<()> {
     let (num_rows, hidden) = check_x(OP, &args.x)?;
     let rows = check_rows(OP, &args.rows, num_rows)?;
     let weights = check_weights(OP, &args.weights, num_rows)?;
@@ -194,7 +184,7 @@ fn launch(stream: &Stream, args: Args<'_>, steps: Option<u32>) -> Result<()> {
         };
         return stream.launch(OP, entry, &config, &kernel_args!(rows {}));
     }
-    let steps = steps.unwrap_or_else(|| rows.steps(k::STEPS, counting));
+    let steps = rows.steps(k::STEPS, counting);
     let divisor = Divisor::new(pieces);
     let config = k::cast_config(ceil_div(num_rows, steps) * pieces);
     macro_rules! launch {

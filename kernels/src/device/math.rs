@@ -8,6 +8,12 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     backend::fma(a, b, c)
 }
 
+/// Lower and upper half of a product.
+#[inline(always)]
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    backend::multiply_wide(a, b)
+}
+
 /// A result of arithmetic, with the bits of NaN that it has on NVIDIA hardware; the host that emulates may make others. For code that
 /// looks at the bits.
 #[inline(always)]

@@ -656,6 +656,17 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 pub fn saturate(v: f32) -> f32 {
     pure!("cvt.sat.f32.f32 {0}, {1};", reg32 f32, reg32 v)
 }
+// As an instruction with both halves as results, because the compiler makes whatever follows it 64 bits wide, for which there are pairs of
+// instructions.
+#[inline(always)]
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    let (low, high): (u32, u32);
+    unsafe {
+        asm!("{{ .reg .b64 p; mul.wide.u32 p, {2}, {3}; mov.b64 {{{0}, {1}}}, p; }}",
+            out(reg32) low, out(reg32) high, in(reg32) a, in(reg32) b, options(pure, nomem, nostack, preserves_flags))
+    };
+    [low, high]
+}
 #[inline(always)]
 pub fn sqrt(v: f32) -> f32 {
     pure!("sqrt.rn.f32 {0}, {1};", reg32 f32, reg32 v)

@@ -7,7 +7,7 @@
 //! Cost  8·n bytes read; latency: one trip to memory, one to L2.
 
 use super::common_count;
-pub use super::common_count::{MAX_BINS, Plan, config, plan, workspace_words};
+pub use super::common_count::{MAX_BINS, config, num_blocks, workspace_words};
 use crate::device::*;
 use crate::kernel;
 
@@ -16,8 +16,8 @@ kernel! {
     threads = 512;
     /// `denominator` is the number of tokens times `num_aux_topk`. `workspace` is zero, and zero again afterwards; a single block does
     /// not use it.
-    pub fn fi(topk_idx: In<i64>, workspace: Out<u64>, f: Out<f32>, n: u32, e: u32, stride: u32, denominator: f32) {
-        common_count::count(topk_idx, workspace, n, e, stride, |expert, n| {
+    pub fn fi(topk_idx: In<i64>, workspace: Out<u64>, f: Out<f32>, n: u32, e: u32, denominator: f32) {
+        common_count::count(topk_idx, workspace, n, e, |expert, n| {
             let load = n as f32 * e as f32 / denominator;
             f.set(expert, if n == 0 { 0.0 } else { load });
         });

@@ -24,21 +24,8 @@ const PER_BLOCK: u32 = 2 * THREADS;
 /// Most bins: the counters of a block, 128 KiB.
 pub const MAX_BINS: u32 = 32 << 10;
 
-/// Up to this many bins have a 128-byte line of the workspace each. L2 adds to one address after the other, and to one 32-byte sector
-/// too: bins beside each other would wait for each other.
-const MAX_SPREAD: u32 = 128;
-
-/// How the work is divided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
-    /// Number of blocks, at least 1.
-    pub blocks: u32,
-    /// Words of workspace from one bin to the next.
-    pub stride: u32,
-}
-
-/// The plan for `n` indices (below 2^31) and 1 to [`MAX_BINS`] bins.
-pub const fn plan(n: u32, bins: u32, num_sms: u32) -> Plan {
+/// Number of blocks, at least 1, for `n` indices (below 2^31) and 1 to [`MAX_BINS`] bins.
+pub const fn num_blocks(n: u32, bins: u32, num_sms: u32) -> u32 {
     // Every block adds to every bin, which must not be more work than counting.
     let by_bins = match n.checked_div(bins) {
         Some(blocks) => blocks,
@@ -47,16 +34,12 @@ pub const fn plan(n: u32, bins: u32, num_sms: u32) -> Plan {
     let by_size = ceil_div(n, PER_BLOCK);
     let most = if by_bins < by_size { by_bins } else { by_size };
     let most = if most < num_sms { most } else { num_sms };
-    Plan { blocks: if n <= MAX_ALONE || most == 0 { 1 } else { most }, stride: stride(bins) }
+    if n <= MAX_ALONE || most == 0 { 1 } else { most }
 }
 
-const fn stride(bins: u32) -> u32 {
-    if bins <= MAX_SPREAD { 16 } else { 1 }
-}
-
-/// Words of 8 bytes of workspace that are enough for [`plan`] on any device.
+/// Words of 8 bytes of workspace that are enough on any device: one for each bin. (A line of 128 bytes for each takes as long.)
 pub const fn workspace_words(n: u32, bins: u32) -> u32 {
-    if n <= MAX_ALONE { 0 } else { bins * stride(bins) }
+    if n <= MAX_ALONE { 0 } else { bins }
 }
 
 /// Shared memory: a counter for each bin.
@@ -67,14 +50,14 @@ const fn counters(bins: u32) -> (SharedLayout, Shared<u32>) {
 }
 
 /// Grid and block.
-pub const fn config(plan: Plan, bins: u32) -> LaunchConfig {
-    LaunchConfig::new(plan.blocks, THREADS).shared(&counters(bins).0)
+pub const fn config(num_blocks: u32, bins: u32) -> LaunchConfig {
+    LaunchConfig::new(num_blocks, THREADS).shared(&counters(bins).0)
 }
 
 /// Call `write(bin, count)` once for each of the `bins`, anywhere in the grid, with the number of the `n` indices that are equal to it.
 #[inline(always)]
 #[track_caller]
-pub fn count(indices: In<i64>, workspace: Out<u64>, n: u32, bins: u32, stride: u32, mut write: impl FnMut(u32, u32)) {
+pub fn count(indices: In<i64>, workspace: Out<u64>, n: u32, bins: u32, mut write: impl FnMut(u32, u32)) {
     let (_, counters) = counters(bins);
     let alone = grid_dim_x() == 1;
 
@@ -104,7 +87,7 @@ pub fn count(indices: In<i64>, workspace: Out<u64>, n: u32, bins: u32, stride: u
         rolled();
         counters.set(bin, 0);
         if !alone {
-            workspace.as_in().prefetch(bin * stride);
+            workspace.as_in().prefetch(bin);
         }
         bin += THREADS;
     }
@@ -141,9 +124,9 @@ pub fn count(indices: In<i64>, workspace: Out<u64>, n: u32, bins: u32, stride: u
         if alone {
             write(bin, here);
         } else {
-            let found = workspace.atomic_add(bin * stride, 1 << 32 | here as u64, Scope::Gpu);
+            let found = workspace.atomic_add(bin, 1 << 32 | here as u64, Scope::Gpu);
             if (found >> 32) as u32 == grid_dim_x() - 1 {
-                workspace.store_relaxed(bin * stride, 0, Scope::Gpu);
+                workspace.store_relaxed(bin, 0, Scope::Gpu);
                 write(bin, found as u32 + here);
             }
         }

@@ -27,7 +27,9 @@ pub fn sqrtsoftplus(x: f32) -> f32 {
     let q = fma(q, t, 0.115_995_184);
     let q = fma(q, t, 0.832_554_64);
     let l = a * q;
-    if x > 0.0 { sqrt_normal(fma(l, l, x)) } else { l }
+    // Before the comparison, so that it becomes a select: four of these overlap.
+    let root = sqrt_normal(fma(l, l, x));
+    if x > 0.0 { root } else { l }
 }
 
 /// `1 / (1 + e^-x)`, within 2.7 ulp: the same bits on both backends.

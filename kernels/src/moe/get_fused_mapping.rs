@@ -2,7 +2,8 @@
 //!
 //! In    topk_idx i64 `[t, k]` as n = t·k slots       Out   pos_to_{expert, token, token_topk} i32 `[p]`, token_topk_to_pos i32 `[t, k]`,
 //!       expert_start, expert_end, num_tokens_per_expert i32 `[e]`; -1 where there is nothing
-//! Exact integers; slots of an expert stand in ascending order whatever the launch. Values outside `0..e` count as -1; a slot whose
+//! Exact integers; slots of an expert stand in ascending order whatever the launch. Values outside `0..e` count as -1 (too large
+//!       ones are reported by the checked emulator); a slot whose
 //!       row would be `p` or more is dropped from all arrays of positions.
 //! Map   a warp owns `groups` runs of 32 slots. Each block counts its slots by expert and publishes the counts; it adds up those of
 //!       all blocks and of those before it, lays out the experts, and places its slots. A single block has nothing to publish.
@@ -235,7 +236,14 @@ impl Slots {
     #[track_caller]
     fn load(self, group: u32) -> u32 {
         let expert = if self.has(group) { self.topk_idx.get(self.slot(group)) as u64 } else { u64::MAX };
-        if expert < self.e as u64 { expert as u32 } else { NONE }
+        if expert < self.e as u64 {
+            return expert as u32;
+        }
+        if expert as i64 >= 0 {
+            // Nothing hangs on the answer: the checked emulator reports it, and PTX has no trace of it.
+            index_below(if expert < NONE as u64 { expert as u32 } else { NONE }, self.e);
+        }
+        NONE
     }
 
     /// Count a run in the warp's counters. Returns what stood there for each slot, plus the slots of the same expert before it in

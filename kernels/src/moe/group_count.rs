@@ -6,7 +6,7 @@
 //! Cost  8·n bytes read; latency: one trip to memory, one to L2.
 
 use super::common_count;
-pub use super::common_count::{MAX_BINS, Plan, config, plan, workspace_words};
+pub use super::common_count::{MAX_BINS, config, num_blocks, workspace_words};
 use crate::device::*;
 use crate::kernel;
 
@@ -14,7 +14,7 @@ kernel! {
     op = group_count;
     threads = 512;
     /// `workspace` is zero, and zero again afterwards; a single block does not use it.
-    pub fn count(group_idx: In<i64>, workspace: Out<u64>, count: Out<i32>, n: u32, groups: u32, stride: u32) {
-        common_count::count(group_idx, workspace, n, groups, stride, |group, n| count.set(group, n as i32));
+    pub fn count(group_idx: In<i64>, workspace: Out<u64>, count: Out<i32>, n: u32, groups: u32) {
+        common_count::count(group_idx, workspace, n, groups, |group, n| count.set(group, n as i32));
     }
 }

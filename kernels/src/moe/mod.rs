@@ -16,6 +16,7 @@ pub mod moe_topk_gate_backward;
 pub mod moe_topk_gate_forward;
 pub mod normalize_weight;
 pub mod reduce_fused;
+pub mod reduce_fused_backward;
 pub mod top2_sum_gate;
 pub mod topk_gate;
 pub mod topk_sum_and_topk_group_idx;

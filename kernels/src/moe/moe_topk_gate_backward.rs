@@ -174,7 +174,8 @@ impl Choice {
         let score = if chosen { scores.get(self.expert) } else { 0.0 };
         let same = warp_match_any(self.expert);
         let dot = warp_sum::<WARP_SIZE>(if chosen { self.gradient * self.weight } else { 0.0 });
-        let mut gradient = fma(factor, self.gradient, -dot);
+        // Without a fused multiply-add: a single choice has the weight `factor`, and the gradient 0.
+        let mut gradient = factor * self.gradient - dot;
         if warp_any(chosen && !same.is_power_of_two()) {
             let mut sum = 0.0;
             for choice in 0..k {

@@ -41,7 +41,7 @@ pub const EAGER: u32 = 512;
 pub const FEW: u32 = 2048;
 
 /// Experts of a warp at a time.
-const QUADS: u32 = 4 * WARP_SIZE;
+const QUADS: u32 = STEP;
 
 /// Shared memory of a block of `warps`: for each warp scores, keys and a list of candidates.
 const fn shared(e: u32, warps: u32) -> (SharedLayout, Shared<f32>, Shared<u32>, Shared<u32>) {
@@ -126,17 +126,15 @@ kernel! {
         let has_bias = is_image || has & BIAS != 0;
         let is_fixed = flags & FIXED != 0;
         let given = if is_fixed && lane < k { unmapped.get(lane) } else { -1 };
-        let of_bias = |i: u32| if has_bias && i < e { load_quad(bias, i, has) } else { [0.0; 4] };
+        let of_bias = |i: u32| if has_bias { load_quad(bias, i, has) } else { [0.0; 4] };
 
         // Scores in place of the logits, and what experts are ranked by.
         let mut best = 0;
         let mut i = lane * 4;
-        let mut next = of_bias(i);
-        copy_wait::<0>();
         while i < e {
             rolled();
-            let bias = next;
-            next = of_bias(i + QUADS);
+            let bias = of_bias(i);
+            copy_wait::<0>();
             let mut score = scores.load16(i);
             let mut key = [0; 4];
             unroll!(j in 4 {
@@ -177,7 +175,7 @@ kernel! {
         }
         let mut weight = 1.0;
         if lane < k {
-            weight = score / sum * factor;
+            weight = share(score, sum) * factor;
             if has & UNMAPPED != 0 && !is_fixed {
                 unmapped.set(lane, expert as i64);
             }
@@ -210,7 +208,17 @@ fn copy_row(to: Shared<f32>, from: In<f32>, e: u32) {
 #[inline(always)]
 #[track_caller]
 fn load_quad(from: In<f32>, i: u32, has: u32) -> [f32; 4] {
-    if has & ALIGNED != 0 { from.load16(i).map(f32::from_bits) } else { core::array::from_fn(|j| from.get(i + j as u32)) }
+    if has & ALIGNED != 0 {
+        return from.load16(i).map(f32::from_bits);
+    }
+    [from.get(i), from.get(i + 1), from.get(i + 2), from.get(i + 3)]
+}
+
+/// `part / sum`, correctly rounded, but 0 where it is below 2^-126.
+#[inline(always)]
+fn share(part: f32, sum: f32) -> f32 {
+    let quotient = divide_normal(part, sum);
+    if quotient < f32::MIN_POSITIVE { 0.0 } else { quotient }
 }
 
 /// The physical expert and the weight of this lane's slot, of `slots`, for a token with random experts, all of them different. `logical` is
@@ -225,21 +233,18 @@ fn at_random(physical: Physical, token: u32, logical: u32, slots: u32, has: u32,
     let mut experts = logical;
     if has & PHYSICAL != 0 {
         experts = 0;
-        let mut first = 0;
-        while first < logical {
-            rolled();
-            for i in 0..4 {
-                let at = element(first, i);
-                experts = experts.wrapping_add(if at < logical { physical.logical_count.get(at) as u32 } else { 0 });
-            }
-            first += STEP;
+        let mut i = lane;
+        while i < logical {
+            experts = experts.wrapping_add(physical.logical_count.get(i) as u32);
+            i += WARP_SIZE;
         }
         experts = warp_sum_u32(experts);
     }
     let number = token as u64 * 32 + lane as u64;
     let [weight, rank, ..] = philox4x32_10([0, 0, number as u32, (number >> 32) as u32], [ep_rank, 0]);
     let left = experts.saturating_sub(lane);
-    let rank = rank % if left > 1 { left } else { 1 };
+    // `checked_rem` leaves no branch to a panic.
+    let rank = rank.checked_rem(left).unwrap_or(0);
     // From the last slot to the first: what it takes moves the numbers of all behind it that are not smaller.
     let mut place = rank;
     let mut slot = slots;

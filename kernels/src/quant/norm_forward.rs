@@ -291,10 +291,11 @@ pub trait Emit {
 
 /// The norm of this thread's row, for what `begin` makes. Everything that norms goes through here and so gets the same bits.
 ///
-/// `HELD` vectors of a thread stay in registers; if there may be more, `LONG`, those are read twice, the second time from L2.
+/// `HELD` vectors of a thread stay in registers; if there may be more, `LONG`, those are read twice, the second time from L2. `EARLY`: the
+/// weights of those that stay are read together with them, for few rows, which all are the first of their multiprocessor.
 #[inline(always)]
 #[track_caller]
-pub fn normalise<S: Value, E: Emit, const WIDE: bool, const LONG: bool, const HELD: usize>(
+pub fn normalise<S: Value, E: Emit, const WIDE: bool, const LONG: bool, const HELD: usize, const EARLY: bool>(
     norm: &Norm,
     row: Row,
     begin: impl FnOnce() -> E,
@@ -323,6 +324,7 @@ pub fn normalise<S: Value, E: Emit, const WIDE: bool, const LONG: bool, const HE
     };
 
     // Load.
+    let early: [[u32; 4]; HELD] = core::array::from_fn(|i| if EARLY { read_weight(i as u32) } else { [0; 4] });
     let mut held: [[u32; 4]; HELD] = core::array::from_fn(|i| read(x, i as u32));
     if has(RESIDUAL) {
         let other: [[u32; 4]; HELD] = core::array::from_fn(|i| read(residual(), i as u32));
@@ -352,8 +354,11 @@ pub fn normalise<S: Value, E: Emit, const WIDE: bool, const LONG: bool, const HE
     if has(RSTD) && row.first == 0 && row.end > 0 {
         norm.rstd.set(row.index, rstd);
     }
-    // The weights are in L1. Fetched earlier they would take the registers of another row.
-    unroll!(i in HELD { held[i] = S::scale(held[i], read_weight(i as u32), rstd, norm.out_scale) });
+    // The weights are in L1 once some rows are done. Fetched earlier they would take the registers of another row.
+    unroll!(i in HELD {
+        let weight = if EARLY { early[i] } else { read_weight(i as u32) };
+        held[i] = S::scale(held[i], weight, rstd, norm.out_scale)
+    });
     let emit = begin();
     if HELD > 0 {
         emit.vectors(0, held);
@@ -407,11 +412,34 @@ kernel! {
         };
         let by_tokens = Divisor { magic: tokens_magic, shift: tokens_shift };
         let row = Row::of_thread::<S>(num_rows, hidden, num_tokens, by_tokens, lanes_log2);
-        normalise::<S, _, WIDE, LONG, HELD>(&norm, row, || Store::<S, WIDE> { row, out: out.at(row.element(hidden) * bytes::<S>(1)), of: PhantomData });
+        normalise::<S, _, WIDE, LONG, HELD, false>(&norm, row, || Store::<S, WIDE> { row, out: out.at(row.element(hidden) * bytes::<S>(1)), of: PhantomData });
     }
     entries {
         bf16[Bf16, true, false, VECTORS], f32[F32, true, false, VECTORS],
         bf16_long[Bf16, true, true, 0], f32_long[F32, true, true, 0],
         bf16_narrow[Bf16, false, true, 0], f32_narrow[F32, false, true, 0],
     }
+}
+
+kernel! {
+    op = norm_forward;
+    threads = 512, blocks = 1;
+    /// As [`rows`], for no more blocks than there are multiprocessors.
+    pub fn few_rows[S: Value](
+        x: In<u8>, residual: In<u8>, weight: In<u8>, out: Out<u8>, residual_out: Out<u8>, rstd: Out<f32>,
+        x_batch_stride: u64, x_stride: u64, residual_batch_stride: u64, residual_stride: u64,
+        num_rows: u32, hidden: u32, num_tokens: u32, tokens_magic: u32, tokens_shift: u32, lanes_log2: u32, parts: u32,
+        inv_hidden: f32, eps: f32, out_scale: f32,
+    ) {
+        let norm = Norm {
+            x, residual, weight, residual_out, rstd,
+            x_strides: Strides { batch: x_batch_stride, token: x_stride },
+            residual_strides: Strides { batch: residual_batch_stride, token: residual_stride },
+            hidden, inv_hidden, parts, eps, out_scale,
+        };
+        let by_tokens = Divisor { magic: tokens_magic, shift: tokens_shift };
+        let row = Row::of_thread::<S>(num_rows, hidden, num_tokens, by_tokens, lanes_log2);
+        normalise::<S, _, true, false, VECTORS, true>(&norm, row, || Store::<S, true> { row, out: out.at(row.element(hidden) * bytes::<S>(1)), of: PhantomData });
+    }
+    entries { bf16[Bf16], f32[F32] }
 }

@@ -244,7 +244,7 @@ kernel! {
         };
         let by_tokens = Divisor { magic: tokens_magic, shift: tokens_shift };
         let row = Row::of_thread::<S>(num_rows, hidden, num_tokens, by_tokens, lanes_log2);
-        normalise::<S, _, WIDE, LONG, HELD>(&norm, row, || Quantise::<S, ROUNDED, WIDE, LONG> {
+        normalise::<S, _, WIDE, LONG, HELD, false>(&norm, row, || Quantise::<S, ROUNDED, WIDE, LONG> {
             row,
             out: out.at(row.element(hidden)),
             out_bf16: out_bf16.at(2 * row.element(hidden)),

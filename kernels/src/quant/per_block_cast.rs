@@ -14,6 +14,8 @@ use crate::{kernel, unroll};
 pub const THREADS: u32 = 256;
 /// Threads of a block of [`cast_many`].
 pub const MANY_THREADS: u32 = 512;
+/// Threads of a block of [`cast_few`], for so few tokens that each tile has a multiprocessor: less work a thread and less code.
+pub const FEW_THREADS: u32 = 512;
 /// Side of the smallest scaling block.
 const UNIT: u32 = 32;
 /// Tiles in y of the grid, whose limit is 65535; what is beyond goes to z.
@@ -214,9 +216,10 @@ impl Source for F32 {
     }
 }
 
-/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it.
+/// Scale of the scaling block that the calling lane's vectors lie in. All threads of the block call it. `FEW`: by the shorter way to the
+/// maximum of a warp, which is that of one scaling block if those have 128 channels.
 #[inline(always)]
-fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize>(
+fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const FEW: bool>(
     held: &[[u32; 4]; N],
     at: Place,
     shape: Shape,
@@ -232,14 +235,18 @@ fn block_scale<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: 
     let unit_lanes = row_lanes::<X, UNIT>();
     let wide = (shape.npc == 7) as u32;
     let mut amax = X::amax(held);
-    let mut mask = 1;
-    while mask < WARP_SIZE {
-        if mask < unit_lanes || mask >= lanes {
-            amax = amax.max(warp_shuffle_xor(amax, mask));
-        } else if mask < 4 * unit_lanes {
-            amax = amax.max(warp_shuffle_xor(amax, mask * wide));
+    if FEW && wide != 0 {
+        amax = warp_max_u32(amax);
+    } else {
+        let mut mask = 1;
+        while mask < WARP_SIZE {
+            if mask < unit_lanes || mask >= lanes {
+                amax = amax.max(warp_shuffle_xor(amax, mask));
+            } else if mask < 4 * unit_lanes {
+                amax = amax.max(warp_shuffle_xor(amax, mask * wide));
+            }
+            mask *= 2;
         }
-        mask *= 2;
     }
     let slot = ((at.row % ROWS) >> shape.npt) * (COLS / UNIT) + ((at.col % COLS) >> shape.npc);
     if lane_id() < lanes && lane_id() & ((unit_lanes << (2 * wide)) - 1) == 0 {
@@ -268,9 +275,19 @@ struct Options {
     packed: bool,
 }
 
-/// Scales and data of a tile of `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`. `SAFE` as for the store.
+/// Scales and data of a tile of `ROWS` by `COLS` values, `N` vectors a thread; `npt` is at most `ROWS`. `SAFE` as for the store, `FEW` as
+/// for the scale.
 #[inline(always)]
-fn cast_tile<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: usize, const ALIGNED: bool, const SAFE: bool>(
+fn cast_tile<
+    X: Source,
+    T: Target,
+    const ROWS: u32,
+    const COLS: u32,
+    const N: usize,
+    const ALIGNED: bool,
+    const SAFE: bool,
+    const FEW: bool,
+>(
     x: In<u8>,
     out: Out<u8>,
     sf: Out<u8>,
@@ -283,7 +300,7 @@ fn cast_tile<X: Source, T: Target, const ROWS: u32, const COLS: u32, const N: us
         return;
     }
     let held = load::<X, N, ALIGNED>(x, options.x_stride, at, shape);
-    let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, options.round);
+    let Scale { sf: value, inv } = block_scale::<X, T, ROWS, COLS, N, FEW>(&held, at, shape, options.round);
     store_sf(sf, options.sf, options.packed, value, at, shape);
     if at.col < shape.h {
         X::store::<T, N, SAFE>(&held, inv, out, at, shape);
@@ -302,7 +319,7 @@ kernel! {
     ) {
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
         let options = Options { x_stride, sf: layout, round: SAFE || round != 0, packed: packed != 0 };
-        cast_tile::<X, T, ROWS, COLS, N, ALIGNED, SAFE>(x, out, sf, Shape { t, h, npt, npc }, options);
+        cast_tile::<X, T, ROWS, COLS, N, ALIGNED, SAFE, false>(x, out, sf, Shape { t, h, npt, npc }, options);
     }
     entries {
         bf16_e4m3[Bf16, E4m3, 128, 128, 8, true, false], f32_e4m3[F32, E4m3, 128, 128, 16, true, false],
@@ -324,10 +341,24 @@ kernel! {
     ) {
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
         let options = Options { x_stride, sf: layout, round: round != 0, packed: packed != 0 };
-        cast_tile::<X, E2m1, 128, 128, N, ALIGNED, false>(x, out, sf, Shape { t, h, npt, npc }, options);
+        cast_tile::<X, E2m1, 128, 128, N, ALIGNED, false, false>(x, out, sf, Shape { t, h, npt, npc }, options);
     }
     entries {
         bf16_e2m1[Bf16, 4, true], f32_e2m1[F32, 8, true], bf16_e2m1_unaligned[Bf16, 4, false], f32_e2m1_unaligned[F32, 8, false],
+    }
+}
+
+kernel! {
+    op = per_block_cast;
+    threads = 512;
+    /// As [`cast`] for few tokens of bf16, in larger blocks.
+    pub fn cast_few(
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_row: u32, sf_col: u32,
+        npt: u32, npc: u32, round: u32, packed: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
+        let options = Options { x_stride, sf: layout, round: round != 0, packed: packed != 0 };
+        cast_tile::<Bf16, E4m3, 128, 128, 4, true, false, true>(x, out, sf, Shape { t, h, npt, npc }, options);
     }
 }
 
@@ -342,7 +373,7 @@ kernel! {
         let (at, shape) = (Place::new::<X, ROWS, COLS, N>(), Shape { t, h, npt, npc });
         if at.tile_row::<ROWS>() >= t { return; }
         let held = load::<X, N, ALIGNED>(x, x_stride, at, shape);
-        let scale = block_scale::<X, T, ROWS, COLS, N>(&held, at, shape, round != 0);
+        let scale = block_scale::<X, T, ROWS, COLS, N, false>(&held, at, shape, round != 0);
         let layout = SfLayout { row_stride: sf_row, col_stride: sf_col };
         store_sf(sf, layout, packed != 0, scale.sf, at, shape);
     }

@@ -8,7 +8,7 @@
 use super::common::{Divisor, SfLayout};
 pub use super::common_channels::Order;
 use super::common_channels::{
-    Bf16, F32, Input, Place, Quantised, SameRows, ScaleOutput, Source, Tile, load, shared, store, threads, tile_factors,
+    Bf16, F32, Input, Place, Quantised, ROWS, SameRows, ScaleOutput, Source, Tile, load, shared, store, threads, tile_factors,
 };
 use crate::device::*;
 use crate::kernel;
@@ -17,6 +17,8 @@ use crate::kernel;
 pub type Shape = (u32, usize);
 /// bf16 input.
 pub const BF16_SHAPE: Shape = (128, 4);
+/// bf16 input of so few rows that tiles of [`BF16_SHAPE`] would leave multiprocessors without work.
+pub const BF16_FEW_SHAPE: Shape = (64, 2);
 /// f32 input.
 pub const F32_SHAPE: Shape = (128, 8);
 /// e4m3 input, which is held as f32.
@@ -36,6 +38,11 @@ pub enum Element {
     F32,
     /// e4m3 with scales.
     E4m3,
+}
+
+/// Tiles of bf16 input in [`BF16_SHAPE`].
+pub const fn bf16_tiles(num_tokens: u32, hidden: u32) -> u64 {
+    ceil_div(num_tokens, ROWS) as u64 * ceil_div(hidden, BF16_SHAPE.0) as u64
 }
 
 /// One block a tile, in the given order. `None` if that would be 2^31 blocks or more in x.
@@ -73,7 +80,9 @@ kernel! {
         store::<S, N, WIDE>(&held, factors, out, tile, at);
     }
     entries {
-        bf16[Bf16, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }, true], f32[F32, { F32_SHAPE.0 }, { F32_SHAPE.1 }, true],
+        bf16[Bf16, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }, true], bf16_few[Bf16, { BF16_FEW_SHAPE.0 }, { BF16_FEW_SHAPE.1 }, true],
+        bf16_64x4[Bf16, 64, 4, true], bf16_32x1[Bf16, 32, 1, true], bf16_32x2[Bf16, 32, 2, true], bf16_32x4[Bf16, 32, 4, true],
+        f32[F32, { F32_SHAPE.0 }, { F32_SHAPE.1 }, true],
         e4m3_f32[Quantised<false>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
         e4m3_ue8m0[Quantised<true>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
         bf16_narrow[Bf16, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],

@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden, Peer};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::half::bf16;
@@ -332,11 +333,14 @@ fn row(shape: Shape) -> Row {
     let Shape { m, h, .. } = shape;
     let t = shape.tokens();
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let mut data = Data::normal(shape);
-        // The peer's weights are uniform.
-        let uniform = |n: u64, len: usize| Rng::named("weights").stream(n).fill(len, |rng, i| rng.unit(i));
-        (data.post, data.comb) = (uniform(0, data.post.len()), uniform(1, data.comb.len()));
-        let mut call = Call::new(device, &data)?;
+        let mut call = Call {
+            shape,
+            x: inputs::normal_bf16(device, 0, t * h)?,
+            residual: inputs::normal_bf16(device, 1, t * m * h)?,
+            post: inputs::uniform(device, 2, t * m)?,
+            comb: inputs::uniform(device, 3, t * m * m)?,
+            out: device.alloc(2 * GUARD + (t * m * h) as usize).map_err(text)?,
+        };
         Ok(Box::new(move |stream| call.launch(stream)))
     };
     let case = format!("h={h},mult={m},t={t}");

@@ -6,8 +6,11 @@ use crate::support::compare::equal;
 use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::moe::get_fused_mapping::{Args, get_fused_mapping, get_fused_mapping_alloc, max_expanded_tokens, workspace_bytes};
-use ferrotile::{Buffer, Device, Stream};
+use ferrotile::moe::get_fused_mapping::{
+    Args, ExactCounts, check_indices, get_fused_mapping, get_fused_mapping_alloc, get_fused_mapping_exact, max_expanded_tokens,
+    workspace_bytes,
+};
+use ferrotile::{Buffer, Device, Error, Stream};
 
 /// The checks of this op.
 pub const SUITE: Suite = Suite { op: "get_fused_mapping", run };
@@ -245,6 +248,11 @@ fn check(device: &Device, problem: &Problem, p: u64, name: &str) -> Result<(), S
     same(&launch(device, problem, p, &name)?, &reference(problem, p), &name)
 }
 
+/// Indices that no caller should give; all but three of them are -1 to the op.
+fn wrong_indices(n: usize) -> Vec<i64> {
+    Rng::named("wrong indices").fill(n, |rng, i| [-1, 3, 15, 16, -2, i64::MIN, i64::MAX, 1 << 32][rng.below(i, 8) as usize])
+}
+
 /// Inputs beyond the MoE grid, by name: experts, choices per token, choices.
 fn special_cases(depth: Depth) -> Vec<(&'static str, u64, u64, Vec<i64>)> {
     // Blocks have 1024 threads. At small depth a single block has three runs of slots per warp, fewer than it holds in registers.
@@ -258,13 +266,12 @@ fn special_cases(depth: Depth) -> Vec<(&'static str, u64, u64, Vec<i64>)> {
         ("one expert takes all", 7, 1, vec![5; n]),
         ("nobody", 9, 4, vec![-1; n / 4 * 4]),
         ("between powers of two", 33, 9, rng.stream(1).ints_i64(n / 9 * 9, -1, 33)),
-        // Indices that no caller should give count as -1.
-        (
-            "out of range",
-            16,
-            3,
-            rng.stream(2).fill(n / 3 * 3, |rng, i| [-1, 3, 15, 16, -2, i64::MIN, i64::MAX, 1 << 32][rng.below(i, 8) as usize]),
-        ),
+        // Experts beyond the last one are for the GPU: the checked emulator reports them.
+        ("out of range", 16, 3, {
+            let mut wrong = wrong_indices(n / 3 * 3);
+            wrong.iter_mut().filter(|v| depth == Depth::Small && **v > 15).for_each(|v| *v = i64::MIN);
+            wrong
+        }),
         // The most that one block does alone; then the least for several blocks, that is two.
         ("largest block", 5, 1, rng.stream(3).ints_i64(1024, -1, 5)),
         ("smallest grid", 5, 3, rng.stream(4).ints_i64(1026, -1, 5)),
@@ -314,6 +321,12 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     }
     if ctx.case("alloc") {
         check_alloc(device)?;
+    }
+    if ctx.case("exact") {
+        check_exact(device)?;
+    }
+    if ctx.case("check indices") {
+        check_reports(device)?;
     }
     if ctx.case("workspace") {
         check_workspace(device)?;
@@ -378,6 +391,60 @@ fn check_alloc(device: &Device) -> Result<(), String> {
     Ok(())
 }
 
+/// The form that waits: exact size, in buffers for the worst case and in exactly as many rows; an error if they are too few.
+fn check_exact(device: &Device) -> Result<(), String> {
+    let stream = device.stream().map_err(text)?;
+    for case in moe_cases(Depth::Small) {
+        let topk_idx = case.topk_idx();
+        let problem = Problem { topk_idx: &topk_idx, k: case.num_topk, e: case.num_experts, alignment: 16 };
+        let (needed, most) = (problem.rows(), max_expanded_tokens(problem.tokens(), problem.k, problem.e, 16));
+        for p in [most, needed, needed / 2] {
+            let name = format!("exact,p={p},{}", case.name());
+            let expected = reference(&problem, p);
+            let mut buffers = Buffers::new(device, &problem, p)?;
+            let got = get_fused_mapping_exact(&stream, buffers.args().map_err(text)?);
+            let list = expected.num_tokens_per_expert.clone();
+            let fits = match got {
+                Ok(counts) => counts == ExactCounts { num_expanded_tokens: needed, num_tokens_per_expert: list } && p >= needed,
+                Err(Error::Value { arg: "num_expanded_tokens", .. }) => p < needed,
+                Err(_) => false,
+            };
+            ensure(fits, || format!("{name}: {needed} rows are needed"))?;
+            same(&buffers.read(&name)?, &expected, &name)?;
+        }
+    }
+    Ok(())
+}
+
+/// Mistakes in a table are found wherever they are, on request.
+fn check_reports(device: &Device) -> Result<(), String> {
+    let stream = device.stream().map_err(text)?;
+    let report = |table: &[i64], shape: [u64; 2], e: u64| -> Result<Option<String>, String> {
+        let on_device = device.upload(table).map_err(text)?;
+        Ok(check_indices(&stream, &on_device.tensor(&shape).map_err(text)?, e).err().map(|error| error.to_string()))
+    };
+    // Every table without a mistake passes; one wrong place in it does not.
+    for case in moe_cases(Depth::Small) {
+        let mut table = case.topk_idx();
+        let (k, e) = (case.num_topk, case.num_experts);
+        let shape = [table.len() as u64 / k, k];
+        let said = report(&table, shape, e)?;
+        ensure(said.is_none(), || format!("a table without mistakes: {said:?}"))?;
+        let slot = table.len() / 2;
+        let Some(old) = table.get(slot).copied() else { continue };
+        for wrong in [e as i64, -2, i64::MIN, i64::MAX] {
+            table[slot] = wrong;
+            let said = report(&table, shape, e)?.unwrap_or_default();
+            let place = format!("{wrong} for choice {} of token {}, allowed: -1 to {}", slot as u64 % k, slot as u64 / k, e - 1);
+            ensure(said.contains(&place), || format!("expected `{place}`, got `{said}`"))?;
+        }
+        table[slot] = old;
+    }
+    let twice = report(&[4, 0, 4, 2, -1, -1, 2, 2, 4], [3, 3], 5)?.unwrap_or_default();
+    ensure(twice.contains("4 for choice 2 of token 0, allowed: an expert not chosen before"), || twice.clone())?;
+    ensure(report(&[], [0, 3], 5)?.is_none() && report(&[0], [1, 1], 0)?.is_some(), || "edges of check_indices".to_owned())
+}
+
 /// Outputs 0 and 4 to 6 are the recorded ones; 1 to 3 depend on the order inside an expert, which was another one there, so both sides
 /// are held against the relations.
 fn check_golden(device: &Device, golden: &Golden, case: &Case) -> Result<(), String> {
@@ -418,7 +485,17 @@ fn check_graph(device: &Device) -> Result<(), String> {
         let mut buffers = Buffers::new(device, &problem, p)?;
         // Compiled before the capture.
         get_fused_mapping(&stream, buffers.args().map_err(text)?).map_err(text)?;
-        let graph = stream.capture(|stream| get_fused_mapping(stream, buffers.args()?)).map_err(text)?;
+        // What waits is refused while a graph is captured, before it launches anything; that does not spoil the capture.
+        let mut refused = 0;
+        let graph = stream.capture(|stream| {
+            let idx = buffers.topk_idx.tensor(&buffers.shape)?;
+            refused += matches!(get_fused_mapping_alloc(stream, idx, 32, 128), Err(Error::Unsupported { .. })) as u32;
+            refused += matches!(check_indices(stream, &idx, 32), Err(Error::Unsupported { .. })) as u32;
+            refused += matches!(get_fused_mapping_exact(stream, buffers.args()?), Err(Error::Unsupported { .. })) as u32;
+            get_fused_mapping(stream, buffers.args()?)
+        });
+        let graph = graph.map_err(text)?;
+        ensure(refused == 3, || "calls that wait ran during a capture".to_owned())?;
         for seed in 1..4 {
             let topk_idx = data(seed);
             buffers.topk_idx.copy_from(&topk_idx).map_err(text)?;
@@ -431,16 +508,17 @@ fn check_graph(device: &Device) -> Result<(), String> {
     Ok(())
 }
 
-/// The peers' cases, all of the grid of 1.0.0 (`a=128`), and small ones.
+/// The peers' cases, all of the grid of 1.0.0, and small ones. Rows are multiples of 128.
 pub fn bench() -> Vec<Row> {
-    let row = |moe: MoeCase, case: String| {
+    let row = |moe: MoeCase| {
+        let MoeCase { num_send_tokens: send, num_topk: k, num_experts: e, num_ranks: ep } = moe;
         let topk_idx = moe.topk_idx();
         let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
         let p = problem.rows();
         let n = topk_idx.len() as u64;
         Row {
             op: "get_fused_mapping",
-            case,
+            case: format!("e={e},ep={ep},k={k},send={send}"),
             bytes: 12 * n + 12 * p + 12 * moe.num_experts,
             build: Box::new(move |device, _| {
                 let problem = Problem { topk_idx: &topk_idx, k: moe.num_topk, e: moe.num_experts, alignment: 128 };
@@ -450,23 +528,19 @@ pub fn bench() -> Vec<Row> {
         }
     };
     let moe = |num_send_tokens, num_topk, num_experts, num_ranks| MoeCase { num_send_tokens, num_topk, num_experts, num_ranks };
-    let mut rows = Vec::new();
-    for (e, ep) in [(32, 8), (4, 64)] {
-        rows.push(row(moe(4001, 8, e, ep), format!("e={e},ep={ep},k=8,send=4001")));
-    }
-    for case in moe_bench_cases() {
-        rows.push(row(case, format!("a=128,{}", case.name())));
-    }
-    for (send, e, ep) in [(1, 32, 8), (16, 32, 8), (128, 32, 8), (4001, 256, 1), (65536, 32, 8)] {
-        rows.push(row(moe(send, 8, e, ep), format!("e={e},ep={ep},k=8,send={send}")));
-    }
-    rows
+    let first = moe(4001, 8, 32, 8);
+    let mut cases = vec![first];
+    cases.extend(moe_bench_cases().into_iter().filter(|case| *case != first));
+    cases
+        .extend([(1, 32, 8), (16, 32, 8), (128, 32, 8), (4001, 256, 1), (65536, 32, 8)].map(|(send, e, ep)| moe(send, 8, e, ep)));
+    cases.into_iter().map(row).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::common_route::stopped;
     use super::*;
-    use ferrotile::{DType, Error, TensorMut, View};
+    use ferrotile::{DType, TensorMut, View};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 
     #[test]
@@ -500,6 +574,55 @@ mod tests {
         assert_eq!([workspace_bytes(1, 1, 0), workspace_bytes(1, 1, 1025), workspace_bytes(1 << 40, 1 << 40, 1)], [0; 3]);
         assert_eq!(max_expanded_tokens(10, 2, 4, 8), (20 + 4 * 7) / 8 * 8);
         assert_eq!(max_expanded_tokens(u64::MAX, 2, 4, 1), u64::MAX);
+        assert_eq!(max_expanded_tokens(u64::MAX, 2, u64::MAX, u32::MAX), u64::MAX / u32::MAX as u64 * u32::MAX as u64);
+        // Fewer choices than experts: each of them alone with an expert.
+        assert_eq!(max_expanded_tokens(1, 2, 1000, 128), 256);
+        assert_eq!([max_expanded_tokens(0, 8, 32, 128), max_expanded_tokens(3, 2, 4, 0)], [0, 6]);
+    }
+
+    /// The bound is reached: no smaller one is enough for any choice of experts.
+    #[test]
+    fn bound_is_the_worst_case() {
+        for (t, k, e, alignment) in [(1u64, 2u64, 9u64, 4u32), (5, 3, 2, 7), (10, 1, 4, 16), (7, 4, 5, 1), (3, 3, 9, 128)] {
+            // Of all ways to spread n choices over experts; how they are ordered does not matter, so counts never rise.
+            fn worst(n: u64, e: u64, most: u64, a: u64) -> u64 {
+                match e {
+                    0 => {
+                        if n == 0 {
+                            0
+                        } else {
+                            u64::MIN
+                        }
+                    }
+                    _ => (0..=n.min(most))
+                        .filter(|c| (n - c) <= (e - 1) * c.max(&0))
+                        .map(|c| c.next_multiple_of(a) + worst(n - c, e - 1, c, a))
+                        .max()
+                        .unwrap_or(0),
+                }
+            }
+            assert_eq!(
+                max_expanded_tokens(t, k, e, alignment),
+                worst(t * k, e, t * k, alignment.into()),
+                "{t} {k} {e} {alignment}"
+            );
+        }
+    }
+
+    /// Experts beyond the last one count as -1; the checked emulator reports them.
+    #[test]
+    fn indices_too_large() {
+        let topk_idx = wrong_indices(3000);
+        let problem = Problem { topk_idx: &topk_idx, k: 3, e: 16, alignment: 7 };
+        check(&Device::emulator(), &problem, problem.rows(), "too large").unwrap();
+        for (expert, fine) in [(15, true), (16, false), (1 << 32, false), (i64::MAX, false), (-2, true), (i64::MIN, true)] {
+            let topk_idx = [0, expert, -1];
+            let problem = Problem { topk_idx: &topk_idx, k: 3, e: 16, alignment: 7 };
+            let device = Device::emulator().checked();
+            let mut buffers = Buffers::new(&device, &problem, problem.rows()).unwrap();
+            let result = get_fused_mapping(&device.stream().unwrap(), buffers.args().unwrap());
+            if fine { result.unwrap() } else { stopped(&format!("expert {expert}"), result).unwrap() }
+        }
     }
 
     /// Tensors to put where they do not belong.

@@ -3,11 +3,12 @@
 use super::common_count::{Buffers, Call, Problem, check_graph, check_shared_workspace, each, launch, out_of_range};
 use super::common_route::{bench_cases, bench_name, moe};
 use crate::support::bench::Row;
+use crate::support::cases::MoeCase;
 use crate::support::compare::equal;
 use crate::support::golden::{self, Case, Golden};
 use crate::support::suite::{Ctx, Report, Suite};
 use ferrotile::Device;
-use ferrotile::moe::group_count::{Args, group_count, group_count_with};
+use ferrotile::moe::group_count::{Args, group_count};
 
 /// The checks of this op.
 pub const SUITE: Suite = Suite { op: "group_count", run };
@@ -52,33 +53,23 @@ fn check_golden(device: &Device, golden: &Golden, case: &Case) -> Result<(), Str
     equal("count", &problem.name, &[bins], &launch(device, &problem, CALL)?, &expected)
 }
 
-/// Cases of the peers' own benchmark, small and large ones; and words of workspace beside each other.
+/// Cases of the peers' own benchmark, small and large ones.
 pub fn bench() -> Vec<Row> {
-    let row = |case: crate::support::cases::MoeCase, name: String, stride: Option<u32>| {
+    let row = |case: MoeCase| {
         let problem = Problem::of(&case);
         Row {
             op: "group_count",
-            case: name,
+            case: bench_name(&case),
             bytes: 8 * problem.idx.len() as u64 + 4 * problem.bins,
             build: Box::new(move |device, _| {
                 let mut buffers = Buffers::<i32>::new(device, &problem)?;
-                Ok(Box::new(move |stream| {
-                    buffers.call(stream, &|stream, group_idx, count, workspace| {
-                        group_count_with(stream, Args { group_idx, count, workspace }, |mut plan| {
-                            plan.stride = stride.unwrap_or(plan.stride);
-                            plan
-                        })
-                    })
-                }))
+                Ok(Box::new(move |stream| buffers.call(stream, CALL)))
             }),
         }
     };
     let mut cases = bench_cases();
     cases.extend([moe(4001, 8, 256, 1), moe(65536, 8, 32, 8)]);
-    let mut rows: Vec<Row> = cases.into_iter().map(|case| row(case, bench_name(&case), None)).collect();
-    let dense = moe(4001, 8, 32, 8);
-    rows.push(row(dense, format!("{},variant=words_beside_each_other", bench_name(&dense)), Some(1)));
-    rows
+    cases.into_iter().map(row).collect()
 }
 
 #[cfg(test)]

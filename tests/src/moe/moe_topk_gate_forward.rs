@@ -107,7 +107,9 @@ impl Inputs {
                 tree = std::array::from_fn(|lane| tree[lane] + tree[lane ^ distance]);
             }
             let sum = tree[0] + 1e-20;
-            let mut weights: Vec<f32> = (0..k).map(|slot| lanes[slot] / sum * self.factor).collect();
+            // Quotients that are subnormal count as 0.
+            let share = |part: f32| if part / sum < f32::MIN_POSITIVE { 0.0 } else { part / sum };
+            let mut weights: Vec<f32> = (0..k).map(|slot| share(lanes[slot]) * self.factor).collect();
             weights.extend(vec![1.0; s]);
             let logical = chosen.iter().copied().chain(e as i64..(e + s) as i64);
             let physical = |logical: i64| match &self.map {
@@ -445,8 +447,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     };
     for (i, sizes) in GRID.iter().chain(&ODD).enumerate() {
         for bits in 0..32 {
-            // Every option with the first; of the others a third on the emulator, a different one each.
-            if !full && i > 0 && (bits as usize + i) % 7 != 0 {
+            // Every option with the first; of the others a seventh on the emulator, a different one each.
+            if !full && i > 0 && !(bits as usize + i).is_multiple_of(7) {
                 continue;
             }
             for (t, pad) in if full { [(1, 0), (512, 10)] } else { [(1, 0), (11, 3)] } {

@@ -4,6 +4,7 @@ use super::common_expanded::{DeviceMaps, Maps};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, MoeCase, moe_bench_cases, moe_cases};
 use crate::support::compare::{Bits, equal};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::moe::reduce_fused::{Args, reduce_fused};
@@ -21,7 +22,8 @@ const FILL: u8 = 0xA5;
 const GUARD: u64 = 16;
 
 /// An element type of rows.
-trait Value: Element + Bits + Send + Sync + Default + PartialEq {
+pub trait Value: Element + Bits + Send + Sync + Default + PartialEq {
+    /// As f32.
     fn widen(self) -> f32;
     /// Rounded to nearest even; NaN as the op defines it.
     fn round(value: f32) -> Self;
@@ -239,7 +241,7 @@ fn small_places() -> Vec<Place> {
 }
 
 /// Normal values with some that are special: both zeros, infinities, NaN, subnormals, the largest.
-fn awkward(rng: &Rng, i: u64) -> f32 {
+pub fn awkward(rng: &Rng, i: u64) -> f32 {
     let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, f32::MAX, -448.0, 465.0, 2f32.powi(-10)];
     match rng.stream(9).below(i, 32) {
         n if n < special.len() as u64 => special[n as usize],
@@ -431,7 +433,11 @@ fn row<X: Value, O: Value + 'static>(moe: MoeCase, h: u64, options: Options, cas
     let bytes = 8 * t * k + if options.x_sf { 4 * p } else { 0 } + maps.num_used() * h * x_bytes + t * h * out_bytes;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let place = Place::dense(h);
-        let data = Data::<X>::new(device, maps.clone(), place, "bench", |rng, i| rng.normal(i))?;
+        let rng = Rng::named("bench");
+        let weights = rng.fill((t * k) as usize, |rng, i| rng.unit(i));
+        let x_sf = rng.stream(1).fill(p as usize, |rng, i| rng.unit(i));
+        let mut data = Data::<X>::with_values(device, maps.clone(), Vec::new(), weights, x_sf, rng.unit(0))?;
+        data.x_buffer = inputs::of_normal(device, 0, p * h, X::round)?;
         let mut out = Output::<O>::new(device, t * h, 0)?;
         Ok(Box::new(move |stream| reduce_fused(stream, args(&data, &mut out, place, options)?)))
     };

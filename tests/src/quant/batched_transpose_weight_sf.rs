@@ -256,24 +256,26 @@ fn check_both_backends(ctx: &Ctx) -> Result<(), String> {
     ensure(results[0] == results[1], || format!("the backends differ; {name}"))
 }
 
-/// One matrix, a list as of a layer of experts, and many small weights.
+/// The peer's cases, one matrix, a list as of a layer of experts (`pair=True`: of `n` by `k` and of `k` by `n`), and many matrices.
 pub fn bench() -> Vec<Row> {
-    let row = |case: &str, shapes: Vec<Shape>| {
-        let words = |s: &Shape| s.groups.max(1) * 128 * (s.n * s.k.div_ceil(4) + s.k * s.n.div_ceil(4));
+    let row = |b: u64, case: &str, shapes: Vec<Shape>| {
+        let words = move |s: &Shape| s.groups.max(1) * b * (s.n * s.k.div_ceil(4) + s.k * s.n.div_ceil(4));
         let bytes = shapes.iter().map(|s| 4 * s.scales() + 4 * words(s)).sum();
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let mut list = List::new(device, &shapes, 128, false)?;
+            let mut list = List::new(device, &shapes, b, false)?;
             Ok(Box::new(move |stream| list.call(stream, false)))
         };
-        Row { op: "batched_transpose_weight_sf", case: format!("b=128,{case}"), bytes, build: Box::new(build) }
+        Row { op: "batched_transpose_weight_sf", case: format!("b={b},{case}"), bytes, build: Box::new(build) }
     };
     let experts = |groups| vec![Shape { groups, n: 56, k: 16 }, Shape { groups, n: 16, k: 56 }];
     vec![
-        row("weights=1 of 7168x2048", vec![matrix(56, 16)]),
-        row("weights=1 of 4096x7168", vec![matrix(32, 56)]),
-        row("weights=2 of 32x7168x2048", experts(32)),
-        row("weights=32 of 7168x2048", vec![matrix(56, 16); 32]),
-        row("weights=100 of 7168x2048", vec![matrix(56, 16); 100]),
+        row(128, "g=32,k=7168,n=2048", vec![Shape { groups: 32, n: 16, k: 56 }]),
+        row(32, "g=32,k=7168,n=2048", vec![Shape { groups: 32, n: 64, k: 224 }]),
+        row(128, "k=2048,n=7168", vec![matrix(56, 16)]),
+        row(128, "k=7168,n=4096", vec![matrix(32, 56)]),
+        row(128, "g=32,k=2048,n=7168,pair=True", experts(32)),
+        row(128, "k=2048,n=7168,weights=32", vec![matrix(56, 16); 32]),
+        row(128, "k=2048,n=7168,weights=100", vec![matrix(56, 16); 100]),
     ]
 }
 

@@ -9,6 +9,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
 use crate::support::golden::{self, Golden};
+use crate::support::inputs::{self, BLOCK};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::Format;
@@ -320,8 +321,11 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 fn row(from: DType, to: DType, (t, h): (u64, u64), stochastic: bool) -> Row {
     let rounding = if stochastic { ",rounding=stochastic" } else { "" };
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let x = Rng::named("cast benchmark").fill((t * h) as usize, |rng, i| encode(from, rng.normal(i)));
-        let mut tensors = Tensors::new(device, (from, 0), (to, 0), &[t, h], &x)?;
+        let mut tensors = Tensors::new(device, (from, 0), (to, 0), &[0, h], &[])?;
+        let block = Rng::named("cast benchmark").fill(BLOCK as usize, |rng, i| encode(from, rng.normal(i)));
+        tensors.x = inputs::repeated(device, &to_bytes(from, &block), t * h * from.size())?;
+        tensors.out = device.alloc((t * h * to.size()) as usize).map_err(text)?;
+        tensors.shape = vec![t, h];
         Ok(Box::new(move |stream| tensors.cast(stream, stochastic)))
     };
     Row {

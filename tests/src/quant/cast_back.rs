@@ -5,10 +5,11 @@ use crate::support::bench::Row;
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare::{Bits, equal};
 use crate::support::golden::{self, Case as GoldenCase, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::cast_back::{Args, PerTokenArgs, cast_back, cast_back_in_parts, per_token_cast_back};
-use ferrotile::quant::{Format, Sf, SfLayout};
+use ferrotile::quant::{Format, Sf, SfLayout, SfShape, sf_shape};
 use ferrotile::{Buffer, DType, Device, E4m3, Element, Stream, TensorMut, TensorRef};
 use half::bf16;
 use rayon::prelude::*;
@@ -606,17 +607,20 @@ fn row(case: String, format: Format, shape: (u64, u64), block: (u32, u32), layou
     let sf_bytes = layout.rows(p.rows()) * layout.columns(p.columns()) * layout.dtype().size();
     let bytes = shape.0 * (format.columns(shape.1) + shape.1 * out_size) + sf_bytes;
     let build = move |device: &Device, _: &Stream| {
-        let mut p = Problem::with_scales(format, shape, block, layout);
-        // Normal values, with the scale that a block of 128 of them has about.
-        let rng = Rng::named("cast_back bench");
-        let nibble = |v: f32| ferrotile::E2m1x2::from_f32s([v, 0.0]).0 & 15;
-        p.x = rng.fill((shape.0 * format.columns(shape.1)) as usize, |rng, i| match format {
-            Format::E4m3 => E4m3::from_f32(rng.normal(i) * 128.0).0,
-            Format::E2m1 => nibble(rng.normal(2 * i) * 2.0) | nibble(rng.normal(2 * i + 1) * 2.0) << 4,
-        });
-        p.scales.fill(if format == Format::E4m3 { 1.0 / 128.0 } else { 0.5 });
-        let x = Data::upload(device, &p, &p.x, 0, 0)?;
-        let sf = Scales::upload(device, &p, layout, 0)?;
+        let p = Problem { format, tokens: shape.0, hidden: shape.1, block, x: Vec::new(), scales: Vec::new() };
+        let shape = [p.tokens, format.columns(p.hidden)];
+        let buffer = match format {
+            Format::E4m3 => inputs::codes_e4m3(device, 0, shape[0] * shape[1])?,
+            Format::E2m1 => inputs::bytes(device, 0, shape[0] * shape[1])?,
+        };
+        let x = Data { buffer, shape, pitch: shape[1], offset: 0, dtype: format.dtype() };
+        let SfShape { shape, strides, elements, .. } = sf_shape(p.tokens, p.hidden, block, layout);
+        let buffer = if layout.is_e4m3() {
+            ScaleBuffer::E4m3(inputs::constant(device, E4m3::from_f32(2f32.powi(-7)), elements)?)
+        } else {
+            ScaleBuffer::Words(inputs::constant(device, inputs::scale_word(layout.is_packed()), elements)?)
+        };
+        let sf = Scales { buffer, shape, strides, layout };
         Ok(if out == "bf16" { launch::<bf16>(device, &p, x, sf, way)? } else { launch::<f32>(device, &p, x, sf, way)? })
     };
     Row { op: "cast_back", case, bytes, build: Box::new(build) }

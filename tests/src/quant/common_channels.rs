@@ -3,6 +3,7 @@
 use crate::support::cases::rows_apart;
 use crate::support::compare;
 use crate::support::golden::{Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{ensure, text};
 use ferrotile::quant::{Input, Sf, SfLayout, SfMut, SfShape, sf_shape};
@@ -272,6 +273,25 @@ impl Source {
             values.par_iter_mut().for_each(cut);
         }
         Self::plain(device, kind, (t, h), place, values)
+    }
+
+    /// Normal values for a benchmark; for pairs codes and scales as a cast of them has.
+    pub fn bench(device: &Device, kind: Kind, (t, h): (u64, u64)) -> Result<Self, String> {
+        let data = match kind {
+            Kind::Bf16 => Data::Bf16(inputs::normal_bf16(device, 0, t * h)?),
+            Kind::F32 => Data::F32(inputs::normal_f32(device, 0, t * h)?),
+            Kind::Pair(layout, npc) => {
+                // The largest of 128 is mostly between 2.2 and 3.4.
+                let codes = inputs::of_normal(device, 0, t * h, |v| E4m3(e4m3(v * 128.0)))?;
+                let shape = sf_shape(t, h, (1, npc), layout);
+                let words = Rng::new(1).fill(inputs::BLOCK as usize, |rng, i| {
+                    if layout.is_packed() { 0x7878_7878 } else { ((2.2 + 1.2 * rng.unit(i)) / 448.0).to_bits() }
+                });
+                let sf = inputs::repeated(device, &words, shape.elements)?;
+                Data::Pair(codes, shape, sf)
+            }
+        };
+        Ok(Self { kind, t, h, stride: h, offset: 0, values: Vec::new(), data })
     }
 
     /// A single row `t` times, all at the same address.

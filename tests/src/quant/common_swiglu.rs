@@ -2,6 +2,7 @@
 
 use crate::support::cases::MoeCase;
 use crate::support::device_math::{self, Function};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::text;
 use ferrotile::quant::{ExpertRows, RowWeights};
@@ -127,6 +128,20 @@ impl Input {
             })
             .collect();
         Self::with_weights(device, dtype, layout, hidden, (stride, width), values, (per_row, per_choice, choices))
+    }
+
+    /// For a benchmark: normal values, and weights from 0 to 1 by row.
+    pub fn bench(device: &Device, dtype: DType, layout: Layout, hidden: u64) -> Result<Self, String> {
+        let num_rows = layout.num_rows;
+        let none = (Vec::new(), Vec::new(), Vec::new());
+        let mut input = Self::with_weights(device, dtype, layout, hidden, (2 * hidden, 2 * hidden), Vec::new(), none)?;
+        let len = num_rows * 2 * hidden;
+        input.x = match dtype {
+            DType::Bf16 => Elements::Bf16(inputs::normal_bf16(device, 0, len)?),
+            _ => Elements::F32(inputs::normal_f32(device, 0, len)?),
+        };
+        input.buffers.per_row = inputs::uniform(device, 1, num_rows)?;
+        Ok(input)
     }
 
     /// The same with given weights: of rows, by choice, and the choice of each row.

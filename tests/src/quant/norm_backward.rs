@@ -340,8 +340,20 @@ pub fn bench() -> Vec<Row> {
         let residual_key = if residual { ",residual=True" } else { "" };
         let case = format!("h={h},input={input}{residual_key},t={t}");
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let p = Backward::new(dtype, (t, h), (residual, true, false), Some((DType::F32, true)));
-            let mut tensors = Tensors::new(device, &p, Gaps::default(), 0)?;
+            let like_x = |seed| Placed::normal(device, dtype, seed, &[t, h]);
+            let bytes = op::workspace_bytes(device, t, h);
+            let mut tensors = Tensors {
+                out_grad: like_x(0)?,
+                x: like_x(1)?,
+                weight: Some(Placed::normal(device, dtype, 2, &[h])?),
+                rstd: Placed::uniform(device, 3, t)?,
+                residual_out_grad: if residual { Some(like_x(4)?) } else { None },
+                x_grad: Placed::output(device, dtype, &[t, h], 0)?,
+                weight_grad: Some(Placed::normal(device, DType::F32, 5, &[h])?),
+                accumulate: true,
+                workspace: device.zeros(bytes as usize).map_err(text)?,
+                out_scale: 1.0,
+            };
             Ok(Box::new(move |stream| tensors.launch(stream)))
         };
         rows.push(Row { op: "norm_backward", case, bytes, build: Box::new(build) });
@@ -350,6 +362,7 @@ pub fn bench() -> Vec<Row> {
     row(DType::Bf16, 8064, 7168, true);
     row(DType::F32, 8064, 7168, false);
     row(DType::F32, 8064, 7168, true);
+    row(DType::Bf16, 8001, 4096, false);
     row(DType::Bf16, 8001, 2048, false);
     row(DType::Bf16, 8001, 576, false);
     row(DType::Bf16, 4001, 16384, false);

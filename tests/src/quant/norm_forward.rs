@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::norm_forward::{self as op, Args};
@@ -214,6 +215,24 @@ impl Placed {
         Ok(Self { elements, shape: shape.to_vec(), strides, offset: gaps.offset })
     }
 
+    /// A contiguous input of a benchmark: normal values.
+    pub(super) fn normal(device: &Device, dtype: DType, seed: u64, shape: &[u64]) -> Result<Self, String> {
+        let len = shape.iter().product();
+        let elements = if dtype == DType::Bf16 {
+            Elements::Bf16(inputs::normal_bf16(device, seed, len)?)
+        } else {
+            Elements::F32(inputs::normal_f32(device, seed, len)?)
+        };
+        let strides = (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect();
+        Ok(Self { elements, shape: shape.to_vec(), strides, offset: 0 })
+    }
+
+    /// The same of values from 0 to 1.
+    pub(super) fn uniform(device: &Device, seed: u64, len: u64) -> Result<Self, String> {
+        let elements = Elements::F32(inputs::uniform(device, seed, len)?);
+        Ok(Self { elements, shape: vec![len], strides: vec![1], offset: 0 })
+    }
+
     /// A contiguous output with a guard before and after.
     pub(super) fn output(device: &Device, dtype: DType, shape: &[u64], offset: u64) -> Result<Self, String> {
         let len = (shape.iter().product::<u64>() + offset + GUARD) as usize;
@@ -310,6 +329,25 @@ impl Inputs {
             weight: p.weight.as_ref().map(weight).transpose()?,
         })
     }
+}
+
+/// What a row of the benchmark calls with: a problem without values, and inputs of `[t, h]` on the device.
+pub(super) fn bench_inputs(
+    device: &Device,
+    dtype: DType,
+    (t, h): (u64, u64),
+    residual: bool,
+) -> Result<(Problem, Inputs), String> {
+    let like_x = |seed| Placed::normal(device, dtype, seed, &[t, h]);
+    let inputs = Inputs {
+        x: like_x(0)?,
+        residual: if residual { Some(like_x(1)?) } else { None },
+        weight: Some(Placed::normal(device, dtype, 2, &[h])?),
+    };
+    // Of no rows, made into one of `t` by its shape.
+    let mut p = Problem::new(dtype, &[0, h], (residual, true, false));
+    p.shape = vec![t, h];
+    Ok((p, inputs))
 }
 
 /// The outputs of a call.
@@ -573,11 +611,8 @@ pub fn bench() -> Vec<Row> {
         let input = if dtype == DType::Bf16 { "bf16" } else { "f32" };
         let case = format!("h={h},input={input},residual={},t={t}", if residual { "True" } else { "False" });
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let p = Problem::new(dtype, &[t, h], (residual, true, false));
-            let inputs = Inputs::new(device, &p, Gaps::default())?;
+            let (p, inputs) = bench_inputs(device, dtype, (t, h), residual)?;
             let mut outputs = Outputs::new(device, &p, 0, true)?;
-            // The values are on the device; what is left of the problem is its options.
-            let p = Problem { x: Vec::new(), residual: None, weight: None, ..p };
             Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs)))
         };
         rows.push(Row { op: "norm_forward", case, bytes, build: Box::new(build) });
@@ -586,6 +621,7 @@ pub fn bench() -> Vec<Row> {
         row(DType::Bf16, 8064, 7168, residual);
         row(DType::F32, 8064, 7168, residual);
     }
+    row(DType::Bf16, 8001, 4096, true);
     row(DType::Bf16, 8001, 2048, true);
     row(DType::Bf16, 4001, 16384, true);
     row(DType::Bf16, 262_144, 128, false);

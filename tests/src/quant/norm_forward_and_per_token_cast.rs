@@ -1,7 +1,8 @@
 //! norm_forward_and_per_token_cast: reference, cases, checks and benchmark.
 
 use super::norm_forward::{
-    DTYPES, FILL, GUARD, Gaps, Inputs, Outputs as NormOutputs, PARTS, Placed, Problem, golden_problem, maybe, same, small_shapes,
+    DTYPES, FILL, GUARD, Gaps, Inputs, Outputs as NormOutputs, PARTS, Placed, Problem, bench_inputs, golden_problem, maybe, same,
+    small_shapes,
 };
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
@@ -125,7 +126,7 @@ impl Outputs {
         let mega_moe_shape = [mega_moe_rows, if mega_moe_rows > 0 { h / 128 } else { 0 }];
         let optional = |dtype: DType, shape: &[u64]| Placed::output(device, dtype, shape, o.offset);
         let mut new = Self {
-            data: device.alloc((p.x.len() as u64 + o.offset + GUARD) as usize).map_err(text)?,
+            data: device.alloc((p.shape.iter().product::<u64>() + o.offset + GUARD) as usize).map_err(text)?,
             sf: device.alloc((batches * pitch + GUARD) as usize).map_err(text)?,
             sf_shape,
             sf_strides,
@@ -408,18 +409,15 @@ pub fn bench() -> Vec<Row> {
         case += if residual { "residual=True," } else { "" };
         case += match layout {
             SfLayout::RowMajorPacked => "",
-            SfLayout::ColMajorPacked => "sf=col_packed,",
-            _ => "sf=plain,",
+            SfLayout::ColMajorPacked => "sf=packed,",
+            _ => "sf=row,",
         };
         case += &format!("t={t}");
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let p = Problem::new(dtype, &[t, h], (residual, true, false));
-            let inputs = Inputs::new(device, &p, Gaps::default())?;
+            let (p, inputs) = bench_inputs(device, dtype, (t, h), residual)?;
             let o = Options::new(layout.is_packed(), layout);
             let mut outputs = Outputs::new(device, &p, o)?;
             outputs.out_bf16 = None;
-            // The values are on the device; what is left of the problem is its options.
-            let p = Problem { x: Vec::new(), residual: None, weight: None, ..p };
             Ok(Box::new(move |stream| outputs.launch(stream, &p, &inputs, o)))
         };
         rows.push(Row { op: "norm_forward_and_per_token_cast", case, bytes, build: Box::new(build) });
@@ -430,6 +428,7 @@ pub fn bench() -> Vec<Row> {
     row(DType::Bf16, 8064, 7168, SfLayout::RowMajor, false);
     row(DType::Bf16, 8064, 7168, packed, true);
     row(DType::F32, 8064, 7168, packed, false);
+    row(DType::Bf16, 8001, 4096, packed, false);
     row(DType::Bf16, 8001, 2048, packed, false);
     for t in [1, 16, 128] {
         row(DType::Bf16, t, 7168, packed, false);

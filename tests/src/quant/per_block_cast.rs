@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_block_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
@@ -286,22 +287,10 @@ impl Outputs {
     }
 
     fn cast(&mut self, stream: &Stream, x: TensorRef<'_>, block: Block, round_sf: bool) -> ferrotile::Result<()> {
-        self.cast_by(op::per_block_cast, stream, x, block, round_sf)
-    }
-
-    /// By one of the launchers that do the same.
-    fn cast_by(
-        &mut self,
-        launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()>,
-        stream: &Stream,
-        x: TensorRef<'_>,
-        block: Block,
-        round_sf: bool,
-    ) -> ferrotile::Result<()> {
         let out = self.data.tensor_mut(&self.shape)?.reinterpret(self.format.dtype())?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let sf = SfMut { tensor: sf, layout: self.layout };
-        launcher(stream, Args { x, block, round_sf, out, sf })
+        op::per_block_cast(stream, Args { x, block, round_sf, out, sf })
     }
 
     fn sf_only(&mut self, stream: &Stream, x: TensorRef<'_>, block: Block, round_sf: bool) -> ferrotile::Result<()> {
@@ -589,31 +578,22 @@ fn check_large_input(ctx: &Ctx) -> Result<(), String> {
 // The benchmark.
 
 /// One row: names as the peers', if they have the case.
-fn row(case: String, dtype: DType, shape: (u64, u64), format: Format, block: Block, layout: SfLayout) -> Row {
-    row_by(op::per_block_cast, case, dtype, shape, format, block, layout)
-}
-
-fn row_by(
-    launcher: impl Fn(&Stream, Args<'_>) -> ferrotile::Result<()> + Copy + 'static,
-    case: String,
-    dtype: DType,
-    (t, h): (u64, u64),
-    format: Format,
-    block: Block,
-    layout: SfLayout,
-) -> Row {
+fn row(case: String, dtype: DType, (t, h): (u64, u64), format: Format, block: Block, layout: SfLayout) -> Row {
     let sf = sf_shape(t, h, block, layout);
     let bytes = t * h * dtype.size() + t * format.columns(h) + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let name = format!("per_block_cast benchmark {dtype} {t} {h}");
-        let input = Input::new(device, dtype, (t, h), (h, 0), normal(dtype, (t * h) as usize, &name))?;
+        let buffer = match dtype {
+            DType::Bf16 => Elements::Bf16(inputs::normal_bf16(device, 0, t * h)?),
+            _ => Elements::F32(inputs::normal_f32(device, 0, t * h)?),
+        };
+        let input = Input { t, h, stride: h, offset: 0, values: Vec::new(), buffer };
         let mut out = Outputs::new(device, &input, format, block, layout)?;
         Ok(Box::new(move |stream| {
             let x = match &input.buffer {
                 Elements::Bf16(b) => b.tensor(&[t, h])?,
                 Elements::F32(b) => b.tensor(&[t, h])?,
             };
-            out.cast_by(launcher, stream, x, block, true)
+            out.cast(stream, x, block, true)
         }))
     };
     Row { op: "per_block_cast", case, bytes, build: Box::new(build) }

@@ -4,11 +4,12 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_block_cast_lossless::{self as op, Args};
 use ferrotile::quant::{Sf, SfLayout, SfMut, SfShape, sf_shape};
-use ferrotile::{Buffer, DType, Device, E4m3, Stream, Ue8m0x4};
+use ferrotile::{Buffer, DType, Device, E2m1x2, E4m3, Stream, Ue8m0x4};
 use rayon::prelude::*;
 
 /// What the `check` binary runs.
@@ -486,35 +487,56 @@ fn row(case: String, (t, h): (u64, u64), block: Block, layouts: [SfLayout; 2]) -
     let (x_sf, sf) = (sf_shape(t, h, (1, 32), layouts[0]), sf_shape(t, h, block, layouts[1]));
     let bytes = t * h / 2 + 4 * x_sf.shape[0] * x_sf.shape[1] + t * h + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let input = Input::new(device, (t, h), (0, 0), (1, 32), Kind::Normal)?;
-        let x_sf = input.sf(device, layouts[0], 0)?;
+        let mut input = Input::given(device, (0, h), (0, 0), (1, 32), Vec::new(), Vec::new())?;
+        let (codes, scales) = cast_of_normal(inputs::BLOCK as usize);
+        (input.t, input.x) = (t, inputs::repeated(device, &codes, t * h / 2)?);
+        let SfShape { shape, strides, elements, .. } = sf_shape(t, h, (1, 32), layouts[0]);
+        let word = |four: &[u32]| four.iter().rev().fold(0, |word, v| word << 8 | v >> 23);
+        let words = if layouts[0].is_packed() { scales.chunks(4).map(word).collect() } else { scales };
+        let x_sf = InputSf { layout: layouts[0], shape, strides, words: inputs::repeated(device, &words, elements)? };
         let mut out = Outputs::new(device, &input, block, layouts[1])?;
         Ok(Box::new(move |stream| out.cast(stream, &input, &x_sf, block, false)))
     };
     Row { op: "per_block_cast_lossless", case, bytes, build: Box::new(build) }
 }
 
+/// Pairs of codes and f32 bits of scales of `n` normal values, each 32 with a scale that is the least power of two at which none is
+/// beyond 6: what `per_token_cast` makes of them.
+fn cast_of_normal(n: usize) -> (Vec<u8>, Vec<u32>) {
+    let values = Rng::named("per_block_cast_lossless benchmark").normal_f32(n);
+    let scale = |group: &[f32]| {
+        let amax = group.iter().fold(0f32, |max, v| max.max(v.abs()));
+        (-20..20).map(|e| 2f32.powi(e)).find(|scale| amax <= 6.0 * scale).unwrap_or(1.0)
+    };
+    let codes = |group: &[f32]| {
+        let scale = scale(group);
+        let pairs = group.chunks(2).map(move |v| E2m1x2::from_f32s([v[0] / scale, v[1] / scale]).0);
+        pairs.collect::<Vec<_>>()
+    };
+    (values.par_chunks(32).flat_map_iter(codes).collect(), values.par_chunks(32).map(|group| scale(group).to_bits()).collect())
+}
+
 /// The peers' case, those of 1.0.0's own benchmark (8001 tokens), and small inputs.
 pub fn bench() -> Vec<Row> {
     let name = |layout| if layout == ROW { "row" } else { "packed" };
     let mut rows = vec![row("h=7168,input=e2m1,1x32,out=e4m3,128x128,t=8064".to_owned(), (8064, 7168), (128, 128), [ROW, ROW])];
-    for x in [ROW, PACKED] {
-        for out in [ROW, PACKED] {
-            for block in BLOCKS {
-                let case = format!(
-                    "h=7168,input=e2m1,1x32,input_sf={},out=e4m3,{}x{},sf={},t=8001",
-                    name(x),
-                    block.0,
-                    block.1,
-                    name(out)
-                );
-                rows.push(row(case, (8001, 7168), block, [x, out]));
+    let mut add = |(t, h): (u64, u64), (m, k): Block, [x, out]: [SfLayout; 2]| {
+        let (in_sf, out_sf) = (name(x), name(out));
+        let case = format!("h={h},in_sf={in_sf},input=e2m1,1x32,out=e4m3,{m}x{k},out_sf={out_sf},t={t}");
+        rows.push(row(case, (t, h), (m, k), [x, out]));
+    };
+    for block in BLOCKS {
+        for x in [ROW, PACKED] {
+            for out in [ROW, PACKED] {
+                add((8001, 7168), block, [x, out]);
+                if block != (32, 32) && x == out {
+                    add((8064, 7168), block, [x, out]);
+                }
             }
         }
     }
-    for (t, h, block) in [(4001, 2048, (1, 128)), (1, 7168, (128, 128)), (16, 7168, (128, 128)), (128, 7168, (128, 128))] {
-        let case = format!("h={h},input=e2m1,1x32,out=e4m3,{}x{},t={t}", block.0, block.1);
-        rows.push(row(case, (t, h), block, [ROW, ROW]));
+    for shape in [(4001, 2048), (1, 7168), (16, 7168), (128, 7168)] {
+        add(shape, (1, 128), [ROW, ROW]);
     }
     rows
 }

@@ -29,6 +29,22 @@ fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Out
     op::per_channel_cast(stream, Args { x: source.input()?, npt, round_sf, out, sf })
 }
 
+/// Tiles of bf16 input, channels and rows of a thread, by name: the usual ones and what may be better for few rows.
+const SHAPES: [(&str, (u32, usize)); 6] =
+    [("128x4", (128, 4)), ("64x2", (64, 2)), ("64x4", (64, 4)), ("32x1", (32, 1)), ("32x2", (32, 2)), ("32x4", (32, 4))];
+
+fn cast_by_shape(
+    stream: &Stream,
+    source: &Source,
+    npt: u32,
+    to: &mut Outputs,
+    shape: (u32, usize),
+    round_sf: bool,
+) -> ferrotile::Result<()> {
+    let (out, sf) = to.tensors()?;
+    op::with_shape(stream, Args { x: source.input()?, npt, round_sf, out, sf }, shape)
+}
+
 /// All options on one input; `place` is bytes before the data and elements between rows of scales.
 fn check_source(ctx: &Ctx, source: &Source, place: (u64, u64), bias: bool) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
@@ -52,6 +68,11 @@ fn check_source(ctx: &Ctx, source: &Source, place: (u64, u64), bias: bool) -> Re
             let mut out = outputs(&ctx.device, source, npt, layout, place)?;
             cast(&stream, source, npt, round, &mut out).map_err(text)?;
             out.check(&name, &expected.data, &words)?;
+            for (shape_name, shape) in SHAPES.into_iter().filter(|_| matches!(source.kind, Kind::Bf16)) {
+                let mut out = outputs(&ctx.device, source, npt, layout, place)?;
+                cast_by_shape(&stream, source, npt, &mut out, shape, round).map_err(text)?;
+                out.check(&format!("{name},shape={shape_name}"), &expected.data, &words)?;
+            }
             if npt == 128 && !round {
                 // Once more, over its own results.
                 cast(&stream, source, npt, round, &mut out).map_err(text)?;
@@ -229,37 +250,52 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): 
     let sf = Outputs::sf_shape((t, h), npt, layout, 0);
     let bytes = kind.bytes(t, h) + t * h + 4 * sf.shape[0] * sf.shape[1];
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::random(device, kind, (t, h), (h, 0), false)?;
+        let source = Source::bench(device, kind, (t, h))?;
         let mut to = outputs(device, &source, npt, layout, (0, 0))?;
         Ok(Box::new(move |stream| cast(stream, &source, npt, round, &mut to)))
     };
     Row { op: "per_channel_cast", case, bytes, build: Box::new(build) }
 }
 
-/// The peers' case, those of 1.0.0's own benchmark, the types of input that 2.1.0 has, and small inputs.
+fn shape_row(name: &str, shape: (u32, usize), t: u64) -> Row {
+    let (h, layout) = (7168, SfLayout::RowMajor);
+    let sf = Outputs::sf_shape((t, h), 128, layout, 0);
+    let bytes = Kind::Bf16.bytes(t, h) + t * h + 4 * sf.shape[0] * sf.shape[1];
+    let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
+        let source = Source::random(device, Kind::Bf16, (t, h), (h, 0), false)?;
+        let mut to = outputs(device, &source, 128, layout, (0, 0))?;
+        Ok(Box::new(move |stream| cast_by_shape(stream, &source, 128, &mut to, shape, true)))
+    };
+    Row { op: "per_channel_cast", case: format!("h={h},npt=128,t={t},variant={name}"), bytes, build: Box::new(build) }
+}
+
+/// The peers' cases, the same of other inputs, and small ones. Without `input` it is bf16, without `sf` scales are f32 by rows.
 pub fn bench() -> Vec<Row> {
-    let rounded = (true, SfLayout::RowMajor);
-    let mut rows = vec![row("h=7168,npt=128,t=8064".to_owned(), Kind::Bf16, (8064, 7168), 128, rounded)];
-    for (t, h) in [(8064, 7168), (4096, 2048)] {
-        let case = format!("h={h},npt=128,round_sf=false,t={t}");
+    let large = (8064, 7168);
+    let mut rows = Vec::new();
+    for (t, h) in [large, (4096, 2048)] {
+        let case = format!("h={h},npt=128,round=False,t={t}");
         rows.push(row(case, Kind::Bf16, (t, h), 128, (false, SfLayout::RowMajor)));
     }
-    let kinds = [
-        (Kind::Bf16, "bf16"),
-        (Kind::F32, "f32"),
-        (Kind::Pair(SfLayout::RowMajor, 128), "e4m3 1x128"),
-        (Kind::Pair(SfLayout::RowMajorPacked, 32), "e4m3 1x32 packed"),
+    let inputs = [
+        (Kind::Bf16, ""),
+        (Kind::F32, "input=f32,"),
+        (Kind::Pair(SfLayout::RowMajor, 128), "input=e4m3,1x128,"),
+        (Kind::Pair(SfLayout::RowMajor, 32), "input=e4m3,1x32,"),
+        (Kind::Pair(SfLayout::RowMajorPacked, 32), "in_sf=packed_row,input=e4m3,1x32,"),
     ];
-    for (kind, input) in kinds {
-        for npt in [32, 128] {
-            for (layout, sf) in [(SfLayout::RowMajor, "row"), (SfLayout::PerChannelPacked, "packed")] {
-                let case = format!("h=7168,input={input},npt={npt},sf={sf},t=8064");
-                rows.push(row(case, kind, (8064, 7168), npt, (true, layout)));
+    for (kind, input) in inputs {
+        for npt in [128, 32] {
+            for (layout, sf) in [(SfLayout::RowMajor, ""), (SfLayout::PerChannelPacked, "sf=packed,")] {
+                rows.push(row(format!("h=7168,{input}npt={npt},{sf}t=8064"), kind, large, npt, (true, layout)));
             }
         }
     }
     for t in [1, 16, 128] {
-        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, rounded));
+        rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, (true, SfLayout::RowMajor)));
+    }
+    for (name, shape) in SHAPES {
+        rows.extend([1, 16, 128].map(|t| shape_row(name, shape, t)));
     }
     rows
 }

@@ -295,7 +295,7 @@ fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>) -> Row {
     let indices = pos.as_ref().map_or(0, |pos| 4 * pos.len() as u64);
     let bytes = kind.bytes(t, h) + indices + t * h + 4 * t.div_ceil(128) * h;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::random(device, kind, (t, h), (h, 0), false)?;
+        let source = Source::bench(device, kind, (t, h))?;
         let rows = match &pos {
             None => Rows::all(t),
             Some(pos) => Rows::gathered(device, pos.clone())?,
@@ -309,17 +309,17 @@ fn row(case: String, kind: Kind, h: u64, routing: Option<MoeCase>) -> Row {
 /// The cases of 1.0.0's own benchmark: as many rows of input as of output, as there.
 pub fn bench() -> Vec<Row> {
     let mut rows = Vec::new();
-    let inputs = [(false, Kind::Bf16), (true, Kind::Pair(SfLayout::RowMajor, 128))];
+    let inputs = [("bf16", Kind::Bf16), ("e4m3,1x128", Kind::Pair(SfLayout::RowMajor, 128))];
     for h in [7168, 2048] {
-        for (back, kind) in inputs {
-            rows.push(row(format!("back={back},h={h},t=4096"), kind, h, None));
+        for (input, kind) in inputs {
+            rows.push(row(format!("h={h},input={input},npt=128,round=False,t=4096"), kind, h, None));
         }
     }
     let routings: Vec<_> = moe_bench_cases().into_iter().filter(|case| case.num_topk == 6).collect();
     for case in &routings {
-        for (back, kind) in inputs {
-            let MoeCase { num_send_tokens, num_topk, num_experts, num_ranks } = case;
-            let name = format!("back={back},e={num_experts},ep={num_ranks},h=7168,k={num_topk},send={num_send_tokens}");
+        for (input, kind) in inputs {
+            let MoeCase { num_send_tokens: send, num_topk: k, num_experts: e, num_ranks: ep } = case;
+            let name = format!("e={e},ep={ep},h=7168,input={input},k={k},npt=128,round=False,send={send}");
             rows.push(row(name, kind, 7168, Some(*case)));
         }
     }

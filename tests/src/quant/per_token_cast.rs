@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS, rows_apart};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_token_cast::{self as op, Args, PrecomputedArgs, SfOnlyArgs};
@@ -1165,13 +1166,25 @@ fn row_rounded(
     let x_columns = if input == DType::E2m1x2 { h / 2 } else { h };
     let bytes = t * x_columns * input.size() + x_sf + t * format.columns(h) + sf_bytes(sf_shape(t, h, (1, npc), layout));
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let name = format!("per_token_cast benchmark {t} {h}");
-        let source = match (block, Format::of(input)) {
-            (Some((block, layout)), Some(from)) => {
-                let values = normal(DType::Bf16, (t, h), &name);
-                Source::quantised(device, &values, from, block, layout, (x_columns, 0), "benchmark")?
-            }
-            _ => Source::plain(device, input, Reference::new(normal(input, (t, h), &name)), (h, 0), "benchmark")?,
+        let n = t * x_columns;
+        let elements = match input {
+            DType::Bf16 => Elements::Bf16(inputs::normal_bf16(device, 0, n)?),
+            DType::F32 => Elements::F32(inputs::normal_f32(device, 0, n)?),
+            DType::E4m3 => Elements::E4m3(inputs::of_normal(device, 0, n, |v| E4m3::from_f32(v * 128.0))?),
+            _ => Elements::E2m1(inputs::repeated(device, bytemuck::cast_slice(&Rng::new(0).bytes(inputs::BLOCK as usize)), n)?),
+        };
+        let scales = |(block, layout): ((u32, u32), SfLayout)| -> Result<_, String> {
+            let SfShape { shape, strides, elements, .. } = sf_shape(t, h, block, layout);
+            // 2^-7, four of them in a word but for f32.
+            let code = u32::from_ne_bytes([E4m3::from_f32(2f32.powi(-7)).0; 4]);
+            let word = if layout.is_e4m3() { code } else { inputs::scale_word(layout.is_packed()) };
+            Ok((Scales { words: inputs::constant(device, word, elements)?, shape, strides, layout }, block))
+        };
+        let source = Source {
+            rows: Rows { elements, shape: [t, x_columns], stride: x_columns, offset: 0 },
+            scales: block.map(scales).transpose()?,
+            reference: Reference::new(Values::plain(Vec::new(), h)),
+            kind: "benchmark",
         };
         let mut out = Outputs::new(device, (t, h), format, npc, layout)?;
         let round = !layout.is_e4m3();
@@ -1228,12 +1241,12 @@ pub fn bench() -> Vec<Row> {
     rows
 }
 
-/// e4m3 scales and stochastic rounding, which no published benchmark has.
+/// Other layouts of the scales, and stochastic rounding.
 fn bench_additions() -> Vec<Row> {
     let mut rows = Vec::new();
     let (shape, row_major, col_major) = ((8064, 7168), SfLayout::RowMajorE4m3, SfLayout::ColMajorE4m3);
     for (format, npc) in [(Format::E2m1, 16), (Format::E4m3, 32)] {
-        for (layout, sf) in [(row_major, "e4m3"), (col_major, "e4m3 col-major")] {
+        for (layout, sf) in [(row_major, "e4m3"), (col_major, "e4m3_col")] {
             let case = format!("fmt={format},h=7168,input=bf16,npc={npc},sf={sf},t=8064");
             rows.push(row(case, DType::Bf16, shape, format, npc, layout, None));
         }
@@ -1241,10 +1254,12 @@ fn bench_additions() -> Vec<Row> {
             let case = format!("fmt={format},h=7168,input={input},npc=32,rounding=stochastic,sf=packed,t=8064");
             rows.push(row_rounded(case, dtype, shape, format, 32, SfLayout::ColMajorPacked, None, true));
         }
-        let case = format!("fmt={format},h=7168,input=e2m1,1x16,e4m3,npc=32,sf=packed,t=8064");
+        let case = format!("fmt={format},h=7168,in_sf=e4m3,input=e2m1,1x16,npc=32,sf=packed,t=8064");
         let block = Some(((1, 16), row_major));
         rows.push(row_rounded(case, DType::E2m1x2, shape, format, 32, SfLayout::ColMajorPacked, block, false));
     }
+    let case = "fmt=e4m3,h=7168,input=bf16,npc=32,sf=packed_row,t=8064".to_owned();
+    rows.push(row(case, DType::Bf16, shape, Format::E4m3, 32, SfLayout::RowMajorPacked, None));
     rows
 }
 

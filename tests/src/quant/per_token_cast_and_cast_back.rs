@@ -5,6 +5,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::Format;
 use ferrotile::quant::per_token_cast_and_cast_back::{Args, per_token_cast_and_cast_back_in_parts};
@@ -264,32 +265,32 @@ fn check_large(ctx: &Ctx) -> Result<(), String> {
 fn row(case: String, dtype: DType, (t, h): (u64, u64), way: Way) -> Row {
     let way = Way { at: (h, 0), ..way };
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let values = normal(dtype, (t, h), "per_token_cast_and_cast_back benchmark").values;
         // Values that are quantised already take the same time.
         Ok(if dtype == DType::Bf16 {
-            let values: Vec<bf16> = values.par_iter().map(|v| bf16::from_f32(*v)).collect();
-            let mut x = device.upload(&values).map_err(text)?;
+            let mut x = inputs::normal_bf16(device, 0, t * h)?;
             Box::new(move |stream: &Stream| launch(stream, &mut x, [t, h], way))
         } else {
-            let mut x = device.upload(&values).map_err(text)?;
+            let mut x = inputs::normal_f32(device, 0, t * h)?;
             Box::new(move |stream: &Stream| launch(stream, &mut x, [t, h], way))
         })
     };
     Row { op: "per_token_cast_and_cast_back", case, bytes: 2 * t * h * dtype.size(), build: Box::new(build) }
 }
 
-/// The peer's case, other types and rules, and small inputs.
+/// The peer's cases, other types and rules, and small inputs. Without `input` it is bf16.
 pub fn bench() -> Vec<Row> {
-    let mut rows = vec![row("fmt=e4m3,h=7168,npc=32,t=8064".to_owned(), DType::Bf16, (8064, 7168), PLAIN)];
-    for (dtype, format, npc, rule) in [
-        (DType::Bf16, Format::E4m3, 128, Rule::Powers),
-        (DType::Bf16, Format::E4m3, 128, Rule::Exact),
-        (DType::Bf16, Format::E2m1, 32, Rule::Powers),
-        (DType::Bf16, Format::E2m1, 16, Rule::E4m3),
-        (DType::F32, Format::E4m3, 32, Rule::Powers),
+    let large = (8064, 7168);
+    let e2m1 = Way { format: Format::E2m1, ..PLAIN };
+    let mut rows = Vec::new();
+    for (case, dtype, way) in [
+        ("fmt=e4m3,h=7168,npc=32,t=8064", DType::Bf16, PLAIN),
+        ("fmt=e2m1,h=7168,npc=32,t=8064", DType::Bf16, e2m1),
+        ("fmt=e4m3,h=7168,npc=128,t=8064", DType::Bf16, Way { npc: 128, ..PLAIN }),
+        ("fmt=e4m3,h=7168,npc=128,round=False,t=8064", DType::Bf16, Way { npc: 128, rule: Rule::Exact, ..PLAIN }),
+        ("fmt=e2m1,h=7168,npc=16,sf=e4m3,t=8064", DType::Bf16, Way { npc: 16, rule: Rule::E4m3, ..e2m1 }),
+        ("fmt=e4m3,h=7168,input=f32,npc=32,t=8064", DType::F32, PLAIN),
     ] {
-        let case = format!("fmt={format},h=7168,input={dtype},npc={npc},sf={rule:?},t=8064");
-        rows.push(row(case, dtype, (8064, 7168), Way { format, npc, rule, ..PLAIN }));
+        rows.push(row(case.to_owned(), dtype, large, way));
     }
     for t in [1, 16, 128] {
         rows.push(row(format!("fmt=e4m3,h=7168,npc=32,t={t}"), DType::Bf16, (t, 7168), PLAIN));

@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, TOKENS};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::per_token_cast_to_e5m6::{self as op, Args};
@@ -450,7 +451,11 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
 fn row(case: String, dtype: DType, (t, h): (u64, u64), layout: SfLayout) -> Row {
     let bytes = t * h * dtype.size() + t * h / 2 * 3 + 4 * t;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let input = Input::new(device, dtype, (t, h), (0, 0), values(dtype, (t, h), Kind::Normal))?;
+        let buffer = match dtype {
+            DType::Bf16 => Elements::Bf16(inputs::normal_bf16(device, 0, t * h)?),
+            _ => Elements::F32(inputs::normal_f32(device, 0, t * h)?),
+        };
+        let input = Input { t, h, stride: h, offset: 0, values: Vec::new(), buffer };
         let mut out = Outputs::new(device, &input, layout, 0)?;
         Ok(Box::new(move |stream| out.cast(stream, &input, true)))
     };
@@ -470,7 +475,7 @@ pub fn bench() -> Vec<Row> {
         }
     }
     for (t, h) in [(4001, 2048), (1, 7168), (16, 7168), (128, 7168)] {
-        rows.push(row(format!("h={h},input=bf16,t={t}"), DType::Bf16, (t, h), plain));
+        rows.push(row(format!("h={h},input=bf16,sf=row,t={t}"), DType::Bf16, (t, h), plain));
     }
     rows
 }

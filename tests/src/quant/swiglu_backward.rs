@@ -5,6 +5,7 @@ use crate::support::cases::{Depth, MoeCase};
 use crate::support::compare;
 use crate::support::device_math::{self, Function};
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::swiglu_backward::{self as op, Args, WeightGrad};
@@ -358,6 +359,14 @@ impl Floats {
                 Self::Bf16(device.upload(&all).map_err(text)?)
             }
             _ => Self::F32(device.upload(&all).map_err(text)?),
+        })
+    }
+
+    /// Normal values for a benchmark.
+    pub fn normal(device: &Device, dtype: DType, seed: u64, len: u64) -> Result<Self, String> {
+        Ok(match dtype {
+            DType::Bf16 => Self::Bf16(inputs::normal_bf16(device, seed, len)?),
+            _ => Self::F32(inputs::normal_f32(device, seed, len)?),
         })
     }
 
@@ -910,16 +919,23 @@ pub(super) fn plain_layout(rows: u64) -> Layout {
 fn row(t: u64, h: u64, dtype: DType) -> Row {
     let options = Options { rows: RowsBy::All, weights: WeightsBy::PerRow(1.0), clamp: None, weight_grad: true, act_out: true };
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let problem = problem(plain_layout(t), h, dtype, "normal", "swiglu_backward benchmark");
-        let inputs = Inputs::new(device, &problem, dtype, (0, 0))?;
+        let problem = Problem::new(plain_layout(t), h, Vec::new(), Vec::new(), "swiglu_backward benchmark");
+        let inputs = Inputs {
+            hidden: h,
+            x: Floats::normal(device, dtype, 0, t * 2 * h)?,
+            grad: Floats::normal(device, dtype, 1, t * h)?,
+            apart: (0, 0),
+            routing: Routing::new(device, &problem)?,
+        };
         let mut outputs = Outputs::new(device, &inputs, &options, dtype)?;
         Ok(Box::new(move |stream| outputs.run(stream, &inputs, &options)))
     };
-    let case = format!("h={h},input={dtype},recompute=True,t={t},weights=True");
+    let fmt = if dtype == DType::Bf16 { "bf16" } else { "fp32" };
+    let case = format!("fmt={fmt},h={h},recompute=True,t={t},weights=True");
     Row { op: SUITE.op, case, bytes: t * h * 6 * dtype.size() + 8 * t, build: Box::new(build) }
 }
 
-/// No peer has a case of this op: the shape of the fused one, and small inputs.
+/// The peer's case, f32 and the largest hidden size, and small inputs.
 pub fn bench() -> Vec<Row> {
     let mut rows = vec![row(32768, 2048, DType::Bf16), row(16384, 2048, DType::F32), row(8192, 7168, DType::Bf16)];
     rows.extend([1, 16, 128].map(|t| row(t, 2048, DType::Bf16)));

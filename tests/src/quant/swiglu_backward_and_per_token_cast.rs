@@ -8,6 +8,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, MoeCase, rows_apart};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
+use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::swiglu_backward_and_per_token_cast::{self as op, Args};
@@ -491,14 +492,25 @@ fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
 
 // The benchmark.
 
-/// The values again and again, up to `len`.
-fn repeated<T: Copy>(values: &[T], len: u64) -> Vec<T> {
-    values.iter().copied().cycle().take(len as usize).collect()
+/// Rows of a benchmark: plain ones, or what rank 0 receives with experts from multiples of a number on.
+#[derive(Clone, Copy)]
+enum Tokens {
+    Plain(u64),
+    Moe(MoeCase, u32),
 }
 
-fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Options) -> Row {
+impl Tokens {
+    fn layout(self) -> Layout {
+        match self {
+            Tokens::Plain(t) => plain_layout(t),
+            Tokens::Moe(case, alignment) => Layout::new(&case, alignment),
+        }
+    }
+}
+
+fn row(case: String, tokens: Tokens, (h, npc): (u64, u64), options: Options) -> Row {
     let (rows, slots) = {
-        let layout = layout();
+        let layout = tokens.layout();
         (layout.rows(), layout.token_topk_to_pos.len() as u64)
     };
     let weights = match options.weights {
@@ -509,42 +521,50 @@ fn row(case: String, layout: fn() -> Layout, (h, npc): (u64, u64), options: Opti
     let bytes = rows * (12 * h + 16 * h / npc) + weights;
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let name = "swiglu_backward_and_per_token_cast benchmark";
-        // Some rows, over and over.
-        let (some, x) = problem(plain_layout(rows.min(256)), h, npc, DType::Bf16, "normal", name);
-        let problem = Problem::new(layout(), h, Vec::new(), repeated(&some.grad, rows * h), name);
-        let x = Quantised { codes: repeated(&x.codes, rows * 2 * h), sf: repeated(&x.sf, rows * 2 * h / npc) };
-        let inputs = Inputs::new(device, &problem, &x, npc, DType::Bf16, (0, 0))?;
+        let problem = Problem::new(tokens.layout(), h, Vec::new(), Vec::new(), name);
+        let inputs = Inputs {
+            hidden: h,
+            npc,
+            x: inputs::codes_e4m3(device, 0, rows * 2 * h)?,
+            x_sf: inputs::constant(device, 2f32.powi(-7), rows * 2 * h / npc)?,
+            grad: Floats::normal(device, DType::Bf16, 1, rows * h)?,
+            apart: (0, 0),
+            routing: Routing::new(device, &problem)?,
+        };
         let mut outputs = Outputs::new(device, &inputs, &options, SfLayout::RowMajor)?;
         Ok(Box::new(move |stream| outputs.run(stream, &inputs, &options, true)))
     };
     Row { op: SUITE.op, case, bytes, build: Box::new(build) }
 }
 
-/// The case of 2.1.0, cases of 1.0.0's own benchmark, and small inputs.
+/// The cases of 2.1.0, those of 1.0.0's own benchmark, and small inputs.
 pub fn bench() -> Vec<Row> {
-    let all = Options { rows: RowsBy::All, weights: WeightsBy::PerRow(1.0), clamp: None, weight_grad: true, act_out: true };
-    let peer = |t: u64| format!("h=2048,npc=128,recompute=True,t={t},weights=True");
-    let mut rows = vec![
-        row(peer(32768), || plain_layout(32768), (2048, 128), all),
-        row(peer(128), || plain_layout(128), (2048, 128), all),
-        row(peer(16), || plain_layout(16), (2048, 128), all),
-        row(peer(1), || plain_layout(1), (2048, 128), all),
-    ];
-    // 4001 tokens a rank; `e` counts the experts of a rank.
-    const SHAPES: [fn() -> Layout; 4] = [
-        || Layout::new(&MoeCase { num_send_tokens: 4001, num_topk: 8, num_experts: 9, num_ranks: 8 }, 32),
-        || Layout::new(&MoeCase { num_send_tokens: 4001, num_topk: 8, num_experts: 9, num_ranks: 8 }, 128),
-        || Layout::new(&MoeCase { num_send_tokens: 4001, num_topk: 8, num_experts: 32, num_ranks: 8 }, 128),
-        || Layout::new(&MoeCase { num_send_tokens: 4001, num_topk: 2, num_experts: 9, num_ranks: 8 }, 32),
-    ];
-    let moe = |e, h, k, npc, clamp: &str| format!("clamp={clamp},e={e},ep=8,h={h},k={k},npc={npc},t=4001");
-    rows.extend([
-        row(moe(9, 7168, 8, 32, "None"), SHAPES[0], (7168, 32), Options::v1(None)),
-        row(moe(9, 7168, 8, 32, "0.5"), SHAPES[0], (7168, 32), Options::v1(Some(0.5))),
-        row(moe(9, 7168, 8, 128, "None"), SHAPES[1], (7168, 128), Options::v1(None)),
-        row(moe(32, 7168, 8, 128, "0.5"), SHAPES[2], (7168, 128), Options::v1(Some(0.5))),
-        row(moe(9, 2048, 2, 32, "None"), SHAPES[3], (2048, 32), Options::v1(None)),
-    ]);
+    let mut rows = Vec::new();
+    let with = |clamp: Option<f32>| clamp.map_or(String::new(), |clamp| format!("clamp={clamp},"));
+    let mut plain = |t: u64, h: u64, npc: u64, clamp: Option<f32>| {
+        let options = Options { rows: RowsBy::All, weights: WeightsBy::PerRow(1.0), clamp, weight_grad: true, act_out: true };
+        let case = format!("{}h={h},npc={npc},recompute=True,t={t},weights=True", with(clamp));
+        rows.push(row(case, Tokens::Plain(t), (h, npc), options));
+    };
+    for t in [32768, 128, 16, 1] {
+        plain(t, 2048, 128, None);
+    }
+    for npc in [32, 128] {
+        plain(32768, 7168, npc, None);
+        plain(32768, 7168, npc, Some(0.5));
+    }
+    let mut moe = |e: u64, h: u64, k: u64, npc: u64, clamp: Option<f32>| {
+        let tokens = MoeCase { num_send_tokens: 4001, num_topk: k, num_experts: e, num_ranks: 8 };
+        let case = format!("{}e={e},ep=8,h={h},k={k},npc={npc},send=4001", with(clamp));
+        rows.push(row(case, Tokens::Moe(tokens, npc as u32), (h, npc), Options::v1(clamp)));
+    };
+    for npc in [32, 128] {
+        for e in [9, 32] {
+            moe(e, 7168, 8, npc, None);
+            moe(e, 7168, 8, npc, Some(0.5));
+        }
+    }
+    moe(9, 2048, 2, 32, None);
     rows
 }
 

@@ -340,9 +340,7 @@ fn row(case: String, dtype: DType, layout: fn(u64) -> Layout, (t, h): (u64, u64)
     };
     let bytes = used * h * (2 * dtype.size() + options.out.size());
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let name = format!("swiglu_forward benchmark {dtype} {t} {h}");
-        let values = normal(dtype, (t * 2 * h) as usize, &name);
-        let input = Input::new(device, dtype, layout(t), h, 2 * h, values, &name)?;
+        let input = Input::bench(device, dtype, layout(t), h)?;
         let mut outputs = Outputs::new(device, &input, options.out)?;
         Ok(Box::new(move |stream| outputs.run(stream, &input, options, 4)))
     };
@@ -359,11 +357,11 @@ fn sparse(t: u64) -> Layout {
     Layout::new(&[t / 16], 128, t - t / 16)
 }
 
-/// Shapes of models; the published benchmark has none of this op.
+/// The peer's cases, shapes of models, options, and small inputs. With a clamp what it does is counted too.
 pub fn bench() -> Vec<Row> {
     let plain = Options { rows: RowsKind::All, weights: WeightsKind::None, clamp: None, count: false, out: DType::Bf16 };
     let mut rows = Vec::new();
-    for (t, h) in [
+    let shapes = [
         (32768, 2048),
         (32768, 3072),
         (32768, 1280),
@@ -373,20 +371,22 @@ pub fn bench() -> Vec<Row> {
         (1, 2048),
         (16, 2048),
         (128, 2048),
-    ] {
-        rows.push(row(format!("h={h},input=bf16,out=bf16,t={t}"), DType::Bf16, dense, (t, h), plain));
+    ];
+    for (t, h) in shapes {
+        rows.push(row(format!("fmt=bf16,h={h},input=bf16,t={t}"), DType::Bf16, dense, (t, h), plain));
     }
     let shape = (32768, 2048);
     let f32_out = Options { out: DType::F32, ..plain };
-    rows.push(row("h=2048,input=f32,out=f32,t=32768".to_owned(), DType::F32, dense, shape, f32_out));
-    let clamp = Options { clamp: Some(10.0), ..plain };
-    rows.push(row("clamp=10,h=2048,input=bf16,out=bf16,t=32768".to_owned(), DType::Bf16, dense, shape, clamp));
-    let count = Options { clamp: Some(0.5), count: true, ..plain };
-    rows.push(row("clamp=0.5,count=true,h=2048,input=bf16,out=bf16,t=32768".to_owned(), DType::Bf16, dense, shape, count));
+    rows.push(row("fmt=fp32,h=2048,input=f32,t=32768".to_owned(), DType::F32, dense, shape, f32_out));
+    for clamp in [10.0, 0.5] {
+        let case = format!("clamp={clamp},fmt=bf16,h=2048,input=bf16,t=32768");
+        rows.push(row(case, DType::Bf16, dense, shape, Options { clamp: Some(clamp), count: true, ..plain }));
+    }
     let weights = Options { rows: RowsKind::Psum, weights: WeightsKind::PerRow(FACTOR), ..plain };
-    rows.push(row("h=2048,input=bf16,out=bf16,rows=psum,t=32768,weights=true".to_owned(), DType::Bf16, dense, shape, weights));
-    let name = "h=2048,input=bf16,out=bf16,rows=psum,t=32768,used=2048".to_owned();
-    rows.push(row(name, DType::Bf16, sparse, shape, Options { rows: RowsKind::Psum, ..plain }));
+    let case = "fmt=bf16,h=2048,input=bf16,psum=True,t=32768,weights=True";
+    rows.push(row(case.to_owned(), DType::Bf16, dense, shape, weights));
+    let case = "fmt=bf16,h=2048,input=bf16,psum=True,t=32768,used=2048";
+    rows.push(row(case.to_owned(), DType::Bf16, sparse, shape, Options { rows: RowsKind::Psum, ..plain }));
     rows
 }
 

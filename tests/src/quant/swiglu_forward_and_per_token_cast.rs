@@ -110,9 +110,6 @@ impl Options {
     }
 }
 
-/// One of the launchers that do the same.
-type Launcher = fn(&Stream, Args<'_>) -> ferrotile::Result<()>;
-
 /// Output buffers of one call. Counters start at 100.
 struct Outputs {
     shape: [u64; 2],
@@ -135,21 +132,10 @@ impl Outputs {
     }
 
     fn run(&mut self, stream: &Stream, input: &Input, options: Options, counters: u64) -> ferrotile::Result<()> {
-        self.run_by(op::swiglu_forward_and_per_token_cast, stream, input, options, counters)
-    }
-
-    fn run_by(
-        &mut self,
-        launcher: Launcher,
-        stream: &Stream,
-        input: &Input,
-        options: Options,
-        counters: u64,
-    ) -> ferrotile::Result<()> {
         let out = self.data.tensor_mut(&self.shape)?.reinterpret(DType::E4m3)?;
         let sf = self.sf.strided_mut(&self.sf_shape.shape, &self.sf_shape.strides, 0)?.reinterpret(self.sf_shape.dtype)?;
         let clamped_count = if options.count { Some(self.counts.strided_mut(&[counters], &[1], 0)?) } else { None };
-        launcher(
+        op::swiglu_forward_and_per_token_cast(
             stream,
             Args {
                 x: input.x()?,
@@ -226,7 +212,7 @@ fn check_input(ctx: &Ctx, input: &Input, all: &[Options], kind: &str) -> Result<
         outputs.check_counts(&name, sums, counters)?;
         if i % 8 == 0 {
             // Once more, over its own results; counters go on.
-            outputs.run_by(|s, args| op::with_steps(s, args, 3), &stream, input, options, counters).map_err(text)?;
+            outputs.run(&stream, input, options, counters).map_err(text)?;
             outputs.check(&name, input, options, &expected)?;
             sums = sums.map(|n| 2 * n);
             outputs.check_counts(&name, sums, counters)?;
@@ -548,107 +534,130 @@ fn check_large_output(ctx: &Ctx) -> Result<(), String> {
 
 // The benchmark.
 
-/// One row. Bytes are those of rows that hold tokens, scales included.
-fn row(launcher: Launcher, case: String, dtype: DType, layout: fn(u64) -> Layout, (t, h): (u64, u64), options: Options) -> Row {
+/// Which rows a row of the benchmark has.
+#[derive(Clone, Copy)]
+enum Tokens {
+    /// So many, all with tokens.
+    Dense(u64),
+    /// A sixteenth of so many with tokens.
+    Sparse(u64),
+    /// What rank 0 receives, experts from multiples of a number on.
+    Moe(MoeCase, u32),
+}
+
+impl Tokens {
+    fn layout(self) -> Layout {
+        match self {
+            Tokens::Dense(t) => Layout::new(&[t], 1, 0),
+            Tokens::Sparse(t) => Layout::new(&[t / 16], 128, t - t / 16),
+            Tokens::Moe(case, alignment) => Layout::of_moe(&case, alignment),
+        }
+    }
+}
+
+/// One row. Bytes are those of rows that hold tokens if the call says which do, scales included.
+fn row(case: String, dtype: DType, tokens: Tokens, h: u64, options: Options) -> Row {
+    let layout = tokens.layout();
     let used = match options.rows {
-        RowsKind::All => t,
-        _ => layout(t).pos_to_expert.iter().filter(|expert| **expert >= 0).count() as u64,
+        RowsKind::All => layout.num_rows,
+        _ => layout.pos_to_expert.iter().filter(|expert| **expert >= 0).count() as u64,
     };
     let npc = if options.npc == 0 { h } else { options.npc.into() };
     let bytes = used * (h * (2 * dtype.size() + 1) + 4 * options.sf.columns(h.div_ceil(npc)));
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let name = format!("swiglu_forward_and_per_token_cast benchmark {dtype} {t} {h}");
-        let values = normal(dtype, (t * 2 * h) as usize, &name);
-        let input = Input::new(device, dtype, layout(t), h, 2 * h, values, &name)?;
+        let input = Input::bench(device, dtype, tokens.layout(), h)?;
         let mut outputs = Outputs::new(device, &input, options)?;
-        Ok(Box::new(move |stream| outputs.run_by(launcher, stream, &input, options, 4)))
+        // 1.0.0, which alone says it by the experts of rows, has no counter of elements.
+        let counters = if options.rows == RowsKind::PosToExpert { 3 } else { 4 };
+        Ok(Box::new(move |stream| outputs.run(stream, &input, options, counters)))
     };
     Row { op: "swiglu_forward_and_per_token_cast", case, bytes, build: Box::new(build) }
 }
 
-/// All rows of a benchmark hold tokens.
-fn dense(t: u64) -> Layout {
-    Layout::new(&[t], 1, 0)
-}
+const PACKED: Options = Options {
+    rows: RowsKind::All,
+    weights: WeightsKind::None,
+    clamp: None,
+    count: false,
+    npc: 128,
+    sf: SfLayout::ColMajorPacked,
+    round: true,
+    amax_min: None,
+};
 
-/// A sixteenth of the rows hold tokens.
-fn sparse(t: u64) -> Layout {
-    Layout::new(&[t / 16], 128, t - t / 16)
-}
-
-/// One of the sizes of 1.0.0's own benchmark: rows of so many tokens with top-k 8, experts aligned to 16 rows.
-fn expanded(t: u64) -> Layout {
-    Layout::new(&vec![t / 32 - 7; 32], 16, t - 32 * (t / 32 - 7).next_multiple_of(16))
-}
-
-/// The peers' cases, sizes of 1.0.0's own benchmark, options, and small inputs.
+/// The peers' cases, options and small inputs. With a clamp what it does is counted too.
 pub fn bench() -> Vec<Row> {
-    let packed = Options {
-        rows: RowsKind::All,
-        weights: WeightsKind::None,
-        clamp: None,
-        count: false,
-        npc: 128,
-        sf: SfLayout::ColMajorPacked,
-        round: true,
-        amax_min: None,
-    };
-    let usual: Launcher = op::swiglu_forward_and_per_token_cast;
+    let mut rows = peers();
+    let (shape, clamped) = (Tokens::Dense(32768), |clamp| Options { clamp: Some(clamp), count: true, ..PACKED });
+    for h in [2048, 3072, 1024, 1280, 1536, 3584] {
+        rows.push(row(format!("h={h},npc=128,sf=packed,t=32768"), DType::Bf16, shape, h, PACKED));
+    }
+    let case = "clamp=10,h=2048,npc=128,sf=packed,t=32768".to_owned();
+    rows.push(row(case, DType::Bf16, shape, 2048, clamped(10.0)));
+    let psum = Options { rows: RowsKind::Psum, ..PACKED };
+    let case = "h=2048,npc=128,psum=True,sf=packed,t=32768,weights=True".to_owned();
+    let weights = Options { weights: WeightsKind::PerRow(FACTOR), ..psum };
+    rows.push(row(case, DType::Bf16, shape, 2048, weights));
+    let case = "h=2048,npc=128,psum=True,sf=packed,t=32768,used=2048".to_owned();
+    rows.push(row(case, DType::Bf16, Tokens::Sparse(32768), 2048, psum));
+    for t in [1, 16, 128] {
+        let case = format!("h=2048,npc=128,sf=packed,t={t}");
+        rows.push(row(case, DType::Bf16, Tokens::Dense(t), 2048, PACKED));
+    }
+    for h in [2048, 3584] {
+        let case = format!("clamp=0.5,h={h},npc=128,sf=packed,t=32768");
+        rows.push(row(case, DType::Bf16, shape, h, clamped(0.5)));
+        for (npc, sf, name) in [
+            (32, SfLayout::ColMajorPacked, "packed"),
+            (32, SfLayout::RowMajor, "row"),
+            (128, SfLayout::RowMajor, "row"),
+            (0, SfLayout::RowMajor, "row"),
+        ] {
+            let of = if npc == 0 { h } else { npc.into() };
+            let case = format!("h={h},npc={of},sf={name},t=32768");
+            rows.push(row(case, DType::Bf16, shape, h, Options { npc, sf, ..PACKED }));
+        }
+    }
+    let by_row = Options { npc: 0, sf: SfLayout::RowMajor, ..clamped(0.5) };
+    rows.push(row("clamp=0.5,h=2048,npc=2048,sf=row,t=32768".to_owned(), DType::Bf16, shape, 2048, by_row));
+    let plain = Options { round: false, sf: SfLayout::RowMajor, ..PACKED };
+    rows.push(row("h=2048,npc=128,round=False,sf=row,t=32768".to_owned(), DType::Bf16, shape, 2048, plain));
+    rows.push(row("h=2048,input=f32,npc=128,sf=packed,t=32768".to_owned(), DType::F32, shape, 2048, PACKED));
+    rows
+}
+
+/// Their cases of experts: rows as 1.0.0's own benchmark has them, with what it says about them, and as 2.1.0 says it.
+fn peers() -> Vec<Row> {
     let mut rows = Vec::new();
-    for (launcher, suffix) in [
-        (usual, ""),
-        ((|s, args| op::with_steps(s, args, 2)) as Launcher, ",variant=steps2"),
-        (|s, args| op::with_steps(s, args, 8), ",variant=steps8"),
-    ] {
-        for h in [2048, 3072, 1024, 1280, 1536, 3584] {
-            let case = format!("h={h},npc=128,sf=packed,t=32768{suffix}");
-            rows.push(row(launcher, case, DType::Bf16, dense, (32768, h), packed));
-        }
-        let clamp = Options { clamp: Some(10.0), ..packed };
-        let case = format!("clamp=10,h=2048,npc=128,sf=packed,t=32768{suffix}");
-        rows.push(row(launcher, case, DType::Bf16, dense, (32768, 2048), clamp));
-        let psum = Options { rows: RowsKind::Psum, weights: WeightsKind::PerRow(FACTOR), ..packed };
-        let case = format!("h=2048,npc=128,rows=psum,sf=packed,t=32768,weights=true{suffix}");
-        rows.push(row(launcher, case, DType::Bf16, dense, (32768, 2048), psum));
-        let case = format!("h=2048,npc=128,rows=psum,sf=packed,t=32768,used=2048{suffix}");
-        rows.push(row(launcher, case, DType::Bf16, sparse, (32768, 2048), Options { rows: RowsKind::Psum, ..packed }));
-        for t in [1, 16, 128] {
-            rows.push(row(launcher, format!("h=2048,npc=128,sf=packed,t={t}{suffix}"), DType::Bf16, dense, (t, 2048), packed));
-        }
-    }
-    for h in [1024, 1536, 2048, 3584] {
-        let by_expert = Options { rows: RowsKind::PosToExpert, ..packed };
-        let case = format!("h={h},npc=128,rows=expert,sf=packed,t=32768");
-        rows.push(row(usual, case, DType::Bf16, expanded, (32768, h), by_expert));
-    }
-    for (h, clamp) in [(1024, 0.5), (2048, 0.5), (3584, 0.5), (2048, 10.0)] {
-        let count = Options { clamp: Some(clamp), count: true, ..packed };
-        let case = format!("clamp={clamp},count=true,h={h},npc=128,sf=packed,t=32768");
-        rows.push(row(usual, case, DType::Bf16, dense, (32768, h), count));
-    }
-    for (npc, name, sf, sf_name) in [
-        (32, "32", SfLayout::ColMajorPacked, "packed"),
-        (32, "32", SfLayout::RowMajor, "row"),
-        (128, "128", SfLayout::RowMajor, "row"),
-        (0, "h", SfLayout::RowMajor, "row"),
-    ] {
-        for h in [2048, 3584] {
-            let case = format!("h={h},npc={name},sf={sf_name},t=32768");
-            rows.push(row(usual, case, DType::Bf16, dense, (32768, h), Options { npc, sf, ..packed }));
-        }
-    }
-    let by_row = Options { npc: 0, sf: SfLayout::RowMajor, clamp: Some(0.5), count: true, ..packed };
-    rows.push(row(
-        usual,
-        "clamp=0.5,count=true,h=2048,npc=h,sf=row,t=32768".to_owned(),
-        DType::Bf16,
-        dense,
-        (32768, 2048),
-        by_row,
-    ));
-    let plain = Options { round: false, sf: SfLayout::RowMajor, ..packed };
-    rows.push(row(usual, "h=2048,npc=128,round=false,sf=row,t=32768".to_owned(), DType::Bf16, dense, (32768, 2048), plain));
-    rows.push(row(usual, "h=2048,input=f32,npc=128,sf=packed,t=32768".to_owned(), DType::F32, dense, (32768, 2048), packed));
+    let mut add = |(e, ep, k): (u64, u64, u64), h: u64, mut o: Options, alignment: u32| {
+        o.count = o.clamp.is_some();
+        let clamp = o.clamp.map_or(String::new(), |c| format!("clamp={c},"));
+        let (masked, psum) = match o.rows {
+            RowsKind::All => ("", ""),
+            RowsKind::PosToExpert => ("pos_to_expert=True,", ""),
+            RowsKind::Psum => ("", "psum=True,"),
+        };
+        let weights = if o.weights == WeightsKind::None { "" } else { ",weights=True" };
+        let npc = o.npc;
+        let case = format!("{clamp}e={e},ep={ep},h={h},k={k},npc={npc},{masked}{psum}send=4001,sf=packed{weights}");
+        let moe = MoeCase { num_send_tokens: 4001, num_topk: k, num_experts: e, num_ranks: ep };
+        rows.push(row(case, DType::Bf16, Tokens::Moe(moe, alignment), h, o));
+    };
+    let masked = Options { rows: RowsKind::PosToExpert, ..PACKED };
+    let psum = Options { rows: RowsKind::Psum, ..PACKED };
+    let clamp = Some(0.5);
+    add((9, 8, 8), 1024, masked, 16);
+    add((9, 8, 8), 1536, Options { clamp, ..masked }, 16);
+    add((9, 8, 8), 3072, PACKED, 16);
+    add((32, 8, 8), 1024, Options { clamp, ..PACKED }, 16);
+    add((32, 8, 8), 2048, masked, 16);
+    add((32, 8, 8), 3584, Options { clamp, ..masked }, 16);
+    add((4, 64, 8), 1280, PACKED, 16);
+    add((4, 64, 8), 2048, Options { clamp, ..PACKED }, 16);
+    add((9, 8, 2), 2048, masked, 16);
+    add((32, 8, 8), 2048, psum, 128);
+    add((32, 8, 8), 2048, Options { npc: 32, weights: WeightsKind::PerRow(FACTOR), ..psum }, 128);
+    add((32, 8, 8), 3584, Options { clamp, ..psum }, 128);
     rows
 }
 

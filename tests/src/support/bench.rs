@@ -8,7 +8,7 @@ use super::bytes::gbs;
 use super::suite::{Filter, ptx_sha, text};
 use ferrotile::{BareLaunch, Buffer, Device, Event, LaunchWay, Stream};
 use serde::Serialize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Launches an op once on the stream.
 pub type Launch = Box<dyn FnMut(&Stream) -> ferrotile::Result<()>>;
@@ -49,12 +49,18 @@ pub struct Line {
     pub ptx_sha: Option<String>,
 }
 
+/// Rows that are several ops in one graph. They have no kernel of their own to launch for the first time.
+pub const LAYERS: &[&str] = &["moe_layer"];
+
 /// Times rows on one device.
 pub struct Bench {
     device: Device,
     stream: Stream,
+    /// The default stream, on which the peers are timed: a call on another one reads 0.1 us more.
+    timed: Stream,
     flush: Buffer<u8>,
     repeats: usize,
+    building: Duration,
 }
 
 /// Zeroed before every call; ten times an H100's L2.
@@ -66,7 +72,8 @@ impl Bench {
     pub fn new(device: &Device) -> Result<Self, String> {
         let (flush, repeats) = if device.is_emulator() { (0, 3) } else { (FLUSH_BYTES, REPEATS) };
         let stream = device.stream().map_err(text)?;
-        Ok(Self { device: *device, stream, flush: device.alloc(flush).map_err(text)?, repeats })
+        let timed = device.default_stream();
+        Ok(Self { device: *device, stream, timed, flush: device.alloc(flush).map_err(text)?, repeats, building: Duration::ZERO })
     }
 
     fn line(&self, op: &str, case: &str, bytes: u64, mut times: Vec<f64>) -> Line {
@@ -87,19 +94,21 @@ impl Bench {
 
     /// Times of the calls of `launch`, each with a cold L2.
     fn measure(&mut self, launch: &mut dyn FnMut(&Stream) -> ferrotile::Result<()>) -> ferrotile::Result<Vec<f64>> {
-        for _ in 0..2 {
-            launch(&self.stream)?;
-        }
+        // What the row was built from.
         self.stream.synchronize()?;
+        for _ in 0..2 {
+            launch(&self.timed)?;
+        }
+        self.timed.synchronize()?;
         let (start, end) = (Event::new(&self.device)?, Event::new(&self.device)?);
         let mut times = Vec::with_capacity(self.repeats);
         for _ in 0..self.repeats {
             let len = self.flush.len() as u64;
-            self.stream.memset_zero(&mut self.flush.tensor_mut(&[len])?)?;
-            start.record(&self.stream)?;
-            launch(&self.stream)?;
-            end.record(&self.stream)?;
-            self.stream.synchronize()?;
+            self.timed.memset_zero(&mut self.flush.tensor_mut(&[len])?)?;
+            start.record(&self.timed)?;
+            launch(&self.timed)?;
+            end.record(&self.timed)?;
+            self.timed.synchronize()?;
             times.push(end.elapsed_us_since(&start)?);
         }
         Ok(times)
@@ -125,24 +134,41 @@ impl Bench {
         Ok(lines)
     }
 
+    /// What rows took so far to be built: the inputs, mostly.
+    pub fn building(&self) -> Duration {
+        self.building
+    }
+
+    /// Allocate and fill the tensors of a row.
+    pub fn build(&mut self, row: &Row) -> Result<Launch, String> {
+        let start = Instant::now();
+        let launch = (row.build)(&self.device, &self.stream)?;
+        self.stream.synchronize().map_err(text)?;
+        self.building += start.elapsed();
+        Ok(launch)
+    }
+
     /// Time one row.
     pub fn row(&mut self, row: &Row) -> Result<Line, String> {
-        let mut launch = (row.build)(&self.device, &self.stream)?;
+        let mut launch = self.build(row)?;
         let times = self.measure(&mut launch).map_err(text)?;
         Ok(self.line(row.op, &row.case, row.bytes, times))
     }
 
     /// The first launch of an op in this process, driver JIT included. Then the host time of a launch through the launcher, of the bare
-    /// driver call with the same arguments, and the difference: the launcher's own share.
-    pub fn first_launch(&mut self, row: &Row) -> Result<Vec<Line>, String> {
-        let mut launch = (row.build)(&self.device, &self.stream)?;
-        self.stream.synchronize().map_err(text)?;
+    /// driver call with the same arguments, and the difference: the launcher's own share. For these `small`, a row that keeps the device
+    /// busy for less time: twenty thousand launches a row are most of what a run takes otherwise.
+    pub fn first_launch(&mut self, row: &Row, small: &Row) -> Result<Vec<Line>, String> {
+        let mut launch = self.build(row)?;
         let start = Instant::now();
         launch(&self.stream).map_err(text)?;
         let submitted = start.elapsed().as_secs_f64() * 1e6;
         self.stream.synchronize().map_err(text)?;
         let case = format!("op={}", row.op);
         let mut lines = vec![self.line("first_launch", &case, 0, vec![submitted])];
+        launch = self.build(small)?;
+        launch(&self.stream).map_err(text)?;
+        self.stream.synchronize().map_err(text)?;
         if self.device.is_emulator() {
             let times = (0..self.repeats).map(|_| self.burst(1, &mut launch)).collect::<Result<_, _>>()?;
             lines.push(self.line("host_time_of_a_launch", &case, 0, times));

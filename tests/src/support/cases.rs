@@ -1,6 +1,8 @@
 //! Case lists of the specifications, as data.
 
 use super::rng::Rng;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 /// How much to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +50,7 @@ pub fn shapes(depth: Depth, alignment: u64, divisor: u64) -> Vec<(u64, u64)> {
 }
 
 /// One row of the MoE grid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MoeCase {
     /// Tokens each rank sends.
     pub num_send_tokens: u64,
@@ -107,8 +109,14 @@ impl MoeCase {
 
     /// What rank 0 receives: slot indices of shape (num_tokens, num_topk), row-major. Each of the `num_send_tokens * num_ranks`
     /// tokens picks `num_topk` different experts out of all ranks' at random; experts of other ranks become -1, and tokens with no
-    /// expert here are dropped.
+    /// expert here are dropped. Drawn once.
     pub fn topk_idx(&self) -> Vec<i64> {
+        static DRAWN: Mutex<Option<HashMap<MoeCase, Vec<i64>>>> = Mutex::new(None);
+        let mut drawn = DRAWN.lock().unwrap_or_else(PoisonError::into_inner);
+        drawn.get_or_insert_default().entry(*self).or_insert_with(|| self.draw()).clone()
+    }
+
+    fn draw(&self) -> Vec<i64> {
         let rng = Rng::named(&self.name());
         let total = self.num_experts * self.num_ranks;
         assert!(self.num_topk <= total, "{}: more slots than experts", self.name());

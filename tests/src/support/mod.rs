@@ -6,5 +6,6 @@ pub mod cases;
 pub mod compare;
 pub mod device_math;
 pub mod golden;
+pub mod inputs;
 pub mod rng;
 pub mod suite;

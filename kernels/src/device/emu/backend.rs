@@ -630,6 +630,10 @@ pub fn min_nan(a: f32, b: f32) -> f32 {
 pub fn saturate(v: f32) -> f32 {
     if v > 0.0 { v.min(1.0) } else { 0.0 }
 }
+pub fn multiply_wide(a: u32, b: u32) -> [u32; 2] {
+    let product = a as u64 * b as u64;
+    [product as u32, (product >> 32) as u32]
+}
 pub fn sqrt(v: f32) -> f32 {
     v.sqrt()
 }

@@ -1,0 +1,3 @@
+//! Transforms of activations in place.
+
+pub mod apply_rotary;

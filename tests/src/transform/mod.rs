@@ -1,0 +1,3 @@
+//! Transforms in place.
+
+pub mod apply_rotary;
