@@ -2,8 +2,8 @@
 //!
 //! In    logits f32 `[t, e]`, bias f32 `[e]`; optional mask, fixed routing, map of physical experts
 //! Out   idx i64 `[t, k + s]`, weights f32 `[t, k + s]`, optional logical indices i64 `[t, k]`
-//! Exact indices, given the scores: ties lower index first. Scores within 2.7 ulp (softmax: relative (20 + max - x) / 2^24), added in slot order; the same bits
-//!       on GPU and emulator and whatever the launch.
+//! Exact indices, given the scores: ties lower index first. Scores within 2.7 ulp (softmax: relative (20 + max - x) / 2^24), added in slot
+//!       order; the same bits on GPU and emulator and whatever the launch.
 //! Map   one warp per token. Logits and bias are copied to shared memory, so that any `e` is loaded at once; scores and ranking keys stay
 //!       there; groups are ranked by some lanes each; `select` of `common_gate` finds the experts; then a lane is a slot.
 //! Cost  4·t·e bytes read and 12·t·(k + s) written, far from the limit: a chain of about 2 memory latencies and 1500 cycles.
@@ -65,9 +65,8 @@ kernel! {
     op = top2_sum_gate;
     threads = 256;
     /// `has` are flags of this module. `groups` is 0 without groups, of which `kept` are kept, each of `of_group` experts and ranked by
-    /// `1 << log_lanes` lanes. A rank of the other kind has `rank_experts` physical
-    /// experts (`rank_magic` and so on are a [`Divisor`]), and `tp_rank` of `tp_ranks` takes every `tp_ranks`th such rank. `map_lines` and `count_lines` of 128
-    /// bytes of the tables are asked for ahead.
+    /// `1 << log_lanes` lanes. A parallel rank has `rank_experts` physical experts (`rank_magic` and so on are a [`Divisor`]), and `tp_rank`
+    /// of `tp_ranks` takes every `tp_ranks`th such rank. `map_lines` and `count_lines` of 128 bytes of the tables are asked for ahead.
     pub fn gate[const SCORING: u32](
         logits: In<f32>, bias: In<f32>, mask: In<u8>, fixed: In<u8>, map: In<i32>, logical_count: In<i32>,
         unmapped: Out<i64>, idx: Out<i64>, weights: Out<f32>, unmapped_stride: u64, t: u32, e: u32, k: u32, s: u32, has: u32,
