@@ -95,7 +95,7 @@ pub fn exp_nonpositive(v: f32) -> f32 {
     let r = fma(n, 1.904_654_2e-9, r);
     // (e^r - 1 - r) / r^2 interpolated on |r| <= ln(2) / 2; relative error of the whole 8e-9.
     let p = fma(0.001_392_845_1, r, 0.008_364_993);
-    let p = fma(p, r, 0.041_666_541);
+    let p = fma(p, r, 0.041_666_54);
     let p = fma(p, r, 0.166_665_66);
     let p = fma(p, r, 0.5);
     let p = fma(fma(p, r, 1.0), r, 1.0);
