@@ -6,7 +6,7 @@ use crate::{DType, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::In;
 use ferrotile_kernels::moe::reduce_fused as kernels;
 use ferrotile_kernels::quant::common::Divisor;
-use kernels::{MAX_ITEMS, rows};
+use kernels::{MAX_ITEMS, chunks, rows};
 
 const OP: &str = "reduce_fused";
 
@@ -74,42 +74,97 @@ pub struct Args<'a> {
 /// [`Error::Value`] for more than 2^31 - 1 tokens, choices of a token, rows or columns, or rows of `x` 4 GiB or more apart;
 /// [`Error::Overlap`] of `out` with another tensor, [`Error::DeviceMismatch`], [`Error::Driver`]. `out` is untouched then.
 pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
+    launch(stream, args, true)
+}
+
+/// [`reduce_fused`] by the kernel for short rows, to measure what the other one gains.
+#[doc(hidden)]
+pub fn reduce_fused_by_vectors(stream: &Stream, args: Args<'_>) -> Result<()> {
+    launch(stream, args, false)
+}
+
+fn launch(stream: &Stream, args: Args<'_>, may_chunk: bool) -> Result<()> {
     let plan = check(stream, &args)?;
     let Args { x, x_sf, topk_weights, token_topk_to_pos, sf, out } = &args;
     if out.is_empty() {
         return Ok(());
     }
-    let entry = entry(x.dtype(), out.dtype(), plan.values > 1);
+    let x_dtype = x.dtype();
     let row_items = plan.hidden / plan.values;
-    let divisor = Divisor::new(row_items);
+    let by_chunks = may_chunk && plan.values > 1 && kernels::fills_chunks(row_items);
+    let row_chunks = row_items.div_ceil(kernels::CHUNK);
+    let divisor = Divisor::new(if by_chunks { row_chunks } else { row_items });
     let pointer = |tensor: &Option<TensorRef<'_>>| tensor.as_ref().map_or(In::null(), |tensor| tensor.input::<f32>());
     let has = |tensor: &Option<TensorRef<'_>>, bit: u32| (tensor.is_some() as u32) << bit;
     let most = (MAX_ITEMS / row_items as u64) as u32;
     for first in (0..plan.t).step_by(most as usize) {
-        let num_items = (plan.t - first).min(most) * row_items;
+        let num_tokens = (plan.t - first).min(most);
         let choices = first as u64 * plan.k as u64;
-        let values = rows::Args {
-            x: x.input(),
-            x_sf: pointer(x_sf),
-            topk_weights: pointer(topk_weights).at(choices),
-            token_topk_to_pos: token_topk_to_pos.input::<i32>().at(choices),
-            sf: pointer(sf),
-            out: out.output::<u8>().at(first as u64 * plan.hidden as u64 * out.dtype().size()),
-            k: plan.k,
-            num_rows: plan.p,
-            x_row: plan.x_row,
-            num_items,
-            row_items,
-            magic: divisor.magic,
-            shift: divisor.shift,
-            has: has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2),
-        };
-        stream.launch(OP, entry, &kernels::config(num_items), &values)?;
+        let x = x.input();
+        let x_sf_values = pointer(x_sf);
+        let weights = pointer(topk_weights).at(choices);
+        let token_topk_to_pos = token_topk_to_pos.input::<i32>().at(choices);
+        let to = out.output::<u8>().at(first as u64 * plan.hidden as u64 * out.dtype().size());
+        let has = has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2);
+        if by_chunks {
+            let num_chunks = num_tokens * row_chunks;
+            let values = chunks::Args {
+                x,
+                x_sf: x_sf_values,
+                topk_weights: weights,
+                token_topk_to_pos,
+                sf: pointer(sf),
+                out: to,
+                k: plan.k,
+                num_rows: plan.p,
+                x_row: plan.x_row,
+                num_chunks,
+                row_chunks,
+                row_vectors: row_items,
+                magic: divisor.magic,
+                shift: divisor.shift,
+                has,
+            };
+            stream.launch(OP, chunks_entry(x_dtype, out.dtype()), &kernels::chunk_config(num_chunks), &values)?;
+        } else {
+            let num_items = num_tokens * row_items;
+            let values = rows::Args {
+                x,
+                x_sf: x_sf_values,
+                topk_weights: weights,
+                token_topk_to_pos,
+                sf: pointer(sf),
+                out: to,
+                k: plan.k,
+                num_rows: plan.p,
+                x_row: plan.x_row,
+                num_items,
+                row_items,
+                magic: divisor.magic,
+                shift: divisor.shift,
+                has,
+            };
+            stream.launch(OP, rows_entry(x_dtype, out.dtype(), plan.values > 1), &kernels::config(num_items), &values)?;
+        }
     }
     Ok(())
 }
 
-fn entry(x: DType, out: DType, wide: bool) -> &'static ferrotile_kernels::entry::Entry<rows::Args> {
+fn chunks_entry(x: DType, out: DType) -> &'static ferrotile_kernels::entry::Entry<chunks::Args> {
+    match (x, out) {
+        (DType::F32, DType::F32) => &chunks::f32_f32,
+        (DType::F32, DType::Bf16) => &chunks::f32_bf16,
+        (DType::F32, _) => &chunks::f32_e4m3,
+        (DType::Bf16, DType::F32) => &chunks::bf16_f32,
+        (DType::Bf16, DType::Bf16) => &chunks::bf16_bf16,
+        (DType::Bf16, _) => &chunks::bf16_e4m3,
+        (_, DType::F32) => &chunks::e4m3_f32,
+        (_, DType::Bf16) => &chunks::e4m3_bf16,
+        (_, _) => &chunks::e4m3_e4m3,
+    }
+}
+
+fn rows_entry(x: DType, out: DType, wide: bool) -> &'static ferrotile_kernels::entry::Entry<rows::Args> {
     match (x, out, wide) {
         (DType::F32, DType::F32, true) => &rows::f32_f32,
         (DType::F32, DType::Bf16, true) => &rows::f32_bf16,

@@ -3,8 +3,9 @@
 //! In    x f32, bf16 or e4m3 [p, h]; x_sf f32 \[p\]; topk_weights f32 [t, k]; token_topk_to_pos i32 [t, k]; sf f32 \[1\]
 //! Out   out f32, bf16 or e4m3 [t, h]
 //! Exact `acc = fma(x\[p\], topk_weights * x_sf\[p\], acc)` from 0 on in ascending order of the choices, `acc * sf`, then to nearest even.
-//! Map   one thread per 8 columns of a token (4 where a tensor is f32; 1 where alignment wants it). It finds the choices that have a
-//!       row, mostly one or two of `k`, and loads the rows of two of them at a time.
+//! Map   one warp per chunk of a token: 4 vectors of 8 columns a lane (of 4 where a tensor is f32), a warp's width apart. Its lanes read
+//!       a choice each; then it walks those that have a row, mostly one or two of `k`, and loads the rows of two of them at a time.
+//!       Rows that are short or don't fill their chunks: one thread per vector, or per column where alignment wants it.
 //! Cost  a row of x read for each choice that has one, out written once; 2 to 3 instructions a byte: memory bound.
 
 use super::common_expanded::{CHOICES, has_row, load_choices};
@@ -12,8 +13,14 @@ use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};
 
-/// Threads of a block.
+/// Threads of a block of [`rows`](fn@rows).
 pub const THREADS: u32 = 256;
+/// Threads of a block of [`chunks`](fn@chunks).
+pub const CHUNK_THREADS: u32 = 128;
+/// Vectors of a lane of [`chunks`](fn@chunks).
+pub const VECTORS: usize = 4;
+/// Vectors of a chunk.
+pub const CHUNK: u32 = 32 * VECTORS as u32;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
 
@@ -25,6 +32,16 @@ pub const fn values(x_bytes: u64, out_bytes: u64) -> u32 {
 /// Grid and block for a number of items.
 pub const fn config(num_items: u32) -> LaunchConfig {
     LaunchConfig::new(ceil_div(num_items, THREADS), THREADS)
+}
+
+/// Grid and block for a number of chunks.
+pub const fn chunk_config(num_chunks: u32) -> LaunchConfig {
+    LaunchConfig::new(ceil_div(num_chunks, CHUNK_THREADS / 32), CHUNK_THREADS)
+}
+
+/// Whether rows of `vectors` vectors leave at most a quarter of their chunks empty.
+pub const fn fills_chunks(vectors: u32) -> bool {
+    vectors as u64 * 4 >= ceil_div(vectors, CHUNK) as u64 * CHUNK as u64 * 3
 }
 
 /// An element type of rows. `N` neighbouring values are aligned to all of them; `N` is 1, 4 or 8.
@@ -247,5 +264,98 @@ kernel! {
         f32_f32_narrow[F32, F32, 1], f32_bf16_narrow[F32, Bf16, 1], f32_e4m3_narrow[F32, E4m3, 1],
         bf16_f32_narrow[Bf16, F32, 1], bf16_bf16_narrow[Bf16, Bf16, 1], bf16_e4m3_narrow[Bf16, E4m3, 1],
         e4m3_f32_narrow[E4m3, F32, 1], e4m3_bf16_narrow[E4m3, Bf16, 1], e4m3_e4m3_narrow[E4m3, E4m3, 1],
+    }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 5;
+    /// A thread of [`rows`](fn@rows) waits for its choices as long as for its one vector; here four vectors share that wait, and twice as
+    /// many bytes are on their way.
+    ///
+    /// A row is `row_vectors` vectors of `N` values and `row_chunks` chunks; `x_row` counts bytes. The magic number divides by
+    /// `row_chunks`. `has` as for [`rows`](fn@rows).
+    pub fn chunks[X: Element, O: Element, const N: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, has: u32,
+    ) {
+        let chunk = block_idx_x() * (CHUNK_THREADS / 32) + warp_id();
+        if chunk >= num_chunks {
+            return;
+        }
+        let token = Divisor { magic, shift }.divide(chunk);
+        let start = (chunk - token * row_chunks) * CHUNK + lane_id();
+        let choices = token as u64 * k as u64;
+        let positions = token_topk_to_pos.at(choices);
+        let topk_weights = topk_weights.at(choices);
+
+        let load = |row: u32| -> [[u32; 4]; VECTORS] {
+            let x = x.at(row as u64 * x_row as u64);
+            let mut held = [[0; 4]; VECTORS];
+            unroll!(v in VECTORS {
+                // Lanes beyond the end load the last vector: no branch stands between the loads.
+                let vector = Ord::min(start + 32 * v as u32, row_vectors - 1);
+                held[v] = X::load::<N>(x.at(vector as u64 * (N as u32 * X::BYTES) as u64));
+            });
+            held
+        };
+        let mut acc = [[0.0; 8]; VECTORS];
+        let mut first = 0;
+        while first < k {
+            rolled();
+            let choice = first + lane_id();
+            let (mut row, mut weight, mut row_sf) = (-1, 1.0, 1.0);
+            if choice < k {
+                row = positions.get(choice);
+                if has & 1 != 0 {
+                    weight = topk_weights.get(choice);
+                }
+            }
+            let used = has_row(row, num_rows);
+            if has & 2 != 0 && used {
+                row_sf = x_sf.get(row as u32);
+            }
+            let row = row as u32;
+            // Weights and factors are multiplied only behind the loads, which would wait for both otherwise. Products with 1 change nothing.
+            let factor = |lane| warp_shuffle(weight, lane) * warp_shuffle(row_sf, lane);
+            let mut rest = warp_ballot(used);
+            while rest != 0 {
+                rolled();
+                let lane = rest.trailing_zeros();
+                rest &= rest - 1;
+                if rest == 0 {
+                    let held = load(warp_shuffle(row, lane));
+                    let factor = factor(lane);
+                    unroll!(v in VECTORS { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
+                } else {
+                    let next_lane = rest.trailing_zeros();
+                    rest &= rest - 1;
+                    let (row, next_row) = (warp_shuffle(row, lane), warp_shuffle(row, next_lane));
+                    let (held, next) = (load(row), load(next_row));
+                    let (factor, next_factor) = (factor(lane), factor(next_lane));
+                    unroll!(v in VECTORS { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
+                    unroll!(v in VECTORS { add::<N>(&mut acc[v], X::decode(next[v]), next_factor); });
+                }
+            }
+            first += 32;
+        }
+        if has & 4 != 0 {
+            let sf = sf.get(0);
+            // A product, whose NaN is the same on both backends.
+            unroll!(v in VECTORS { unroll!(i in 8 { acc[v][i] = fma(acc[v][i], sf, -0.0); }); });
+        }
+        let bytes = (N as u32 * O::BYTES) as u64;
+        let out = out.at(token as u64 * row_vectors as u64 * bytes);
+        unroll!(v in VECTORS {
+            let vector = start + 32 * v as u32;
+            if vector < row_vectors {
+                O::store::<N>(out.at(vector as u64 * bytes), acc[v]);
+            }
+        });
+    }
+    entries {
+        f32_f32[F32, F32, 4], f32_bf16[F32, Bf16, 4], f32_e4m3[F32, E4m3, 4],
+        bf16_f32[Bf16, F32, 4], bf16_bf16[Bf16, Bf16, 8], bf16_e4m3[Bf16, E4m3, 8],
+        e4m3_f32[E4m3, F32, 4], e4m3_bf16[E4m3, Bf16, 8], e4m3_e4m3[E4m3, E4m3, 8],
     }
 }

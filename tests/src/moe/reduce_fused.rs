@@ -7,7 +7,7 @@ use crate::support::compare::{Bits, equal};
 use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::moe::reduce_fused::{Args, reduce_fused};
+use ferrotile::moe::reduce_fused::{Args, reduce_fused, reduce_fused_by_vectors};
 use ferrotile::{Buffer, Device, E4m3, Element, Stream};
 use half::bf16;
 use rayon::prelude::*;
@@ -233,6 +233,9 @@ fn small_places() -> Vec<Place> {
         Place::dense(72),
         // Fours but no eights.
         Place::dense(20),
+        // Enough for the kernel of chunks: of some types a whole chunk and part of a second, part of one, or several.
+        Place::dense(904),
+        Place { h: 776, stride: 784, offsets: [16, 16] },
         Place { h: 32, stride: 48, offsets: [0, 0] },
         Place { h: 32, stride: 33, offsets: [0, 0] },
         Place { h: 32, stride: 32, offsets: [1, 0] },
@@ -276,7 +279,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     for (name, maps) in special_maps() {
         if ctx.case(name) {
             for (number, options) in Options::all().into_iter().enumerate() {
-                let place = Place::dense([40, 13][number % 2]);
+                let place = Place::dense([40, 13, 1024][(number + 1) % 3]);
                 let data = Data::<bf16>::new(device, maps.clone(), place, name, |rng, i| rng.normal(i))?;
                 check_outputs(&stream, &data, place, options, name)?;
             }
@@ -309,6 +312,7 @@ fn special_maps() -> Vec<(&'static str, Maps)> {
         ("no tokens", maps(0, 3, 5, vec![])),
         ("no choices", maps(3, 0, 5, vec![])),
         ("no rows", maps(4, 2, 0, vec![-1; 8])),
+        ("more choices than lanes", maps(3, 70, 210, (0..210).map(|i| if i % 4 == 1 { -1 } else { 209 - i }).collect())),
         ("all choices", maps(5, 17, 85, (0..85).map(|i| 84 - i).collect())),
         // The same row in several choices, which no mapping has.
         ("one row for all", maps(9, 8, 1, vec![0; 72])),
@@ -420,13 +424,19 @@ pub fn bench() -> Vec<Row> {
                 "e={e},ep={ep},h={h},input={input},k=6,out={out},send=4001,x_sf={}",
                 if *x_sf { "True" } else { "False" }
             );
-            rows.push(make(moe(4001, 6, e, ep), h, Options { x_sf: *x_sf, sf: out == "e4m3", ..weights }, case));
+            let options = Options { x_sf: *x_sf, sf: out == "e4m3", ..weights };
+            rows.push(make(moe(4001, 6, e, ep), h, options, case.clone()));
+            if (e, h) == (9, 7168) {
+                rows.push(make(moe(4001, 6, e, ep), h, options, format!("{case},variant=old")));
+            }
         }
     }
     rows
 }
 
 fn row<X: Value, O: Value + 'static>(moe: MoeCase, h: u64, options: Options, case: String) -> Row {
+    // The kernel for short rows on a long one.
+    let run = if case.ends_with(",variant=old") { reduce_fused_by_vectors } else { reduce_fused };
     let maps = Maps::of_moe(&moe, 128, 0);
     let Maps { t, k, p, .. } = maps;
     let (x_bytes, out_bytes) = (size_of::<X>() as u64, size_of::<O>() as u64);
@@ -439,7 +449,7 @@ fn row<X: Value, O: Value + 'static>(moe: MoeCase, h: u64, options: Options, cas
         let mut data = Data::<X>::with_values(device, maps.clone(), Vec::new(), weights, x_sf, rng.unit(0))?;
         data.x_buffer = inputs::of_normal(device, 0, p * h, X::round)?;
         let mut out = Output::<O>::new(device, t * h, 0)?;
-        Ok(Box::new(move |stream| reduce_fused(stream, args(&data, &mut out, place, options)?)))
+        Ok(Box::new(move |stream| run(stream, args(&data, &mut out, place, options)?)))
     };
     Row { op: "reduce_fused", case, bytes, build: Box::new(build) }
 }
