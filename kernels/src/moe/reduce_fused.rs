@@ -13,11 +13,11 @@ use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};
 
-/// Threads of a block of [`rows`](fn@rows).
+/// Threads of a block of [`rows`](mod@rows).
 pub const THREADS: u32 = 256;
-/// Threads of a block of [`chunks`](fn@chunks).
+/// Threads of a block of [`chunks`](mod@chunks).
 pub const CHUNK_THREADS: u32 = 128;
-/// Vectors of a lane of [`chunks`](fn@chunks).
+/// Vectors of a lane of [`chunks`](mod@chunks).
 pub const VECTORS: usize = 4;
 /// Vectors of a chunk.
 pub const CHUNK: u32 = 32 * VECTORS as u32;
@@ -270,11 +270,11 @@ kernel! {
 kernel! {
     op = reduce_fused;
     threads = 128, blocks = 5;
-    /// A thread of [`rows`](fn@rows) waits for its choices as long as for its one vector; here four vectors share that wait, and twice as
+    /// A thread of [`rows`](mod@rows) waits for its choices as long as for its one vector; here four vectors share that wait, and twice as
     /// many bytes are on their way.
     ///
     /// A row is `row_vectors` vectors of `N` values and `row_chunks` chunks; `x_row` counts bytes. The magic number divides by
-    /// `row_chunks`. `has` as for [`rows`](fn@rows).
+    /// `row_chunks`. `has` as for [`rows`](mod@rows).
     pub fn chunks[X: Element, O: Element, const N: usize](
         x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
         k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, has: u32,
