@@ -138,7 +138,7 @@ pub fn expand_to_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
 /// | `out_sf` | `[num_expanded_tokens, s]`, any of [`SfLayout::COMMON`] | as `x_sf` |
 ///
 /// `out_sf` is what [`expand_to_fused`] would make of `x_sf`, words of packed scales as they are; its layout need not be that of `x_sf`.
-/// The padding at the end of columns is not touched. With `pos_to_token` (which must agree with the other maps) scales are read through it.
+/// The padding at the end of columns is not touched. With `pos_to_token` (which must agree with the other maps) scales by columns are read through it.
 /// A token beyond `num_tokens` counts as padding there; the checked emulator reports it. Everything else is as for [`expand_to_fused`].
 ///
 /// ```
@@ -206,6 +206,8 @@ pub fn expand_to_fused_with_sf(stream: &Stream, args: WithSfArgs<'_>) -> Result<
         return Ok(());
     }
 
+    // Rows of scales go the way of rows of data, which is 2 % faster than reading them by position; columns do not, which is 7 % slower.
+    let pos_to_token = pos_to_token.as_ref().filter(|_| out_sf.layout.is_col_major());
     let words = x_sf.layout.columns(columns) as u32;
     // All strides are within tensors of less than 4 GiB, of 4-byte elements.
     let [x_sf_row, x_sf_col, out_sf_row, out_sf_col] = [from.row, from.col, to.row, to.col].map(|stride| 4 * stride);

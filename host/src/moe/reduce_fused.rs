@@ -74,16 +74,6 @@ pub struct Args<'a> {
 /// [`Error::Value`] for more than 2^31 - 1 tokens, choices of a token, rows or columns, or rows of `x` 4 GiB or more apart;
 /// [`Error::Overlap`] of `out` with another tensor, [`Error::DeviceMismatch`], [`Error::Driver`]. `out` is untouched then.
 pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, true)
-}
-
-/// [`reduce_fused`] by the kernel for short rows, to measure what the other one gains.
-#[doc(hidden)]
-pub fn reduce_fused_by_vectors(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, false)
-}
-
-fn launch(stream: &Stream, args: Args<'_>, may_chunk: bool) -> Result<()> {
     let plan = check(stream, &args)?;
     let Args { x, x_sf, topk_weights, token_topk_to_pos, sf, out } = &args;
     if out.is_empty() {
@@ -91,7 +81,7 @@ fn launch(stream: &Stream, args: Args<'_>, may_chunk: bool) -> Result<()> {
     }
     let x_dtype = x.dtype();
     let row_items = plan.hidden / plan.values;
-    let by_chunks = may_chunk && plan.values > 1 && kernels::fills_chunks(row_items);
+    let by_chunks = plan.values > 1 && kernels::fills_chunks(row_items);
     let row_chunks = row_items.div_ceil(kernels::CHUNK);
     let divisor = Divisor::new(if by_chunks { row_chunks } else { row_items });
     let pointer = |tensor: &Option<TensorRef<'_>>| tensor.as_ref().map_or(In::null(), |tensor| tensor.input::<f32>());

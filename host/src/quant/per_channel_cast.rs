@@ -80,28 +80,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_channel_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, Way::Best)
-}
-
-/// How aligned input is cast.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[doc(hidden)]
-pub enum Way {
-    /// The usual way.
-    Best,
-    /// In tiles of so many channels and blocks whose threads have so many rows, if the kernel has an entry of this shape.
-    Shape(u32, usize),
-    /// From e4m3 with f32 scales, with 64 products held by a thread.
-    Held,
-}
-
-/// [`per_channel_cast`] in this way, if there is such a kernel for the input. For the benchmark.
-#[doc(hidden)]
-pub fn by_way(stream: &Stream, args: Args<'_>, way: Way) -> Result<()> {
-    launch(stream, args, way)
-}
-
-fn launch(stream: &Stream, args: Args<'_>, way: Way) -> Result<()> {
     let op = "per_channel_cast";
     let plan = Plan::new(op, &args.x)?;
     let scales = Scales::check(op, args.npt, args.round_sf, &args.sf, (plan.num_rows.into(), plan.hidden.into()))?;
@@ -110,7 +88,7 @@ fn launch(stream: &Stream, args: Args<'_>, way: Way) -> Result<()> {
     if args.out.is_empty() {
         return Ok(());
     }
-    plan.launch(op, stream, (wide, way), scales, &args.out, &args.sf)
+    plan.launch(op, stream, wide, scales, &args.out, &args.sf)
 }
 
 /// What the checks of the input found out.
@@ -216,71 +194,47 @@ impl<'a> Plan<'a> {
         &self,
         op: &'static str,
         stream: &Stream,
-        (wide, way): (bool, Way),
+        wide: bool,
         scales: Scales,
         out: &TensorMut<'_>,
         sf: &SfMut<'_>,
     ) -> Result<()> {
         use k::cast as e;
         let few = k::bf16_tiles(self.num_rows, self.hidden) <= stream.device().num_sms().into();
-        let wanted = match way {
-            Way::Shape(cols, rows) => Some((cols, rows)),
-            Way::Best | Way::Held => None,
-        };
-        let bf16_shape = wanted.unwrap_or(if few { k::BF16_FEW_SHAPE } else { k::BF16_SHAPE });
         let (entry, shape) = match (self.element, self.x_packed, wide) {
-            (Element::Bf16, _, true) => match bf16_shape {
-                k::BF16_FEW_SHAPE => (&e::bf16_few, k::BF16_FEW_SHAPE),
-                (64, 4) => (&e::bf16_64x4, (64, 4)),
-                (32, 1) => (&e::bf16_32x1, (32, 1)),
-                (32, 2) => (&e::bf16_32x2, (32, 2)),
-                (32, 4) => (&e::bf16_32x4, (32, 4)),
-                _ => (&e::bf16, k::BF16_SHAPE),
-            },
+            (Element::Bf16, _, true) if few => (&e::bf16_few, k::BF16_FEW_SHAPE),
+            (Element::Bf16, _, true) => (&e::bf16, k::BF16_SHAPE),
             (Element::Bf16, _, false) => (&e::bf16_narrow, k::NARROW_SHAPE),
             (Element::F32, _, true) => (&e::f32, k::F32_SHAPE),
             (Element::F32, _, false) => (&e::f32_narrow, k::NARROW_F32_SHAPE),
-            (Element::E4m3, false, true) => match wanted {
-                Some((128, 8)) => (&e::e4m3_f32_128x8, (128, 8)),
-                Some((64, 4)) => (&e::e4m3_f32_64x4, (64, 4)),
-                _ => (&e::e4m3_f32, k::E4M3_SHAPE),
-            },
+            (Element::E4m3, false, true) => (&e::e4m3_f32, k::E4M3_SHAPE),
             (Element::E4m3, false, false) => (&e::e4m3_f32_narrow, k::NARROW_SHAPE),
-            (Element::E4m3, true, true) => (&e::e4m3_ue8m0, k::E4M3_SHAPE),
+            (Element::E4m3, true, true) => (&e::e4m3_ue8m0, k::E4M3_PACKED_SHAPE),
             (Element::E4m3, true, false) => (&e::e4m3_ue8m0_narrow, k::NARROW_SHAPE),
         };
-        let held = way == Way::Held && (self.element, self.x_packed, wide) == (Element::E4m3, false, true);
-        let shape = if held { k::E4M3_HELD_SHAPE } else { shape };
         // Whole rows of tiles: neighbours share DRAM pages.
         let order = Order::new(self.hidden, shape.0, u32::MAX);
         let config = self.config(op, shape, self.num_rows, order)?;
-        macro_rules! args {
-            ($kernel:ident) => {
-                k::$kernel::Args {
-                    x: self.data().input(),
-                    x_sf: self.x_sf_input(),
-                    out: out.output(),
-                    sf: sf.tensor.output(),
-                    t: self.num_rows,
-                    h: self.hidden,
-                    x_stride: self.stride,
-                    x_sf_row: self.x_sf.row,
-                    x_sf_col: self.x_sf.col,
-                    x_shift: self.x_shift,
-                    sf_stride: scales.stride,
-                    units: scales.units,
-                    round: scales.round,
-                    packed: scales.packed,
-                    width: order.width,
-                    magic: order.divisor.magic,
-                    shift: order.divisor.shift,
-                }
-            };
-        }
-        if held {
-            return stream.launch(op, &k::cast_held::e4m3_f32, &config, &args!(cast_held));
-        }
-        stream.launch(op, entry, &config, &args!(cast))
+        let kernel_args = k::cast::Args {
+            x: self.data().input(),
+            x_sf: self.x_sf_input(),
+            out: out.output(),
+            sf: sf.tensor.output(),
+            t: self.num_rows,
+            h: self.hidden,
+            x_stride: self.stride,
+            x_sf_row: self.x_sf.row,
+            x_sf_col: self.x_sf.col,
+            x_shift: self.x_shift,
+            sf_stride: scales.stride,
+            units: scales.units,
+            round: scales.round,
+            packed: scales.packed,
+            width: order.width,
+            magic: order.divisor.magic,
+            shift: order.divisor.shift,
+        };
+        stream.launch(op, entry, &config, &kernel_args)
     }
 
     /// Grid and block for `rows` rows of output.

@@ -65,16 +65,6 @@ pub struct Args<'a> {
 /// # Ok::<(), ferrotile::Error>(())
 /// ```
 pub fn per_channel_cast_and_transpose(stream: &Stream, args: Args<'_>) -> Result<()> {
-    launch(stream, args, None)
-}
-
-/// [`per_channel_cast_and_transpose`] in tiles of 64 channels, if it is of bf16 and all is aligned, or of 128. For the benchmark.
-#[doc(hidden)]
-pub fn with_columns(stream: &Stream, args: Args<'_>, columns: u32) -> Result<()> {
-    launch(stream, args, Some(columns))
-}
-
-fn launch(stream: &Stream, args: Args<'_>, columns: Option<u32>) -> Result<()> {
     let op = "per_channel_cast_and_transpose";
     let plan = Plan::new(op, &Input::Plain(args.x))?;
     let (t, h) = (plan.num_rows, plan.hidden);
@@ -89,11 +79,10 @@ fn launch(stream: &Stream, args: Args<'_>, columns: Option<u32>) -> Result<()> {
     use k::cast as e;
     let wide = plan.is_wide() && t.is_multiple_of(16) && args.out.ptr().is_multiple_of(16);
     let few = bf16_tiles(t, h) <= stream.device().num_sms().into();
-    let columns = columns.unwrap_or(if few { k::FEW_COLS } else { k::COLS });
     let (entry, element, columns) = match (plan.element, wide) {
         (Source::F32, true) => (&e::f32, Element::F32, k::COLS),
         (Source::F32, false) => (&e::f32_narrow, Element::F32, k::COLS),
-        (_, true) if columns == k::FEW_COLS => (&e::bf16_few, Element::Bf16, k::FEW_COLS),
+        (_, true) if few => (&e::bf16_few, Element::Bf16, k::FEW_COLS),
         (_, true) => (&e::bf16, Element::Bf16, k::COLS),
         (_, false) => (&e::bf16_narrow, Element::Bf16, k::COLS),
     };

@@ -1,6 +1,6 @@
 //! Launcher of `per_channel_cast_fused`.
 
-use super::per_channel_cast::{Plan, Scales, Way};
+use super::per_channel_cast::{Plan, Scales};
 use super::{Input, SfMut};
 use crate::{DType, Result, Stream, TensorMut, TensorRef, check};
 use ferrotile_kernels::quant::per_channel_cast::{Element, Order};
@@ -100,7 +100,7 @@ pub fn per_channel_cast_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
         return Ok(());
     }
     let Some(pos_to_token) = args.pos_to_token else {
-        return plan.launch(op, stream, (wide, Way::Best), scales, &args.out, &args.sf);
+        return plan.launch(op, stream, wide, scales, &args.out, &args.sf);
     };
     use k::gather as e;
     let (entry, shape) = match (plan.element, plan.x_packed, wide) {

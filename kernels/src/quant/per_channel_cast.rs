@@ -2,10 +2,10 @@
 //!
 //! In   x  bf16, f32 [t, h], or e4m3 [t, h] with scales of 32 or 128 channels      Out  data  e4m3 [t, h];  sf  f32, ue8m0 [ceil(t/npt), h]
 //! Exact  bit for bit, quant.md 2; the last block takes the rows there are; NaN does not count for a scale.
-//! Map   a block per tile of 128 rows and 128 channels (64 from e4m3), held in registers between maximum and conversion; see `common_channels`.
+//! Map   a block per tile of 128 rows and 128 channels (64 from e4m3 with packed scales), held in registers between maximum and conversion; see `common_channels`.
 //! Cost  x read once, data and sf written once; 6 instructions a value from bf16, 10 from e4m3: memory bound. From e4m3 instructions are
 //!       half of what a block's time goes to; so the code is short there, and codes are held rather than products (8 instructions, but
-//!       96 registers: `cast_held`), which lets 36 warps with 72 KB of loads live on a multiprocessor.
+//!       96 registers), which lets 32 warps with 64 KB of loads live on a multiprocessor.
 
 use super::common::{Divisor, SfLayout};
 pub use super::common_channels::Order;
@@ -24,10 +24,10 @@ pub const BF16_SHAPE: Shape = (128, 4);
 pub const BF16_FEW_SHAPE: Shape = (64, 2);
 /// f32 input.
 pub const F32_SHAPE: Shape = (128, 8);
-/// e4m3 input, which is held as codes.
-pub const E4M3_SHAPE: Shape = (64, 8);
-/// e4m3 input, which [`cast_held`] holds as products.
-pub const E4M3_HELD_SHAPE: Shape = (64, 8);
+/// e4m3 input with f32 scales, which is held as codes.
+pub const E4M3_SHAPE: Shape = (128, 8);
+/// e4m3 input with packed scales, held likewise.
+pub const E4M3_PACKED_SHAPE: Shape = (64, 8);
 /// Any input whose rows are not whole numbers of aligned vectors: few rows a thread, because the driver takes long to compile accesses to
 /// single channels. The same for f32, whose vectors have half as many channels.
 pub const NARROW_SHAPE: Shape = (64, 2);
@@ -86,36 +86,12 @@ kernel! {
     }
     entries {
         bf16[Bf16, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }, true], bf16_few[Bf16, { BF16_FEW_SHAPE.0 }, { BF16_FEW_SHAPE.1 }, true],
-        bf16_64x4[Bf16, 64, 4, true], bf16_32x1[Bf16, 32, 1, true], bf16_32x2[Bf16, 32, 2, true], bf16_32x4[Bf16, 32, 4, true],
         f32[F32, { F32_SHAPE.0 }, { F32_SHAPE.1 }, true],
         e4m3_f32[Codes<false>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
-        e4m3_ue8m0[Codes<true>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
-        e4m3_f32_128x8[Codes<false>, 128, 8, true], e4m3_f32_64x4[Quantised<false>, 64, 4, true],
+        e4m3_ue8m0[Codes<true>, { E4M3_PACKED_SHAPE.0 }, { E4M3_PACKED_SHAPE.1 }, true],
         bf16_narrow[Bf16, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
         f32_narrow[F32, { NARROW_F32_SHAPE.0 }, { NARROW_F32_SHAPE.1 }, false],
         e4m3_f32_narrow[Quantised<false>, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
         e4m3_ue8m0_narrow[Quantised<true>, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
     }
-}
-
-kernel! {
-    op = per_channel_cast;
-    threads = 128, blocks = 5;
-    /// As `cast`, with registers for 64 products a thread.
-    pub fn cast_held[S: Source, const COLS: u32, const N: usize, const WIDE: bool](
-        x: In<u8>, x_sf: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32,
-        x_sf_row: u32, x_sf_col: u32, x_shift: u32, sf_stride: u32,
-        units: u32, round: u32, packed: u32, width: u32, magic: u32, shift: u32,
-    ) {
-        let order = Order { width, divisor: Divisor { magic, shift } };
-        let Some(tile) = Tile::of_block(t, h, COLS, order) else { return };
-        let at = Place::new::<S>(tile, COLS, N);
-        let sf_layout = SfLayout { row_stride: x_sf_row, col_stride: x_sf_col };
-        let input = Input { x, stride: x_stride, sf: x_sf, sf_layout, sf_shift: x_shift };
-        let held = load::<S, _, N, WIDE>(input, SameRows, tile, at);
-        let to = ScaleOutput { sf, stride: sf_stride, packed: packed != 0, round: round != 0, units };
-        let factors = tile_factors::<S, COLS, N>(&held, tile, at, to);
-        store::<S, N, WIDE>(&held, factors, out, tile, at);
-    }
-    entries { e4m3_f32[Quantised<false>, { E4M3_HELD_SHAPE.0 }, { E4M3_HELD_SHAPE.1 }, true] }
 }

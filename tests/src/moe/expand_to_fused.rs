@@ -564,22 +564,17 @@ pub fn bench() -> Vec<Row> {
     for (case, h) in cases {
         rows.push(row(case, h));
     }
-    let pair = |case, npc, from, to, pos_to_token, variant: &'static str| {
-        with_sf_row(case, Scales { npc, from, to, pos_to_token }, variant)
-    };
+    let pair = |case, npc, from, to, pos_to_token| with_sf_row(case, Scales { npc, from, to, pos_to_token });
     for case in [all(9, 8, 7168, 8, 4001), all(32, 8, 7168, 8, 4001)] {
         for npc in [32, 128] {
-            rows.push(pair(case, npc, SfLayout::RowMajor, SfLayout::RowMajor, true, ""));
-            rows.push(pair(case, npc, SfLayout::ColMajorPacked, SfLayout::ColMajorPacked, true, ""));
+            rows.push(pair(case, npc, SfLayout::RowMajor, SfLayout::RowMajor, true));
+            rows.push(pair(case, npc, SfLayout::ColMajorPacked, SfLayout::ColMajorPacked, true));
         }
     }
-    rows.push(pair(all(9, 8, 2048, 2, 4001), 32, SfLayout::RowMajor, SfLayout::RowMajor, true, ""));
+    rows.push(pair(all(9, 8, 2048, 2, 4001), 32, SfLayout::RowMajor, SfLayout::RowMajor, true));
     for send in [1, 16, 128] {
-        rows.push(pair(all(32, 8, 7168, 8, send), 128, SfLayout::RowMajor, SfLayout::RowMajor, true, ""));
+        rows.push(pair(all(32, 8, 7168, 8, send), 128, SfLayout::RowMajor, SfLayout::RowMajor, true));
     }
-    let case = all(9, 8, 7168, 8, 4001);
-    rows.push(pair(case, 32, SfLayout::ColMajorPacked, SfLayout::ColMajorPacked, false, "scatter"));
-    rows.push(pair(case, 32, SfLayout::RowMajor, SfLayout::RowMajor, false, "scatter"));
     rows
 }
 
@@ -596,21 +591,20 @@ fn row(case: MoeCase, h: u64) -> Row {
     Row { op: "expand_to_fused", case: format!("e={e},ep={ep},h={h},k={k},send={send}"), bytes, build: Box::new(build) }
 }
 
-fn with_sf_row((case, h): (MoeCase, u64), scales: Scales, variant: &str) -> Row {
+fn with_sf_row((case, h): (MoeCase, u64), scales: Scales) -> Row {
     let MoeCase { num_send_tokens: send, num_topk: k, num_experts: e, num_ranks: ep } = case;
     let maps = Maps::of_moe(&case, 128, 0);
     let sf_bytes = |rows, layout| 4 * sf_shape(rows, h, (1, scales.npc), layout).shape.iter().product::<u64>();
     let bytes =
         h * (maps.t + maps.p) + 4 * maps.t * maps.k + 4 * maps.p + sf_bytes(maps.t, scales.from) + sf_bytes(maps.p, scales.to);
     let sf = if scales.to == SfLayout::RowMajor { "row" } else { "packed" };
-    let variant = if variant.is_empty() { String::new() } else { format!("variant={variant},") };
     let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
         let x = inputs::of_normal(device, 0, maps.t * h, |v| E4m3::from_f32(v * 128.0))?;
         let data = Data::<E4m3>::of_buffer(device, &maps, Place::dense(h), x)?;
         let mut call = WithSf::new(device, &maps, data, scales, "bench")?;
         Ok(Box::new(move |stream| call.launch(stream)))
     };
-    let case = format!("{variant}e={e},ep={ep},h={h},k={k},npc={},send={send},sf={sf}", scales.npc);
+    let case = format!("e={e},ep={ep},h={h},k={k},npc={},send={send},sf={sf}", scales.npc);
     Row { op: "expand_to_fused_with_sf", case, bytes, build: Box::new(build) }
 }
 

@@ -7,7 +7,7 @@ use crate::support::compare::{Bits, equal};
 use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::moe::reduce_fused::{Args, reduce_fused, reduce_fused_by_vectors};
+use ferrotile::moe::reduce_fused::{Args, reduce_fused};
 use ferrotile::{Buffer, Device, E4m3, Element, Stream};
 use half::bf16;
 use rayon::prelude::*;
@@ -425,18 +425,13 @@ pub fn bench() -> Vec<Row> {
                 if *x_sf { "True" } else { "False" }
             );
             let options = Options { x_sf: *x_sf, sf: out == "e4m3", ..weights };
-            rows.push(make(moe(4001, 6, e, ep), h, options, case.clone()));
-            if (e, h) == (9, 7168) {
-                rows.push(make(moe(4001, 6, e, ep), h, options, format!("{case},variant=old")));
-            }
+            rows.push(make(moe(4001, 6, e, ep), h, options, case));
         }
     }
     rows
 }
 
 fn row<X: Value, O: Value + 'static>(moe: MoeCase, h: u64, options: Options, case: String) -> Row {
-    // The kernel for short rows on a long one.
-    let run = if case.ends_with(",variant=old") { reduce_fused_by_vectors } else { reduce_fused };
     let maps = Maps::of_moe(&moe, 128, 0);
     let Maps { t, k, p, .. } = maps;
     let (x_bytes, out_bytes) = (size_of::<X>() as u64, size_of::<O>() as u64);
@@ -449,7 +444,7 @@ fn row<X: Value, O: Value + 'static>(moe: MoeCase, h: u64, options: Options, cas
         let mut data = Data::<X>::with_values(device, maps.clone(), Vec::new(), weights, x_sf, rng.unit(0))?;
         data.x_buffer = inputs::of_normal(device, 0, p * h, X::round)?;
         let mut out = Output::<O>::new(device, t * h, 0)?;
-        Ok(Box::new(move |stream| run(stream, args(&data, &mut out, place, options)?)))
+        Ok(Box::new(move |stream| reduce_fused(stream, args(&data, &mut out, place, options)?)))
     };
     Row { op: "reduce_fused", case, bytes, build: Box::new(build) }
 }

@@ -6,7 +6,7 @@ use crate::support::cases::{Depth, HIDDENS};
 use crate::support::compare;
 use crate::support::golden::{self, Case, Golden};
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
-use ferrotile::quant::per_channel_cast::{self as op, Args, Way};
+use ferrotile::quant::per_channel_cast::{self as op, Args};
 use ferrotile::quant::{SfLayout, sf_shape};
 use ferrotile::{Device, Stream};
 use std::cell::OnceCell;
@@ -27,32 +27,6 @@ fn outputs(device: &Device, source: &Source, npt: u32, layout: SfLayout, (offset
 fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Outputs) -> ferrotile::Result<()> {
     let (out, sf) = to.tensors()?;
     op::per_channel_cast(stream, Args { x: source.input()?, npt, round_sf, out, sf })
-}
-
-/// Tiles of bf16 input, channels and rows of a thread, by name: the usual ones and what may be better for few rows.
-const SHAPES: [(&str, Way); 6] = [
-    ("128x4", Way::Shape(128, 4)),
-    ("64x2", Way::Shape(64, 2)),
-    ("64x4", Way::Shape(64, 4)),
-    ("32x1", Way::Shape(32, 1)),
-    ("32x2", Way::Shape(32, 2)),
-    ("32x4", Way::Shape(32, 4)),
-];
-/// Ways to cast e4m3 with f32 scales, beside the usual one.
-const PAIR_WAYS: [(&str, Way); 3] = [("128x8", Way::Shape(128, 8)), ("64x4", Way::Shape(64, 4)), ("held", Way::Held)];
-
-/// The ways for an input.
-fn ways(kind: Kind) -> &'static [(&'static str, Way)] {
-    match kind {
-        Kind::Bf16 => &SHAPES,
-        Kind::Pair(layout, _) if !layout.is_packed() => &PAIR_WAYS,
-        _ => &[],
-    }
-}
-
-fn cast_by_way(stream: &Stream, source: &Source, npt: u32, to: &mut Outputs, way: Way, round_sf: bool) -> ferrotile::Result<()> {
-    let (out, sf) = to.tensors()?;
-    op::by_way(stream, Args { x: source.input()?, npt, round_sf, out, sf }, way)
 }
 
 /// All options on one input; `place` is bytes before the data and elements between rows of scales.
@@ -78,11 +52,6 @@ fn check_source(ctx: &Ctx, source: &Source, place: (u64, u64), bias: bool) -> Re
             let mut out = outputs(&ctx.device, source, npt, layout, place)?;
             cast(&stream, source, npt, round, &mut out).map_err(text)?;
             out.check(&name, &expected.data, &words)?;
-            for (way_name, way) in ways(source.kind) {
-                let mut out = outputs(&ctx.device, source, npt, layout, place)?;
-                cast_by_way(&stream, source, npt, &mut out, *way, round).map_err(text)?;
-                out.check(&format!("{name},variant={way_name}"), &expected.data, &words)?;
-            }
             if npt == 128 && !round {
                 // Once more, over its own results.
                 cast(&stream, source, npt, round, &mut out).map_err(text)?;
@@ -267,19 +236,6 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, (round, layout): 
     Row { op: "per_channel_cast", case, bytes, build: Box::new(build) }
 }
 
-/// `options` without the variant's name are those of a row of the usual way.
-fn way_row((name, way): (&str, Way), options: &str, kind: Kind, (t, h): (u64, u64), round: bool) -> Row {
-    let layout = SfLayout::RowMajor;
-    let sf = Outputs::sf_shape((t, h), 128, layout, 0);
-    let bytes = kind.bytes(t, h) + t * h + 4 * sf.shape[0] * sf.shape[1];
-    let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::bench(device, kind, (t, h))?;
-        let mut to = outputs(device, &source, 128, layout, (0, 0))?;
-        Ok(Box::new(move |stream| cast_by_way(stream, &source, 128, &mut to, way, round)))
-    };
-    Row { op: "per_channel_cast", case: format!("h={h},{options},t={t},variant={name}"), bytes, build: Box::new(build) }
-}
-
 /// The peers' cases, the same of other inputs, and small ones. Without `input` it is bf16, without `sf` scales are f32 by rows.
 pub fn bench() -> Vec<Row> {
     let large = (8064, 7168);
@@ -304,16 +260,6 @@ pub fn bench() -> Vec<Row> {
     }
     for t in [1, 16, 128] {
         rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, (true, SfLayout::RowMajor)));
-    }
-    for way in SHAPES {
-        rows.extend([1, 16, 128].map(|t| way_row(way, "npt=128", Kind::Bf16, (t, 7168), true)));
-        rows.push(way_row(way, "npt=128,round=False", Kind::Bf16, (4096, 2048), false));
-    }
-    for way in PAIR_WAYS {
-        for npc in [128, 32] {
-            let options = format!("input=e4m3,1x{npc},npt=128");
-            rows.push(way_row(way, &options, Kind::Pair(SfLayout::RowMajor, npc), large, true));
-        }
     }
     rows
 }

@@ -30,20 +30,6 @@ fn cast(stream: &Stream, source: &Source, npt: u32, round_sf: bool, to: &mut Out
     op::per_channel_cast_and_transpose(stream, Args { x, npt, round_sf, out, sf })
 }
 
-/// In tiles of so many channels.
-fn cast_by_columns(
-    stream: &Stream,
-    source: &Source,
-    npt: u32,
-    to: &mut Outputs,
-    columns: u32,
-    round_sf: bool,
-) -> ferrotile::Result<()> {
-    let (out, sf) = to.tensors()?;
-    let (Input::Plain(x) | Input::Quantised { data: x, .. }) = source.input()?;
-    op::with_columns(stream, Args { x, npt, round_sf, out, sf }, columns)
-}
-
 /// All options on one input; `place` is bytes before the data and elements between rows of scales.
 fn check_source(ctx: &Ctx, source: &Source, place: (u64, u64)) -> Result<(), String> {
     let stream = ctx.device.stream().map_err(text)?;
@@ -71,11 +57,6 @@ fn check_source(ctx: &Ctx, source: &Source, place: (u64, u64)) -> Result<(), Str
             let mut out = outputs(&ctx.device, source, npt, layout, place)?;
             cast(&stream, source, npt, round, &mut out).map_err(text)?;
             out.check(&name, data, &words)?;
-            for columns in [64, 128] {
-                let mut out = outputs(&ctx.device, source, npt, layout, place)?;
-                cast_by_columns(&stream, source, npt, &mut out, columns, round).map_err(text)?;
-                out.check(&format!("{name},columns={columns}"), data, &words)?;
-            }
             if npt == 128 && !round {
                 // Once more, over its own results.
                 cast(&stream, source, npt, round, &mut out).map_err(text)?;
@@ -213,16 +194,6 @@ fn row(case: String, kind: Kind, (t, h): (u64, u64), npt: u32, round: bool) -> R
     Row { op: "per_channel_cast_and_transpose", case, bytes, build: Box::new(build) }
 }
 
-fn columns_row(columns: u32, npt: u32, (t, h): (u64, u64)) -> Row {
-    let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-        let source = Source::bench(device, Kind::Bf16, (t, h))?;
-        let mut to = outputs(device, &source, npt, SfLayout::RowMajor, (0, 0))?;
-        Ok(Box::new(move |stream| cast_by_columns(stream, &source, npt, &mut to, columns, true)))
-    };
-    let case = format!("h={h},npt={npt},t={t},variant=columns{columns}");
-    Row { op: "per_channel_cast_and_transpose", case, bytes: t * h * 3 + 4 * t.div_ceil(npt.into()) * h, build: Box::new(build) }
-}
-
 /// The peer's case, those of its own benchmark, f32, and small inputs.
 pub fn bench() -> Vec<Row> {
     let large = (8064, 7168);
@@ -234,10 +205,6 @@ pub fn bench() -> Vec<Row> {
     rows.push(row("h=7168,input=f32,npt=128,t=8064".to_owned(), Kind::F32, large, 128, true));
     for t in [1, 16, 128] {
         rows.push(row(format!("h=7168,npt=128,t={t}"), Kind::Bf16, (t, 7168), 128, true));
-    }
-    for columns in [64, 128] {
-        rows.extend([16, 128].map(|t| columns_row(columns, 128, (t, 7168))));
-        rows.push(columns_row(columns, 32, (4096, 2048)));
     }
     rows
 }
