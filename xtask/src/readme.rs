@@ -1,4 +1,4 @@
-//! `cargo xtask readme`: the speed table of README.md, made from the last full run on a GPU.
+//! `cargo xtask readme`: the speed table of README.md, one line an op, and docs/speed.md with every case, from the last full run on a GPU.
 
 use crate::{Failure, Result, fail, shell};
 use serde_json::Value;
@@ -15,110 +15,188 @@ fn record() -> PathBuf {
     shell::root().join("tests/gpu/h100.jsonl")
 }
 
-fn page() -> PathBuf {
-    shell::root().join("README.md")
-}
+/// A page and what makes its table.
+type Page = (&'static str, fn(&Record) -> String);
+
+const PAGES: [Page; 2] = [("README.md", summary), ("docs/speed.md", table)];
 
 /// `cargo xtask readme`.
 pub fn run() -> Result {
-    let fresh = with_table(&shell::read(&page())?, &table(&shell::read(&record())?)?)?;
-    println!("README.md: {}", if shell::write(&page(), &fresh)? { "table written" } else { "the table was current" });
+    let record = Record::parse(&shell::read(&record())?)?;
+    for (page, table) in PAGES {
+        let path = shell::root().join(page);
+        let fresh = with_table(page, &shell::read(&path)?, &table(&record))?;
+        println!("{page}: {}", if shell::write(&path, &fresh)? { "table written" } else { "the table was current" });
+    }
     Ok(())
 }
 
-/// For `tidy`: a problem if the table is not what the record gives.
-pub fn out_of_date() -> Result<Option<String>> {
-    if !record().is_file() || !page().is_file() {
-        println!("tidy: speed table of README.md: skipped (README.md or tests/gpu/h100.jsonl is absent)");
-        return Ok(None);
+/// For `tidy`: a problem for each table that is not what the record gives.
+pub fn out_of_date() -> Result<Vec<String>> {
+    if !record().is_file() {
+        println!("tidy: speed tables: skipped (tests/gpu/h100.jsonl is absent)");
+        return Ok(Vec::new());
     }
-    let text = shell::read(&page())?;
-    let fresh = with_table(&text, &table(&shell::read(&record())?)?)?;
-    Ok((fresh != text)
-        .then(|| "README.md: the speed table is not that of tests/gpu/h100.jsonl; type: cargo xtask readme".to_owned()))
+    let record = Record::parse(&shell::read(&record())?)?;
+    let mut problems = Vec::new();
+    for (page, table) in PAGES {
+        let text = shell::read(&shell::root().join(page))?;
+        if with_table(page, &text, &table(&record))? != text {
+            problems.push(format!("{page}: the speed table is not that of tests/gpu/h100.jsonl; type: cargo xtask readme"));
+        }
+    }
+    Ok(problems)
 }
 
 /// The page with the text between the marks replaced.
-fn with_table(page: &str, table: &str) -> Result<String> {
+fn with_table(name: &str, page: &str, table: &str) -> Result<String> {
     let parts = page.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
     match parts {
         Some((before, after)) => Ok(format!("{before}{BEGIN}\n{table}{END}{after}")),
-        None => fail(format!("README.md: the marks {BEGIN} and {END} are missing")),
+        None => fail(format!("{name}: the marks {BEGIN} and {END} are missing")),
     }
 }
 
-/// The table, from JSON lines `{op, case, us, gbs, device, driver, ptx_sha}` and the peers' `{peer, op, case, us, gbs}`.
-fn table(jsonl: &str) -> Result<String> {
-    let mut ours: Vec<(String, String, f64, Option<f64>)> = Vec::new();
-    let mut peers: BTreeMap<(String, String, String), f64> = BTreeMap::new();
-    let mut machine = String::new();
-    // What the machine itself can do stands above the table, not in it.
-    let mut limits = String::new();
-    for (i, line) in jsonl.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let json: Value = serde_json::from_str(line).map_err(|e| Failure(format!("tests/gpu/h100.jsonl:{}: {e}", i + 1)))?;
-        let text = |key: &str| json[key].as_str().unwrap_or_default().to_owned();
-        let (op, case) = (text("op"), text("case"));
-        // A case that failed has an error in place of a time.
-        let Some(us) = json["us"].as_f64() else { continue };
-        match json["peer"].as_str() {
-            Some(peer) => {
-                peers.insert((peer.to_owned(), op, case), us);
-            }
-            None => {
-                if machine.is_empty() && !text("device").is_empty() {
-                    machine = format!("{}, driver {}", text("device"), text("driver"));
+/// A case of ours.
+struct Row {
+    op: String,
+    case: String,
+    us: f64,
+    gbs: Option<f64>,
+    /// What the peers take, in the order of [`PEERS`].
+    peers: [Option<f64>; 2],
+}
+
+impl Row {
+    /// Our time by that of the faster peer.
+    fn ratio(&self) -> Option<f64> {
+        self.peers.iter().flatten().copied().reduce(f64::min).map(|fastest| self.us / fastest)
+    }
+}
+
+/// A run.
+struct Record {
+    /// Where it was, and what that machine can do.
+    machine: String,
+    /// By op, cases in the order of the run.
+    rows: Vec<Row>,
+}
+
+impl Record {
+    /// From JSON lines `{op, case, us, gbs, device, driver, ptx_sha}` and the peers' `{peer, op, case, us, gbs}`.
+    fn parse(jsonl: &str) -> Result<Self> {
+        let mut ours: Vec<Row> = Vec::new();
+        let mut peers: BTreeMap<(String, String, String), f64> = BTreeMap::new();
+        let mut machine = String::new();
+        // What the machine itself can do stands above the table, not in it.
+        let mut limits = String::new();
+        for (i, line) in jsonl.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let json: Value = serde_json::from_str(line).map_err(|e| Failure(format!("tests/gpu/h100.jsonl:{}: {e}", i + 1)))?;
+            let text = |key: &str| json[key].as_str().unwrap_or_default().to_owned();
+            let (op, case) = (text("op"), text("case"));
+            // A case that failed has an error in place of a time.
+            let Some(us) = json["us"].as_f64() else { continue };
+            match json["peer"].as_str() {
+                Some(peer) => {
+                    peers.insert((peer.to_owned(), op, case), us);
                 }
-                match (op.as_str(), json["gbs"].as_f64()) {
-                    ("events", _) => {
-                        limits.push_str(&format!(" An empty pair of events reads {us:.2}."));
-                        continue;
+                None => {
+                    if machine.is_empty() && !text("device").is_empty() {
+                        machine = format!("{}, driver {}", text("device"), text("driver"));
                     }
-                    ("copy", Some(gbs)) => {
-                        limits.push_str(&format!(" Copying 1 GiB on the device: {gbs:.0} GB/s."));
-                        continue;
+                    match (op.as_str(), json["gbs"].as_f64()) {
+                        ("events", _) => {
+                            limits.push_str(&format!(" An empty pair of events reads {us:.2}."));
+                            continue;
+                        }
+                        ("copy", Some(gbs)) => {
+                            limits.push_str(&format!(" Copying 1 GiB on the device: {gbs:.0} GB/s."));
+                            continue;
+                        }
+                        _ => {}
                     }
-                    _ => {}
+                    // A later line of the same case replaces the earlier one.
+                    ours.retain(|old| (&old.op, &old.case) != (&op, &case));
+                    ours.push(Row { op, case, us, gbs: json["gbs"].as_f64(), peers: [None; 2] });
                 }
-                // A later line of the same case replaces the earlier one.
-                ours.retain(|(old_op, old_case, ..)| (old_op, old_case) != (&op, &case));
-                ours.push((op, case, us, json["gbs"].as_f64()));
             }
         }
+        for row in &mut ours {
+            row.peers = PEERS.map(|(peer, _)| peers.get(&(peer.to_owned(), row.op.clone(), row.case.clone())).copied());
+        }
+        ours.sort_by(|a, b| a.op.cmp(&b.op));
+        let method = "ours and both peers on the same GPU, by the same method. Ratio: ours to the faster peer.";
+        Ok(Self { machine: format!("Microseconds on {machine}; {method}{limits}\n\n"), rows: ours })
     }
-    // By op, cases in the order of the run.
-    ours.sort_by(|a, b| a.0.cmp(&b.0));
-    let times =
-        |op: &str, case: &str| PEERS.map(|(peer, _)| peers.get(&(peer.to_owned(), op.to_owned(), case.to_owned())).copied());
-    let mut table = format!(
-        "Microseconds on {machine}; ours and both peers in one run, by the same method. Ratio: ours to the faster peer.{limits}\n\n"
-    );
-    let beside: Vec<_> = ours.iter().filter(|(op, case, ..)| times(op, case).iter().any(Option::is_some)).collect();
-    let alone: Vec<_> = ours.iter().filter(|(op, case, ..)| times(op, case).iter().all(Option::is_none)).collect();
+}
+
+/// Rows about launches rather than kernels.
+const LAUNCHES: [&str; 4] =
+    ["first_launch", "host_time_of_a_launch", "host_time_of_the_driver_call", "host_time_of_the_launcher"];
+
+fn cell(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+/// The first cells of a row. A bar in a cell would end it.
+fn start(row: &Row) -> String {
+    format!("| `{}` | {} | {:.2} | {} |", row.op, row.case.replace('|', "\\|"), row.us, cell(row.gbs, 0))
+}
+
+fn peers_cells(row: &Row) -> String {
+    row.peers.iter().map(|time| format!(" {} |", cell(*time, 2))).collect()
+}
+
+fn peers_heads() -> String {
+    PEERS.iter().map(|(_, name)| format!(" {name} |")).collect()
+}
+
+/// A line an op: its largest case that a peer has, and the ratios over all of those.
+fn summary(record: &Record) -> String {
+    let mut table = record.machine.clone();
+    table.push_str(&format!("| op | largest case of the peers | ferrotile | GB/s |{} cases | ratio | worst |\n", peers_heads()));
+    table.push_str("|---|---|---:|---:|---:|---:|---:|---:|---:|\n");
+    let mut alone = Vec::new();
+    for rows in record.rows.chunk_by(|a, b| a.op == b.op).filter(|rows| !LAUNCHES.contains(&rows[0].op.as_str())) {
+        let ratios: Vec<f64> = rows.iter().filter_map(Row::ratio).collect();
+        let largest = rows.iter().filter(|row| row.ratio().is_some()).max_by(|a, b| a.us.total_cmp(&b.us));
+        let Some(largest) = largest else {
+            alone.push(format!("`{}`", rows[0].op));
+            continue;
+        };
+        let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp();
+        let worst = ratios.iter().copied().reduce(f64::max);
+        let cells = format!(" {} | {mean:.2} | {} |\n", ratios.len(), cell(worst, 2));
+        table.push_str(&(start(largest) + &peers_cells(largest) + &cells));
+    }
+    if !alone.is_empty() {
+        table.push_str(&format!("\nOf {} the peers have nothing that was timed.\n", alone.join(", ")));
+    }
+    table
+}
+
+/// Every case.
+fn table(record: &Record) -> String {
+    let mut table = record.machine.clone();
+    let (beside, alone): (Vec<&Row>, Vec<&Row>) = record.rows.iter().partition(|row| row.ratio().is_some());
     if !beside.is_empty() {
-        table.push_str("| op | case | ferrotile | GB/s |");
-        PEERS.iter().for_each(|(_, name)| table.push_str(&format!(" {name} |")));
-        table.push_str(" ratio |\n|---|---|---:|---:|---:|---:|---:|\n");
+        table.push_str(&format!(
+            "| op | case | ferrotile | GB/s |{} ratio |\n|---|---|---:|---:|---:|---:|---:|\n",
+            peers_heads()
+        ));
     }
-    let cell = |value: Option<f64>, digits: usize| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"));
-    // A bar in a cell would end it.
-    let start =
-        |op: &str, case: &str, us: f64, gbs| format!("| `{op}` | {} | {us:.2} | {} |", case.replace('|', "\\|"), cell(gbs, 0));
-    for (op, case, us, gbs) in beside {
-        let times = times(op, case);
-        let fastest = times.iter().flatten().copied().reduce(f64::min);
-        table.push_str(&start(op, case, *us, *gbs));
-        times.iter().for_each(|time| table.push_str(&format!(" {} |", cell(*time, 2))));
-        table.push_str(&format!(" {} |\n", cell(fastest.map(|fastest| us / fastest), 2)));
+    for row in beside {
+        table.push_str(&(start(row) + &peers_cells(row) + &format!(" {} |\n", cell(row.ratio(), 2))));
     }
     if !alone.is_empty() {
         let summary = format!("{} cases that the peers' run does not have", alone.len());
         table.push_str(&format!(
             "\n<details><summary>{summary}</summary>\n\n| op | case | ferrotile | GB/s |\n|---|---|---:|---:|\n"
         ));
-        alone.into_iter().for_each(|(op, case, us, gbs)| table.push_str(&(start(op, case, *us, *gbs) + "\n")));
+        alone.into_iter().for_each(|row| table.push_str(&(start(row) + "\n")));
         table.push_str("\n</details>\n");
     }
-    Ok(table)
+    table
 }
 
 #[cfg(test)]
@@ -141,7 +219,7 @@ mod tests {
 
     #[test]
     fn the_table_has_ours_beside_the_peers() {
-        let expected = "Microseconds on H100, driver 580; ours and both peers in one run, by the same method. Ratio: ours to the faster peer. An empty pair of events reads 1.28. Copying 1 GiB on the device: 3007 GB/s.
+        let expected = "Microseconds on H100, driver 580; ours and both peers on the same GPU, by the same method. Ratio: ours to the faster peer. An empty pair of events reads 1.28. Copying 1 GiB on the device: 3007 GB/s.
 
 | op | case | ferrotile | GB/s | TileKernels 1.0.0 | TileKernels 2.1.0 | ratio |
 |---|---|---:|---:|---:|---:|---:|
@@ -156,16 +234,34 @@ mod tests {
 
 </details>
 ";
-        assert_eq!(table(LINES).unwrap(), expected);
-        assert!(table("{\n").is_err());
+        assert_eq!(table(&Record::parse(LINES).unwrap()), expected);
+        assert!(Record::parse("{\n").is_err());
+    }
+
+    #[test]
+    fn the_summary_has_a_line_for_each_op() {
+        let lines = format!(
+            "{LINES}{}\n{}\n",
+            r#"{"op":"cast","case":"t=3","us":10.0,"gbs":5}"#, r#"{"peer":"v2","op":"cast","case":"t=3","us":9.0}"#
+        );
+        let summary = summary(&Record::parse(&lines).unwrap());
+        let expected = "
+| op | largest case of the peers | ferrotile | GB/s | TileKernels 1.0.0 | TileKernels 2.1.0 | cases | ratio | worst |
+|---|---|---:|---:|---:|---:|---:|---:|---:|
+| `cast` | t=2 | 60.00 | 2700 | 64.00 | 80.00 | 2 | 1.02 | 1.11 |
+| `topk_gate` | t=1 | 4.00 | 10 | – | 10.00 | 1 | 0.40 | 0.40 |
+
+Of `alone` the peers have nothing that was timed.
+";
+        assert_eq!(summary.split_once('\n').unwrap().1, expected);
     }
 
     #[test]
     fn only_the_part_between_the_marks_changes() {
         let page = format!("# A\n{BEGIN}\nold\n{END}\nrest\n");
-        let once = with_table(&page, "new\n").unwrap();
+        let once = with_table("A", &page, "new\n").unwrap();
         assert_eq!(once, format!("# A\n{BEGIN}\nnew\n{END}\nrest\n"));
-        assert_eq!(with_table(&once, "new\n").unwrap(), once);
-        assert!(with_table("# A\n", "new\n").is_err());
+        assert_eq!(with_table("A", &once, "new\n").unwrap(), once);
+        assert!(with_table("A", "# A\n", "new\n").is_err());
     }
 }
