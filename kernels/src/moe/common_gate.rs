@@ -85,7 +85,7 @@ pub const LIST: u32 = 2 * WARP_SIZE;
 
 /// The `k` experts with the largest keys, 1 to 32; of equal keys the first. Each lane gets an expert and the slot it takes: `k` lanes the
 /// slots below `k` in some order, the others a larger number. Key 0 is that of no expert: if fewer have another one, slots stay free, or
-/// their expert is [`NONE`].
+/// their expert is `NONE`.
 ///
 /// `keys` has `padded(e)` keys, those of the padding 0; each lane has written some of them, and `best` is the largest one of this lane. `list`
 /// has [`LIST`] words, which no lane reads any more. Keys may be overwritten.
