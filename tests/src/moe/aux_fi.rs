@@ -174,7 +174,7 @@ mod tests {
         refuse!("a matrix", |a, s| a.f = s.floats.tensor_mut(&[2, 4])?, Error::Shape { arg: "f", .. });
         refuse!("integers", |a, s| a.f = s.wide.tensor_mut(&[8])?, Error::DType { arg: "f", .. });
         refuse!("32769 experts", |a, s| a.f = s.floats.tensor_mut(&[32_769])?, Error::Value { arg: "num_experts", .. });
-        refuse!("a small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[1023])?, Error::Shape { arg: "workspace", .. });
+        refuse!("a small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[63])?, Error::Shape { arg: "workspace", .. });
         refuse!(
             "a workspace elsewhere",
             |a, s| a.workspace = s.elsewhere.tensor_mut(&[4096])?,

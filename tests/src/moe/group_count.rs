@@ -108,7 +108,7 @@ mod tests {
     fn workspace_stays_small() {
         assert!((1..=32 << 10).all(|bins| workspace_bytes(1 << 20, 8, bins) <= 256 << 10));
         assert_eq!(workspace_bytes(1024, 8, 32), 0);
-        assert_eq!(workspace_bytes(1025, 8, 32), 32 * 128);
+        assert_eq!(workspace_bytes(1025, 8, 32), 32 * 8);
         assert_eq!(
             [workspace_bytes(1 << 40, 1 << 40, 1), workspace_bytes(1 << 20, 8, 0), workspace_bytes(1 << 20, 8, 1 << 40)],
             [0; 3]
@@ -176,7 +176,7 @@ mod tests {
         refuse!("64-bit counts", |a, s| a.count = s.wide.tensor_mut(&[8])?, Error::DType { arg: "count", .. });
         refuse!("counts with gaps", |a, s| a.count = s.words.strided_mut(&[8], &[2], 0)?, Error::Layout { arg: "count", .. });
         refuse!("32769 groups", |a, s| a.count = s.words.tensor_mut(&[32_769])?, Error::Value { arg: "num_groups", .. });
-        refuse!("a small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[1023])?, Error::Shape { arg: "workspace", .. });
+        refuse!("a small workspace", |a, s| a.workspace = s.bytes.tensor_mut(&[63])?, Error::Shape { arg: "workspace", .. });
         refuse!("a workspace of words", |a, s| a.workspace = s.words.tensor_mut(&[999])?, Error::DType { arg: "workspace", .. });
         refuse!(
             "an odd workspace",
