@@ -35,6 +35,13 @@ pub fn contiguous(op: &'static str, arg: &'static str, t: &View) -> Result<()> {
     if t.is_contiguous() { Ok(()) } else { Err(wrong_layout(op, arg, t, "contiguous")) }
 }
 
+/// Dtype, shape, and one element after the other.
+pub fn whole(op: &'static str, arg: &'static str, t: &View, of: DType, expected: &[u64]) -> Result<()> {
+    dtype(op, arg, t, &[of])?;
+    shape(op, arg, t, expected)?;
+    contiguous(op, arg, t)
+}
+
 /// Elements of the last dimension of `t` are neighbours in memory.
 #[inline]
 pub fn last_stride_1(op: &'static str, arg: &'static str, t: &View) -> Result<()> {

@@ -49,7 +49,8 @@ impl Device {
         Self { backend: Backend::Emulator(Emulator { checked: false, seed: None }) }
     }
 
-    /// GPU number `ordinal`, as CUDA counts them. Creates the GPU's primary context on first use and keeps it.
+    /// GPU number `ordinal`, as CUDA counts them. Creates the GPU's primary context on first use and keeps it; that also lets the driver read
+    /// its compiler, so that no op's first launch has to.
     ///
     /// # Errors
     /// [`Error::Driver`] when this crate was built without feature `cuda`, or there is no driver or no GPU; [`Error::Value`] for an

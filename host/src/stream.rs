@@ -1,7 +1,7 @@
 //! Streams, graphs and events.
 
 use crate::device::Backend;
-use crate::{Device, Error, Result, TensorMut, TensorRef, View, check, driver, emu};
+use crate::{Device, Element, Error, Result, TensorMut, TensorRef, View, check, driver, emu};
 use ferrotile_kernels::entry::{Entry, KernelArgs};
 use ferrotile_kernels::launch::LaunchConfig;
 use std::ffi::c_void;
@@ -147,18 +147,19 @@ impl Stream {
         }
     }
 
-    /// The bytes of a tensor, from the first to the last element, once the work given to the stream so far is done. Waits for that.
-    pub(crate) fn download(&self, op: &'static str, view: &View) -> Result<Vec<u8>> {
+    /// The elements of a contiguous tensor of this type, once the work given to the stream so far is done. Waits for that.
+    pub(crate) fn download<T: Element>(&self, op: &'static str, view: &View) -> Result<Vec<T>> {
         let len = view.span_bytes() as usize;
-        let mut bytes = vec![0u8; len];
-        // SAFETY: both sides have that many bytes; whoever made the view has said that they may be read.
+        let mut values = vec![T::zeroed(); len / size_of::<T>()];
+        let to: *mut u8 = values.as_mut_ptr().cast();
+        // SAFETY: both sides have that many bytes, of which any make a `T`; whoever made the view has said that they may be read.
         unsafe {
             match self.device.backend {
-                Backend::Emulator(_) => emu::download(bytes.as_mut_ptr(), view.ptr(), len),
-                Backend::Cuda(context) => context.download_after(op, self.raw, bytes.as_mut_ptr(), view.ptr(), len)?,
+                Backend::Emulator(_) => emu::download(to, view.ptr(), len),
+                Backend::Cuda(context) => context.download_after(op, self.raw, to, view.ptr(), len)?,
             }
         }
-        Ok(bytes)
+        Ok(values)
     }
 
     /// Launch a kernel: for launchers, which have checked that `args` points to memory as large as the kernel touches. A grid

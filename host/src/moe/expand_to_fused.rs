@@ -323,9 +323,7 @@ impl Plan {
         check::aligned(op, "x", x, size)?;
         let x_row = if t <= 1 { bytes } else { x.stride(0).saturating_mul(size) };
         let x_row = check::fits_u32(op, "bytes from one row of x to the next", x_row)?;
-        check::dtype(op, "out", out, &[x.dtype()])?;
-        check::shape(op, "out", out, &[p, hidden])?;
-        check::contiguous(op, "out", out)?;
+        check::whole(op, "out", out, x.dtype(), &[p, hidden])?;
         check::aligned(op, "out", out, size)?;
 
         // Without tokens `x` does not matter.
@@ -360,8 +358,6 @@ impl Plan {
 }
 
 fn check_index(op: &'static str, arg: &'static str, tensor: &View, shape: &[u64]) -> Result<()> {
-    check::dtype(op, arg, tensor, &[DType::I32])?;
-    check::shape(op, arg, tensor, shape)?;
-    check::contiguous(op, arg, tensor)?;
+    check::whole(op, arg, tensor, DType::I32, shape)?;
     check::aligned(op, arg, tensor, 4)
 }

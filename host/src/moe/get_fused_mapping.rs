@@ -84,12 +84,12 @@ pub fn check_indices(stream: &Stream, topk_idx: &TensorRef<'_>, num_experts: u64
     check::contiguous(op, "topk_idx", topk_idx)?;
     check::same_device(op, stream, &[("topk_idx", topk_idx)])?;
     stream.refuse_capture(op)?;
-    let bytes = stream.download(op, topk_idx)?;
+    let experts = stream.download::<i64>(op, topk_idx)?;
     let k = topk_idx.dim(1).max(1) as usize;
     // The token that chose an expert last.
     let mut last = HashMap::new();
-    for (slot, bytes) in bytes.chunks_exact(8).enumerate() {
-        let (token, expert) = (slot / k, i64::from_le_bytes(bytes.try_into().unwrap_or_default()));
+    for (slot, expert) in experts.into_iter().enumerate() {
+        let token = slot / k;
         let allowed = if expert < -1 || expert >= 0 && expert as u64 >= num_experts {
             format!("-1 to {}", num_experts as i128 - 1)
         } else if expert >= 0 && last.insert(expert, token) == Some(token) {
@@ -243,8 +243,7 @@ pub fn get_fused_mapping_exact(stream: &Stream, args: Args<'_>) -> Result<ExactC
     stream.refuse_capture(OP)?;
     let (counts, rows) = (*args.num_tokens_per_expert, args.pos_to_expert.dim(0));
     get_fused_mapping(stream, args)?;
-    let bytes = stream.download(OP, &counts)?;
-    let list: Vec<i32> = bytes.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default())).collect();
+    let list = stream.download::<i32>(OP, &counts)?;
     let needed = list.iter().map(|n| *n as u64).sum();
     if needed > rows {
         let (allowed, got) = (format!("at least {needed} for this routing"), rows.to_string());
@@ -377,9 +376,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
         ("num_tokens_per_expert", &args.num_tokens_per_expert, &[e]),
     ];
     for (name, tensor, shape) in outputs {
-        check::dtype(OP, name, tensor, &[DType::I32])?;
-        check::shape(OP, name, tensor, shape)?;
-        check::contiguous(OP, name, tensor)?;
+        check::whole(OP, name, tensor, DType::I32, shape)?;
     }
 
     let workspace = &args.workspace;

@@ -90,9 +90,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::in_range(OP, "num_groups", args.num_groups, 0, MOST)?;
     check::same_device(OP, stream, &[("group_indices", indices)])?;
     if let Some(source) = &args.source {
-        check::dtype(OP, "source", source, &[DType::I64])?;
-        check::shape(OP, "source", source, indices.shape())?;
-        check::contiguous(OP, "source", source)?;
+        check::whole(OP, "source", source, DType::I64, indices.shape())?;
         check::same_device(OP, stream, &[("source", source)])?;
         check::no_overlap(OP, ("source", source), ("group_indices", indices))?;
     }

@@ -106,9 +106,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::rank(OP, "indices", indices, 2)?;
     check::dtype(OP, "indices", indices, &[DType::I64, DType::I32])?;
     check::contiguous(OP, "indices", indices)?;
-    check::dtype(OP, "out", out, &[indices.dtype()])?;
-    check::shape(OP, "out", out, indices.shape())?;
-    check::contiguous(OP, "out", out)?;
+    check::whole(OP, "out", out, indices.dtype(), indices.shape())?;
     check::in_range(OP, "num_tokens * num_topk", indices.numel(), 0, kernels::MAX_LEN)?;
     check::in_range(OP, "num_experts", args.num_experts, 1, MOST)?;
     check::in_range(OP, "num_ep_ranks", args.num_ep_ranks, 1, args.num_experts)?;

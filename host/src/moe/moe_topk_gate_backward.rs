@@ -160,9 +160,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::rank(OP, "topk_idx", topk_idx, 2)?;
     let (t, e, k) = (scores.dim(0), scores.dim(1), topk_idx.dim(1));
     for (name, tensor) in [("scores", &**scores), ("grad_logits", grad_logits)] {
-        check::dtype(OP, name, tensor, &[DType::F32])?;
-        check::shape(OP, name, tensor, &[t, e])?;
-        check::contiguous(OP, name, tensor)?;
+        check::whole(OP, name, tensor, DType::F32, &[t, e])?;
     }
     for (name, tensor, dtype) in [
         ("topk_idx", topk_idx, DType::I64),
@@ -182,9 +180,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     inputs[2] = ("topk_weights", &args.topk_weights);
     inputs[3] = ("grad_topk_weights", &args.grad_topk_weights);
     if let Some(aux) = &args.aux {
-        check::dtype(OP, "mask", &aux.mask, &[DType::U8])?;
-        check::shape(OP, "mask", &aux.mask, &[t])?;
-        check::contiguous(OP, "mask", &aux.mask)?;
+        check::whole(OP, "mask", &aux.mask, DType::U8, &[t])?;
         let sum = &aux.grad_scores_sum;
         check::dtype(OP, "grad_scores_sum", sum, &[DType::F32])?;
         check::rank(OP, "grad_scores_sum", sum, 2)?;

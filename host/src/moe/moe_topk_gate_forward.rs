@@ -2,7 +2,7 @@
 
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::{In, Out};
-use ferrotile_kernels::moe::common_gate::{MAX_COLUMNS, MAX_SLOTS};
+use ferrotile_kernels::moe::common_gate::{self, MAX_COLUMNS, MAX_SLOTS};
 use ferrotile_kernels::moe::moe_topk_gate_forward as kernels;
 use kernels::gate;
 
@@ -178,7 +178,7 @@ pub fn moe_topk_gate_forward(stream: &Stream, args: Args<'_>) -> Result<()> {
         (kernels::SCORES, args.scores.is_some()),
         (kernels::PHYSICAL, map.is_some()),
         // Beside random tokens, most of what it asks for may be in vain; with few tokens, time is short of bandwidth anyway.
-        (kernels::EAGER, args.force_random.is_none() || t <= kernels::FEW),
+        (kernels::EAGER, args.force_random.is_none() || t <= common_gate::FEW),
     ] {
         has |= if given { bit } else { 0 };
     }
@@ -268,7 +268,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
 
     let mut inputs = List::<9>::new(("logits", logits));
     let mut outputs = List::<4>::new(("topk_idx", &args.topk_idx));
-    whole("logits", logits, DType::F32, &[t, e])?;
+    check::whole(OP, "logits", logits, DType::F32, &[t, e])?;
     check::aligned(OP, "logits", logits, 16)?;
     let image = args.image_bias.as_ref();
     let map = args.physical_map.as_ref();
@@ -283,12 +283,12 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
         ("logical_count", map.map(|map| &map.logical_count), DType::I32, &[e + shared]),
     ] {
         if let Some(tensor) = tensor {
-            whole(name, tensor, dtype, shape)?;
+            check::whole(OP, name, tensor, dtype, shape)?;
             inputs.push(name, Some(tensor));
         }
     }
-    whole("topk_idx", &args.topk_idx, DType::I64, &[t, columns])?;
-    whole("topk_weights", &args.topk_weights, DType::F32, &[t, columns])?;
+    check::whole(OP, "topk_idx", &args.topk_idx, DType::I64, &[t, columns])?;
+    check::whole(OP, "topk_weights", &args.topk_weights, DType::F32, &[t, columns])?;
     outputs.push("topk_weights", Some(&args.topk_weights));
     if let Some(unmapped) = &args.unmapped_topk_idx {
         check::dtype(OP, "unmapped_topk_idx", unmapped, &[DType::I64])?;
@@ -297,7 +297,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
         outputs.push("unmapped_topk_idx", Some(unmapped));
     }
     if let Some(scores) = &args.scores {
-        whole("scores", scores, DType::F32, &[t, e])?;
+        check::whole(OP, "scores", scores, DType::F32, &[t, e])?;
         check::aligned(OP, "scores", scores, 16)?;
         outputs.push("scores", Some(scores));
     }
@@ -308,15 +308,8 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     Ok(Sizes { t: t as u32, e: e as u32, k: k as u32 })
 }
 
-/// Dtype, shape, and one element after the other.
-fn whole(arg: &'static str, tensor: &View, dtype: DType, shape: &[u64]) -> Result<()> {
-    check::dtype(OP, arg, tensor, &[dtype])?;
-    check::shape(OP, arg, tensor, shape)?;
-    check::contiguous(OP, arg, tensor)
-}
-
 /// Most experts.
-pub const MAX_EXPERTS: u64 = kernels::MAX_EXPERTS as u64;
+pub const MAX_EXPERTS: u64 = common_gate::MAX_EXPERTS as u64;
 
 /// Most tokens: blocks are counted in 31 bits.
 const MAX_TOKENS: u64 = i32::MAX as u64;

@@ -110,9 +110,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<(u32, u32)> {
         ("normalized", normalized, weights.shape()),
     ];
     for (name, tensor, shape) in tensors {
-        check::dtype(OP, name, tensor, &[DType::F32])?;
-        check::shape(OP, name, tensor, shape)?;
-        check::contiguous(OP, name, tensor)?;
+        check::whole(OP, name, tensor, DType::F32, shape)?;
     }
     let most = if args.order == SumOrder::Tree { MAX_TREE } else { i32::MAX as u64 };
     check::in_range(OP, "num_topk", k, 0, most)?;

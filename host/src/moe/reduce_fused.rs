@@ -221,9 +221,7 @@ fn check(stream: &Stream, Args { x, x_sf, topk_weights, token_topk_to_pos, sf, o
     for (place, (arg, tensor, dtype, shape)) in inputs[1..].iter_mut().zip(tensors) {
         let Some(tensor) = tensor else { continue };
         let rank = if matches!(arg, "x_sf" | "sf") { 1 } else { 2 };
-        check::dtype(OP, arg, tensor, &[dtype])?;
-        check::shape(OP, arg, tensor, &shape[..rank])?;
-        check::contiguous(OP, arg, tensor)?;
+        check::whole(OP, arg, tensor, dtype, &shape[..rank])?;
         check::aligned(OP, arg, tensor, 4)?;
         *place = (arg, tensor);
     }

@@ -178,9 +178,7 @@ fn check(stream: &Stream, args: &Args<'_>) -> Result<Plan> {
     ];
     for (i, (arg, tensor, dtype, shape)) in whole.into_iter().enumerate() {
         let Some(tensor) = tensor else { continue };
-        check::dtype(OP, arg, tensor, &[dtype])?;
-        check::shape(OP, arg, tensor, shape)?;
-        check::contiguous(OP, arg, tensor)?;
+        check::whole(OP, arg, tensor, dtype, shape)?;
         check::aligned(OP, arg, tensor, dtype.size())?;
         if let Some(place) = inputs.get_mut(2 + i) {
             *place = (arg, tensor);

@@ -638,20 +638,18 @@ impl Routed<'_> {
     pub fn load(&self, stream: &Stream) -> Result<Load> {
         check::on_device(OP, stream.device(), "workspace", self.memory.device())?;
         stream.refuse_capture(OP)?;
-        let experts = stream.download(OP, &*self.topk_idx()?)?;
-        let rows = stream.download(OP, &*self.token_topk_to_pos()?)?;
-        let lengths = stream.download(OP, &*self.input(Part::NumTokensPerExpert)?)?;
+        let experts = stream.download::<i64>(OP, &*self.topk_idx()?)?;
+        let rows = stream.download::<i32>(OP, &*self.token_topk_to_pos()?)?;
+        let lengths = stream.download::<i32>(OP, &*self.input(Part::NumTokensPerExpert)?)?;
         let mut load = Load { experts: Vec::new(), num_expanded_tokens: self.p, needed: 0 };
         load.experts.resize(self.router.config.num_experts as usize, ExpertLoad::default());
-        for (expert, row) in experts.chunks_exact(8).zip(rows.chunks_exact(4)) {
-            let expert = i64::from_le_bytes(expert.try_into().unwrap_or_default());
-            let row = i32::from_le_bytes(row.try_into().unwrap_or_default());
+        for (expert, row) in experts.into_iter().zip(rows) {
             let Some(of_expert) = usize::try_from(expert).ok().and_then(|expert| load.experts.get_mut(expert)) else { continue };
             *(if row >= 0 { &mut of_expert.rows } else { &mut of_expert.dropped }) += 1;
         }
-        for (expert, length) in load.experts.iter_mut().zip(lengths.chunks_exact(4)) {
-            let (start, length) = (load.needed, u32::from_le_bytes(length.try_into().unwrap_or_default()));
-            load.needed += u64::from(length);
+        for (expert, length) in load.experts.iter_mut().zip(lengths) {
+            let start = load.needed;
+            load.needed += length as u64;
             expert.padding = (load.needed.min(self.p)).saturating_sub(start.min(self.p)).saturating_sub(expert.rows);
         }
         Ok(load)

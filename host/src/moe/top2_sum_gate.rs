@@ -4,7 +4,7 @@ use super::moe_topk_gate_forward::PhysicalMap;
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::{In, Out};
 use ferrotile_kernels::entry::Entry;
-use ferrotile_kernels::moe::common_gate::{MAX_COLUMNS, MAX_SLOTS};
+use ferrotile_kernels::moe::common_gate::{self, MAX_COLUMNS, MAX_SLOTS};
 use ferrotile_kernels::moe::mask_indices_by_tp::Divisor;
 use ferrotile_kernels::moe::top2_sum_gate as kernels;
 use ferrotile_kernels::moe::topk_sum_and_topk_group_idx::log_lanes;
@@ -16,7 +16,7 @@ const OP: &str = "top2_sum_gate";
 pub const MAX_TOPK: u64 = MAX_SLOTS as u64;
 
 /// Most experts.
-pub const MAX_EXPERTS: u64 = kernels::MAX_EXPERTS as u64;
+pub const MAX_EXPERTS: u64 = common_gate::MAX_EXPERTS as u64;
 
 /// Most groups.
 pub const MAX_GROUPS: u64 = kernels::MAX_GROUPS as u64;
@@ -260,13 +260,6 @@ struct Sizes {
     rank_experts: u32,
 }
 
-/// Dtype, shape, and one element after the other.
-fn whole(arg: &'static str, tensor: &View, dtype: DType, shape: &[u64]) -> Result<()> {
-    check::dtype(OP, arg, tensor, &[dtype])?;
-    check::shape(OP, arg, tensor, shape)?;
-    check::contiguous(OP, arg, tensor)
-}
-
 fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     /// Blocks are counted in 31 bits, and so are ranks.
     const MOST: u64 = i32::MAX as u64;
@@ -306,10 +299,10 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::in_range(OP, "num_tp_ranks", args.num_tp_ranks, 1, MOST)?;
     check::in_range(OP, "tp_rank", args.tp_rank, 0, args.num_tp_ranks - 1)?;
 
-    whole("logits", logits, DType::F32, &[t, e])?;
-    whole("bias", &args.bias, DType::F32, &[e])?;
-    whole("topk_idx", idx, DType::I64, &[t, slots])?;
-    whole("topk_weights", weights, DType::F32, &[t, slots])?;
+    check::whole(OP, "logits", logits, DType::F32, &[t, e])?;
+    check::whole(OP, "bias", &args.bias, DType::F32, &[e])?;
+    check::whole(OP, "topk_idx", idx, DType::I64, &[t, slots])?;
+    check::whole(OP, "topk_weights", weights, DType::F32, &[t, slots])?;
     // Absent ones are stood in for by the logits, which are checked anyway.
     let mut inputs: [(&'static str, &View); 6] = [("logits", logits); 6];
     inputs[1] = ("bias", &args.bias);
@@ -323,7 +316,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     .enumerate()
     {
         if let Some(tensor) = tensor {
-            whole(name, tensor, dtype, shape)?;
+            check::whole(OP, name, tensor, dtype, shape)?;
             inputs[2 + i] = (name, tensor);
         }
     }

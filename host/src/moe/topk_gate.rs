@@ -100,9 +100,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::dtype(OP, "scores", scores, &[DType::F32])?;
     check::last_stride_1(OP, "scores", scores)?;
     check::rank(OP, "topk_idx", idx, 2)?;
-    check::dtype(OP, "topk_idx", idx, &[DType::I64])?;
-    check::shape(OP, "topk_idx", idx, &[scores.dim(0), idx.dim(1)])?;
-    check::contiguous(OP, "topk_idx", idx)?;
+    check::whole(OP, "topk_idx", idx, DType::I64, &[scores.dim(0), idx.dim(1)])?;
     check::in_range(OP, "num_experts", scores.dim(1), 0, i32::MAX as u64)?;
     check::in_range(OP, "num_topk", idx.dim(1), 0, MAX_TOPK.min(scores.dim(1)))?;
     check::same_device(OP, stream, &[("scores", scores), ("topk_idx", idx)])?;

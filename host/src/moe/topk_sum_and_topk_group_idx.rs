@@ -93,9 +93,7 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::dtype(OP, "scores", scores, &[DType::F32])?;
     check_tokens(scores)?;
     check::rank(OP, "topk_group_idx", idx, 2)?;
-    check::dtype(OP, "topk_group_idx", idx, &[DType::I64])?;
-    check::shape(OP, "topk_group_idx", idx, &[scores.dim(0), idx.dim(1)])?;
-    check::contiguous(OP, "topk_group_idx", idx)?;
+    check::whole(OP, "topk_group_idx", idx, DType::I64, &[scores.dim(0), idx.dim(1)])?;
     let (groups, of_group, k) = (scores.dim(1), scores.dim(2), idx.dim(1));
     check::in_range(OP, "num_groups", groups, 0, MAX_GROUPS)?;
     check::in_range(OP, "experts_per_group", of_group, 0, i32::MAX as u64)?;

@@ -77,9 +77,7 @@ pub fn batched_transpose_weight_sf(stream: &Stream, args: Args<'_>) -> Result<()
     }
     check_overlaps(&args)?;
     if let Some(bad) = &args.bad {
-        check::dtype(OP, "bad", bad, &[DType::I32])?;
-        check::shape(OP, "bad", bad, &[args.weights.len() as u64])?;
-        check::contiguous(OP, "bad", bad)?;
+        check::whole(OP, "bad", bad, DType::I32, &[args.weights.len() as u64])?;
         check::aligned(OP, "bad", bad, 4)?;
         check::same_device(OP, stream, &[("bad", bad)])?;
     }

@@ -268,18 +268,12 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
         ("workspace", args.weight_grad.as_ref().map(|w| &*w.workspace)),
     ];
     if let Some(weight) = &args.weight {
-        check::dtype(OP, "weight", weight, &[dtype])?;
-        check::shape(OP, "weight", weight, &[hidden])?;
-        check::contiguous(OP, "weight", weight)?;
+        check::whole(OP, "weight", weight, dtype, &[hidden])?;
         check::aligned(OP, "weight", weight, size)?;
     }
-    check::dtype(OP, "rstd", &args.rstd, &[DType::F32])?;
-    check::shape(OP, "rstd", &args.rstd, &[num_tokens])?;
-    check::contiguous(OP, "rstd", &args.rstd)?;
+    check::whole(OP, "rstd", &args.rstd, DType::F32, &[num_tokens])?;
     check::aligned(OP, "rstd", &args.rstd, 4)?;
-    check::dtype(OP, "x_grad", &args.x_grad, &[dtype])?;
-    check::shape(OP, "x_grad", &args.x_grad, shape)?;
-    check::contiguous(OP, "x_grad", &args.x_grad)?;
+    check::whole(OP, "x_grad", &args.x_grad, dtype, shape)?;
     check::aligned(OP, "x_grad", &args.x_grad, size)?;
     if let Some(WeightGrad { tensor, workspace, .. }) = &args.weight_grad {
         check::dtype(OP, "weight_grad", tensor, &[DType::Bf16, DType::F32])?;

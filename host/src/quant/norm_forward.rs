@@ -202,9 +202,7 @@ impl Norm<'_> {
             self.check_input(op, "residual", residual)?;
         }
         if let Some(weight) = self.weight {
-            check::dtype(op, "weight", weight, &[x.dtype()])?;
-            check::shape(op, "weight", weight, &[hidden])?;
-            check::contiguous(op, "weight", weight)?;
+            check::whole(op, "weight", weight, x.dtype(), &[hidden])?;
             check::aligned(op, "weight", weight, x.dtype().size())?;
         }
         if self.eps.is_nan() || self.eps < 0.0 || self.eps.is_infinite() {
@@ -219,9 +217,7 @@ impl Norm<'_> {
             self.check_like_x(op, "residual_out", sum)?;
         }
         if let Some(rstd) = self.rstd {
-            check::dtype(op, "rstd", rstd, &[DType::F32])?;
-            check::shape(op, "rstd", rstd, &x.shape()[..last])?;
-            check::contiguous(op, "rstd", rstd)?;
+            check::whole(op, "rstd", rstd, DType::F32, &x.shape()[..last])?;
             check::aligned(op, "rstd", rstd, 4)?;
         }
         let num_tokens = x.dim(last - 1) as u32;
@@ -255,9 +251,7 @@ impl Norm<'_> {
 
     /// A contiguous output with the type and shape of `x`.
     pub(super) fn check_like_x(&self, op: &'static str, arg: &'static str, t: &View) -> Result<()> {
-        check::dtype(op, arg, t, &[self.x.dtype()])?;
-        check::shape(op, arg, t, self.x.shape())?;
-        check::contiguous(op, arg, t)?;
+        check::whole(op, arg, t, self.x.dtype(), self.x.shape())?;
         check::aligned(op, arg, t, t.dtype().size())
     }
 

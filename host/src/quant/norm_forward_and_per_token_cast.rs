@@ -126,13 +126,9 @@ pub fn norm_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Resul
         rstd: args.rstd.as_deref(),
     };
     let rows = norm.check(OP)?;
-    check::dtype(OP, "out", &args.out, &[DType::E4m3])?;
-    check::shape(OP, "out", &args.out, x.shape())?;
-    check::contiguous(OP, "out", &args.out)?;
+    check::whole(OP, "out", &args.out, DType::E4m3, x.shape())?;
     if let Some(out) = &args.out_bf16 {
-        check::dtype(OP, "out_bf16", out, &[DType::Bf16])?;
-        check::shape(OP, "out_bf16", out, x.shape())?;
-        check::contiguous(OP, "out_bf16", out)?;
+        check::whole(OP, "out_bf16", out, DType::Bf16, x.shape())?;
         check::aligned(OP, "out_bf16", out, 2)?;
     }
     let packed = args.sf.layout.is_packed();

@@ -148,11 +148,9 @@ pub fn per_block_cast(stream: &Stream, args: Args<'_>) -> Result<()> {
     }
     use k::cast as e;
     let flat = plan.npt == 5 && plan.aligned;
-    if plan.bf16 && format == Format::E4m3 && plan.aligned && !flat {
-        let few = plan.config(128).num_blocks() <= stream.device().num_sms().into();
-        if few {
-            return launch!(cast_few, &k::cast_few::ENTRY, k::config(plan.num_tokens, plan.hidden, (128, 128), k::FEW_THREADS));
-        }
+    let few = plan.config(128).num_blocks() <= stream.device().num_sms().into();
+    if few && plan.bf16 && format == Format::E4m3 && plan.aligned && !flat {
+        return launch!(cast_few, &k::cast_few::ENTRY, k::config(plan.num_tokens, plan.hidden, (128, 128), k::FEW_THREADS));
     }
     let entry = match (plan.bf16, format, plan.aligned) {
         (true, Format::E4m3, true) if flat => &e::bf16_e4m3_flat,

@@ -159,9 +159,7 @@ fn check(stream: &Stream, a: &Args<'_>) -> Result<Plan> {
     let x_stride = if num_tokens <= 1 { 0 } else { check::fits_u32(OP, "row stride of x", a.x.stride(0))? };
     let blocks = |(npt, npc): (u32, u32)| (num_tokens.div_ceil(npt.into()), hidden.div_ceil(npc.into()));
     let x_sf = a.x_sf.check(OP, "x_sf", SfLayout::COMMON, blocks(a.x_block))?;
-    check::dtype(OP, "out", &a.out, &[DType::E4m3])?;
-    check::shape(OP, "out", &a.out, &[num_tokens, hidden])?;
-    check::contiguous(OP, "out", &a.out)?;
+    check::whole(OP, "out", &a.out, DType::E4m3, &[num_tokens, hidden])?;
     check::aligned(OP, "out", &a.out, 16)?;
     let sf = a.sf.check(OP, "sf", SfLayout::COMMON, blocks(a.out_block))?;
     let inputs = [("x", &*a.x), ("x_sf", &*a.x_sf.tensor)];
@@ -170,9 +168,7 @@ fn check(stream: &Stream, a: &Args<'_>) -> Result<Plan> {
     check::same_device(OP, stream, &outputs)?;
     check::no_overlaps(OP, &inputs, &outputs)?;
     if let Some(lost) = &a.lost {
-        check::dtype(OP, "lost", lost, &[DType::I32])?;
-        check::shape(OP, "lost", lost, &[num_tokens])?;
-        check::contiguous(OP, "lost", lost)?;
+        check::whole(OP, "lost", lost, DType::I32, &[num_tokens])?;
         check::aligned(OP, "lost", lost, 4)?;
         check::same_device(OP, stream, &[("lost", lost)])?;
         inputs.iter().chain(&outputs).try_for_each(|other| check::no_overlap(OP, *other, ("lost", lost)))?;

@@ -155,9 +155,7 @@ impl<'a> Plan<'a> {
 
     /// Checks the quantised values of `rows` rows; whether wide accesses will do for input and output.
     pub fn check_out(&self, op: &'static str, out: &View, rows: u32) -> Result<bool> {
-        check::dtype(op, "out", out, &[DType::E4m3])?;
-        check::shape(op, "out", out, &[rows.into(), self.hidden.into()])?;
-        check::contiguous(op, "out", out)?;
+        check::whole(op, "out", out, DType::E4m3, &[rows.into(), self.hidden.into()])?;
         let bytes = if self.element == Element::F32 { 4 } else { 8 };
         Ok(self.is_wide() && out.ptr().is_multiple_of(bytes))
     }

@@ -69,9 +69,7 @@ pub fn per_channel_cast_and_transpose(stream: &Stream, args: Args<'_>) -> Result
     let plan = Plan::new(op, &Input::Plain(args.x))?;
     let (t, h) = (plan.num_rows, plan.hidden);
     let scales = Scales::check(op, args.npt, args.round_sf, &args.sf, (t.into(), h.into()))?;
-    check::dtype(op, "out", &args.out, &[DType::E4m3])?;
-    check::shape(op, "out", &args.out, &[h.into(), t.into()])?;
-    check::contiguous(op, "out", &args.out)?;
+    check::whole(op, "out", &args.out, DType::E4m3, &[h.into(), t.into()])?;
     plan.check_apart(op, stream, &[("out", &args.out), ("sf", &args.sf.tensor)])?;
     if args.x.is_empty() {
         return Ok(());

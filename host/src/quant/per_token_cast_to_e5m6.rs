@@ -78,9 +78,7 @@ pub fn per_token_cast_to_e5m6(stream: &Stream, a: Args<'_>) -> Result<()> {
     check::last_stride_1(op, "x", &a.x)?;
     let size = a.x.dtype().size();
     check::aligned(op, "x", &a.x, size)?;
-    check::dtype(op, "out", &a.out, &[DType::U8])?;
-    check::shape(op, "out", &a.out, &[num_tokens, hidden / 2 * 3])?;
-    check::contiguous(op, "out", &a.out)?;
+    check::whole(op, "out", &a.out, DType::U8, &[num_tokens, hidden / 2 * 3])?;
     if a.sf.layout.is_packed() && !a.round_sf {
         let allowed = format!("true with {} scales", a.sf.layout);
         return Err(Error::Value { op, arg: "round_sf", allowed, got: "false".to_owned() });

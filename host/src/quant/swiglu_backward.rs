@@ -189,9 +189,7 @@ pub(super) fn check_grad(op: &'static str, grad: &View, dtypes: &[DType], (num_r
 
 /// A contiguous output, aligned for stores of 16 bytes.
 pub(super) fn check_output(op: &'static str, arg: &'static str, t: &View, dtype: DType, shape: &[u64]) -> Result<()> {
-    check::dtype(op, arg, t, &[dtype])?;
-    check::shape(op, arg, t, shape)?;
-    check::contiguous(op, arg, t)?;
+    check::whole(op, arg, t, dtype, shape)?;
     check::aligned(op, arg, t, 16)
 }
 

@@ -113,9 +113,7 @@ pub fn swiglu_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Res
         let allowed = format!("{:e} to {:e}", SF_CLAMP_RANGE.0, SF_CLAMP_RANGE.1);
         return Err(Error::Value { op: OP, arg: "sf_clamp_min", allowed, got: format!("{amax_min:e}") });
     }
-    check::dtype(OP, "out", &args.out, &[DType::E4m3])?;
-    check::shape(OP, "out", &args.out, &[num_rows.into(), hidden.into()])?;
-    check::contiguous(OP, "out", &args.out)?;
+    check::whole(OP, "out", &args.out, DType::E4m3, &[num_rows.into(), hidden.into()])?;
     check::aligned(OP, "out", &args.out, 8)?;
     let layout = args.sf.layout;
     if layout.is_packed() && !args.round_sf {

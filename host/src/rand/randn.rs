@@ -186,9 +186,7 @@ pub fn randn_like(stream: &Stream, x: &TensorRef<'_>, args: Args<'_>) -> Result<
 pub fn randn_counted(stream: &Stream, args: CountedArgs<'_>) -> Result<()> {
     let CountedArgs { state, out } = args;
     check_out(stream, &out)?;
-    check::dtype(OP, "state", &state, &[DType::I64])?;
-    check::shape(OP, "state", &state, &[2])?;
-    check::contiguous(OP, "state", &state)?;
+    check::whole(OP, "state", &state, DType::I64, &[2])?;
     check::aligned(OP, "state", &state, 8)?;
     check::same_device(OP, stream, &[("state", &state)])?;
     check::no_overlap(OP, ("state", &state), ("out", &out))?;

@@ -306,7 +306,6 @@ pub fn block_sync(_: Here) {
 }
 #[inline(always)]
 pub fn spin(_: Here) {}
-/// ptxas takes the line as one about the loop whose first block it stands in.
 #[inline(always)]
 pub fn opaque(v: u32) -> u32 {
     let r: u32;
@@ -314,6 +313,7 @@ pub fn opaque(v: u32) -> u32 {
     unsafe { asm!("mov.b32 {0}, {1};", out(reg32) r, in(reg32) v, options(nomem, nostack, preserves_flags)) };
     r
 }
+/// ptxas takes the line as one about the loop whose first block it stands in.
 #[inline(always)]
 pub fn rolled() {
     unsafe { asm!(".pragma \"nounroll\";", options(nomem, nostack, preserves_flags)) }

@@ -6,6 +6,22 @@ use crate::device::*;
 /// Most slots of a token, shared experts included: each has a lane.
 pub const MAX_SLOTS: u32 = WARP_SIZE;
 
+/// Most experts: what a block of one warp has shared memory for.
+pub const MAX_EXPERTS: u32 = 16 << 10;
+
+/// Tokens that a launch of one-warp blocks takes at most: those are all resident at once, and start and end by themselves.
+pub const FEW: u32 = 2048;
+
+/// Grid and block for `t` tokens of a warp each, whose blocks of so many warps have this shared memory.
+pub fn warp_per_token(t: u32, shared: impl Fn(u32) -> SharedLayout) -> LaunchConfig {
+    let mut warps = if t > FEW { 8 } else { 1 };
+    // Several blocks of several warps fit an SM.
+    while warps > 1 && shared(warps).bytes() > 48 << 10 {
+        warps /= 2;
+    }
+    LaunchConfig::new(ceil_div(t, warps), warps * WARP_SIZE).shared(&shared(warps))
+}
+
 /// Most columns of a map of physical experts.
 pub const MAX_COLUMNS: u32 = 1 << 16;
 
@@ -57,6 +73,18 @@ pub fn smaller(a: u32, b: u32) -> u32 {
 #[inline(always)]
 pub fn rank_key(value: f32) -> u32 {
     larger(ordered_key(value), 1)
+}
+
+/// `V` neighbouring values, 4 of which are aligned.
+#[inline(always)]
+#[track_caller]
+pub fn load<const V: usize>(row: In<f32>, i: u32) -> [f32; V] {
+    if V == 4 {
+        let words = row.load16(i);
+        core::array::from_fn(|j| f32::from_bits(words[j & 3]))
+    } else {
+        core::array::from_fn(|j| row.get(i + j as u32))
+    }
 }
 
 /// What a step of a loop over experts advances: four of each lane.

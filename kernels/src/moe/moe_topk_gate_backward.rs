@@ -6,6 +6,7 @@
 //!       writes the element of its choice over it.
 //! Cost  4·t·e bytes written and 20·t·k read, with a loss 4·t·e read beside; memory bound. With a loss some 30 instructions an element.
 
+use super::common_gate::load;
 pub use super::common_index::Divisor;
 use super::common_index::{NONE, index_or_none};
 use crate::device::*;
@@ -223,18 +224,6 @@ pub fn slope(u: f32) -> f32 {
     let inverse = fma(near, fma(-u, near, 1.0), near);
     // Where `1 - v / 2` rounds to 1; 1 / u might be infinite.
     if u < 2.44e-4 { 0.5 * u } else { lost * (0.5 * inverse) }
-}
-
-/// `V` neighbouring values.
-#[inline(always)]
-#[track_caller]
-fn load<const V: usize>(row: In<f32>, i: u32) -> [f32; V] {
-    if V == 4 {
-        let words = row.load16(i);
-        core::array::from_fn(|j| f32::from_bits(words[j & 3]))
-    } else {
-        core::array::from_fn(|j| row.get(i + j as u32))
-    }
 }
 
 /// Write `V` neighbouring values.

@@ -13,9 +13,6 @@ use super::common_index::{NONE, index_or_none};
 use crate::device::*;
 use crate::{kernel, unroll};
 
-/// Most experts: what a block of one warp has shared memory for.
-pub const MAX_EXPERTS: u32 = 16 << 10;
-
 /// There are masks: bit `i` belongs to the `i`th of the kernel's four flags of a token.
 pub const MASK: u32 = 1;
 /// There are tokens with random experts.
@@ -37,9 +34,6 @@ pub const PHYSICAL: u32 = 256;
 /// Logits are asked for before it is known whether the token needs them.
 pub const EAGER: u32 = 512;
 
-/// Tokens that a launch of one-warp blocks takes at most: those are all resident at once, and start and end by themselves.
-pub const FEW: u32 = 2048;
-
 /// Experts of a warp at a time.
 const QUADS: u32 = STEP;
 
@@ -53,13 +47,8 @@ const fn shared(e: u32, warps: u32) -> (SharedLayout, Shared<f32>, Shared<u32>, 
 }
 
 /// Grid and block for `t` tokens of `e` experts.
-pub const fn config(t: u32, e: u32) -> LaunchConfig {
-    let mut warps = if t > FEW { 8 } else { 1 };
-    // Several blocks of several warps fit an SM.
-    while warps > 1 && shared(e, warps).0.bytes() > 48 << 10 {
-        warps /= 2;
-    }
-    LaunchConfig::new(ceil_div(t, warps), warps * WARP_SIZE).shared(&shared(e, warps).0)
+pub fn config(t: u32, e: u32) -> LaunchConfig {
+    warp_per_token(t, |warps| shared(e, warps).0)
 }
 
 kernel! {

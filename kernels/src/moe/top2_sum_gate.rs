@@ -16,9 +16,6 @@ use crate::kernel;
 /// Most groups: each has a lane.
 pub const MAX_GROUPS: u32 = WARP_SIZE;
 
-/// Most experts: what a block of one warp has shared memory for.
-pub const MAX_EXPERTS: u32 = 16 << 10;
-
 /// Scores: `1 / (1 + e^-x)`.
 pub const SIGMOID: u32 = 0;
 /// Scores: `sqrt(log(1 + e^x))`.
@@ -37,9 +34,6 @@ pub const UNMAPPED: u32 = 8;
 /// There are physical experts.
 pub const PHYSICAL: u32 = 16;
 
-/// Tokens that a launch of one-warp blocks takes at most: those are all resident at once, and start and end by themselves.
-const FEW: u32 = 2048;
-
 /// Shared memory of a block of `warps`: bias, and for each warp scores, keys and a list of candidates.
 const fn shared(e: u32, warps: u32) -> (SharedLayout, Shared<f32>, Shared<f32>, Shared<u32>, Shared<u32>) {
     let e = padded(e);
@@ -52,13 +46,8 @@ const fn shared(e: u32, warps: u32) -> (SharedLayout, Shared<f32>, Shared<f32>, 
 }
 
 /// Grid and block for `t` tokens of `e` experts.
-pub const fn config(t: u32, e: u32) -> LaunchConfig {
-    let mut warps = if t > FEW { 8 } else { 1 };
-    // Several blocks of several warps fit an SM.
-    while warps > 1 && shared(e, warps).0.bytes() > 48 << 10 {
-        warps /= 2;
-    }
-    LaunchConfig::new(ceil_div(t, warps), warps * WARP_SIZE).shared(&shared(e, warps).0)
+pub fn config(t: u32, e: u32) -> LaunchConfig {
+    warp_per_token(t, |warps| shared(e, warps).0)
 }
 
 kernel! {

@@ -8,6 +8,7 @@
 //! Cost  4·t·e bytes read, 8·t·k written; about 225 warp instructions a token at e = 256, k = 8: 2 us of issue
 //!       slots for 8001 tokens, beside 3 us of DRAM.
 
+use super::common_gate::load;
 use crate::device::*;
 use crate::kernel;
 
@@ -135,18 +136,6 @@ kernel! {
         r1[1, 0, 1], r2[2, 1, 1], r3[3, 2, 1], r4[4, 3, 1], r6[6, 4, 1], r8[8, 6, 1], r12[12, 8, 1], r16[16, 12, 1], r32[32, 16, 1],
         r1v4[1, 0, 4], r2v4[2, 1, 4], r3v4[3, 2, 4], r4v4[4, 3, 4], r8v4[8, 4, 4],
         any[0, 0, 1],
-    }
-}
-
-/// `V` neighbouring scores.
-#[inline(always)]
-#[track_caller]
-fn load<const V: usize>(row: In<f32>, i: u32) -> [f32; V] {
-    if V == 4 {
-        let words = row.load16(i);
-        core::array::from_fn(|j| f32::from_bits(words[j & 3]))
-    } else {
-        core::array::from_fn(|j| row.get(i + j as u32))
     }
 }
 

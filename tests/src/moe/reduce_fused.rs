@@ -3,12 +3,13 @@
 use super::common_expanded::{DeviceMaps, Maps};
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, MoeCase, moe_bench_cases, moe_cases};
-use crate::support::compare::{Bits, equal};
+use crate::support::compare::equal;
 use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
+use crate::support::value::Value;
 use ferrotile::moe::reduce_fused::{Args, reduce_fused};
-use ferrotile::{Buffer, Device, E4m3, Element, Stream};
+use ferrotile::{Buffer, Device, E4m3, Stream};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -20,41 +21,6 @@ const FILL: u8 = 0xA5;
 
 /// Elements before the first and after the last of the output that must stay as they are.
 const GUARD: u64 = 16;
-
-/// An element type of rows.
-pub trait Value: Element + Bits + Send + Sync + Default + PartialEq {
-    /// As f32.
-    fn widen(self) -> f32;
-    /// Rounded to nearest even; NaN as the op defines it.
-    fn round(value: f32) -> Self;
-}
-
-impl Value for f32 {
-    fn widen(self) -> f32 {
-        self
-    }
-    fn round(value: f32) -> Self {
-        if value.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { value }
-    }
-}
-
-impl Value for bf16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-    fn round(value: f32) -> Self {
-        if value.is_nan() { bf16::from_bits(0x7FFF) } else { bf16::from_f32(value) }
-    }
-}
-
-impl Value for E4m3 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-    fn round(value: f32) -> Self {
-        if value.is_nan() { E4m3(0x7F) } else { E4m3::from_f32(value) }
-    }
-}
 
 /// Which optional tensors there are.
 #[derive(Clone, Copy, Debug)]

@@ -2,13 +2,14 @@
 
 use super::common_expanded::{DeviceMaps, Maps};
 use super::common_route::{bench_name, inside, moe, prefilled};
-use super::reduce_fused::{Value, awkward};
+use super::reduce_fused::awkward;
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::{Depth, HIDDENS, MoeCase, moe_bench_cases, moe_cases};
 use crate::support::compare::equal;
 use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
+use crate::support::value::Value;
 use ferrotile::moe::reduce_fused_backward::{Args, reduce_fused_backward};
 use ferrotile::{Buffer, Device, Stream};
 use half::bf16;

@@ -1,13 +1,13 @@
 //! router: the steps of a routed layer, each against its definition; and the benchmark of the whole layer.
 
 use super::common_route::FILL;
-use super::reduce_fused::Value;
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare::{allclose, equal};
 use crate::support::inputs;
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
+use crate::support::value::Value;
 use ferrotile::moe::max_expanded_tokens;
 use ferrotile::moe::moe_topk_gate_backward::AuxGrad;
 use ferrotile::moe::router::{Config, Expanded, ExpertLoad, Gate, Load, MoeRouter, Quantise, Routed};

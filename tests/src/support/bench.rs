@@ -94,8 +94,6 @@ impl Bench {
 
     /// Times of the calls of `launch`, each with a cold L2.
     fn measure(&mut self, launch: &mut dyn FnMut(&Stream) -> ferrotile::Result<()>) -> ferrotile::Result<Vec<f64>> {
-        // What the row was built from.
-        self.stream.synchronize()?;
         for _ in 0..2 {
             launch(&self.timed)?;
         }

@@ -9,3 +9,4 @@ pub mod golden;
 pub mod inputs;
 pub mod rng;
 pub mod suite;
+pub mod value;

@@ -2,43 +2,19 @@
 
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
-use crate::support::compare::{Bits, close_diff, equal};
+use crate::support::compare::{close_diff, equal};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
+use crate::support::value::Value;
 use ferrotile::half::bf16;
 use ferrotile::transform::apply_rotary::{Args, apply_rotary};
-use ferrotile::{Buffer, Device, Element, Stream, TensorRef};
+use ferrotile::{Buffer, Device, Stream, TensorRef};
 
 /// The checks of this op.
 pub const SUITE: Suite = Suite { op: "apply_rotary", run };
 
 /// Elements behind the end of each buffer.
 const GUARD: u64 = 19;
-
-/// A value of query and key.
-trait Value: Element + Bits + Copy + Send + Sync + Into<f64> {
-    fn to(self) -> f32;
-    /// To nearest even; every NaN the same.
-    fn from(v: f32) -> Self;
-}
-
-impl Value for f32 {
-    fn to(self) -> f32 {
-        self
-    }
-    fn from(v: f32) -> Self {
-        if v.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { v }
-    }
-}
-
-impl Value for bf16 {
-    fn to(self) -> f32 {
-        self.to_f32()
-    }
-    fn from(v: f32) -> Self {
-        if v.is_nan() { bf16::from_bits(0x7FFF) } else { bf16::from_f32(v) }
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Positions {
@@ -144,7 +120,7 @@ impl<T: Value> Data<T> {
         let rng = Rng::named(&p.name());
         let values = |n: u64, heads: u64| -> Vec<T> {
             let data = rng.stream(n).normal_f32(p.layout(heads).1 as usize);
-            data.into_iter().map(T::from).collect()
+            data.into_iter().map(T::round).collect()
         };
         let tokens = if p.positions == Positions::Shared { p.length } else { p.length * p.batches() };
         let positions =
@@ -183,14 +159,14 @@ impl<T: Value> Data<T> {
                         let (c, s) = (self.cache[(row + j) as usize], self.cache[(row + half + j) as usize]);
                         let at = p.start() + b * batch_stride + l * token_stride + h * head_stride;
                         let (i1, i2) = if p.interleaved { (at + 2 * j, at + 2 * j + 1) } else { (at + j, at + j + half) };
-                        let (x1, x2) = (values[i1 as usize].to(), values[i2 as usize].to());
+                        let (x1, x2) = (values[i1 as usize].widen(), values[i2 as usize].widen());
                         let (y1, y2) = if p.conjugate {
                             (x1.mul_add(c, x2 * s), x1.mul_add(-s, x2 * c))
                         } else {
                             (x1.mul_add(c, -(x2 * s)), x1.mul_add(s, x2 * c))
                         };
-                        out[i1 as usize] = T::from(y1);
-                        out[i2 as usize] = T::from(y2);
+                        out[i1 as usize] = T::round(y1);
+                        out[i2 as usize] = T::round(y2);
                     }
                 }
             }

@@ -1,11 +1,9 @@
 //! The command line.
 
+use super::shared::{DeviceName, device, parse_device, progress_bar, say};
 use super::{Options, Result, run};
 use clap::Parser;
-use ferrotile::Device;
-use indicatif::{ProgressBar, ProgressStyle};
 use std::ffi::OsString;
-use std::io::Write;
 
 /// Routes a batch of random tokens through small experts, forward and backward, and compares with a dense layer.
 ///
@@ -46,23 +44,6 @@ struct Cli {
     device: DeviceName,
 }
 
-#[derive(Clone, Copy)]
-enum DeviceName {
-    Auto,
-    Emulator,
-    Cuda(usize),
-}
-
-fn parse_device(text: &str) -> std::result::Result<DeviceName, String> {
-    match text.split_once(':') {
-        None if text == "auto" => Ok(DeviceName::Auto),
-        None if text == "emulator" => Ok(DeviceName::Emulator),
-        None if text == "cuda" => Ok(DeviceName::Cuda(0)),
-        Some(("cuda", ordinal)) => ordinal.parse().map(DeviceName::Cuda).map_err(|_| format!("`{ordinal}` is no GPU's number")),
-        _ => Err("allowed: auto, emulator, cuda:N".to_owned()),
-    }
-}
-
 /// Runs the program and returns its exit code.
 pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> u8 {
     let cli = match Cli::try_parse_from(args) {
@@ -98,32 +79,10 @@ fn layer(cli: &Cli) -> Result<()> {
     let Cli { tokens, hidden, intermediate, experts, topk, .. } = cli;
     say(&format!("device: {why}; the experts run on the CPU\n"));
     say(&format!("{tokens} tokens of {hidden} channels to {topk} of {experts} experts with {intermediate} channels inside\n\n"));
-    let progress = ProgressBar::no_length();
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {wide_msg}") {
-        progress.set_style(style);
-    }
+    let progress = progress_bar();
     let report = run(&options, &device, &progress);
     progress.finish_and_clear();
     let report = report?;
     say(&format!("{report}"));
     report.check()
-}
-
-/// The device, and a text that says which one and why.
-fn device(name: DeviceName) -> Result<(Device, String)> {
-    let gpu = |ordinal| {
-        let device = Device::cuda(ordinal)?;
-        let text = format!("{device} ({}, driver {})", device.name(), device.driver_version());
-        Ok::<_, ferrotile::Error>((device, text))
-    };
-    match name {
-        DeviceName::Emulator => Ok((Device::emulator(), "the CPU emulator".to_owned())),
-        DeviceName::Cuda(ordinal) => Ok(gpu(ordinal)?),
-        DeviceName::Auto => Ok(gpu(0).unwrap_or_else(|error| (Device::emulator(), format!("the CPU emulator ({error})")))),
-    }
-}
-
-/// Prints. A closed pipe (`... | head`) is no reason to fail.
-fn say(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }

@@ -3,6 +3,8 @@
 pub mod cli;
 pub mod experts;
 pub mod reference;
+#[path = "../../shared/mod.rs"]
+mod shared;
 mod table;
 
 use experts::Experts;
@@ -10,6 +12,7 @@ use ferrotile::moe::router::{Config, Expanded, Gate, Load, MoeRouter, Quantise};
 use ferrotile::quant::{Format, QuantSpec, QuantTensor, SfLayout};
 use ferrotile::{DType, Device, Event, Stream};
 use indicatif::ProgressBar;
+use shared::Random;
 use std::time::Instant;
 
 /// What there is to do.
@@ -130,17 +133,7 @@ impl Problem {
     }
 }
 
-/// SplitMix64.
-struct Random(u64);
-
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
     /// In (0, 1].
     fn uniform(&mut self) -> f64 {
         ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64

@@ -2,15 +2,13 @@
 
 use super::codec;
 use super::error::{Result, io};
+use super::shared::{DeviceName, device, parse_device, progress_bar, say};
 use super::storage::Create;
 use super::table::Table;
 use super::{Block, Options, run, synthetic};
 use clap::{Args, Parser, ValueEnum};
-use ferrotile::Device;
 use ferrotile::quant::QuantFormat;
-use indicatif::{ProgressBar, ProgressStyle};
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -89,23 +87,6 @@ enum BlockName {
     B128x1,
 }
 
-#[derive(Clone, Copy)]
-enum DeviceName {
-    Auto,
-    Emulator,
-    Cuda(usize),
-}
-
-fn parse_device(text: &str) -> std::result::Result<DeviceName, String> {
-    match text.split_once(':') {
-        None if text == "auto" => Ok(DeviceName::Auto),
-        None if text == "emulator" => Ok(DeviceName::Emulator),
-        None if text == "cuda" => Ok(DeviceName::Cuda(0)),
-        Some(("cuda", ordinal)) => ordinal.parse().map(DeviceName::Cuda).map_err(|_| format!("`{ordinal}` is no GPU's number")),
-        _ => Err("allowed: auto, emulator, cuda:N".to_owned()),
-    }
-}
-
 /// Runs the program and returns its exit code. It ends early, and cleans up, once `stop` is set.
 pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>, stop: &AtomicBool, create: &Create) -> u8 {
     let cli = match Cli::try_parse_from(args) {
@@ -152,29 +133,12 @@ fn quantise(cli: &Cli, stop: &AtomicBool, create: &Create) -> Result<()> {
 
     let piece_values = if device.is_emulator() { 1 << 21 } else { 1 << 24 };
     let options = Options { input, output, format, block, piece_values };
-    let progress = ProgressBar::no_length();
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {wide_msg}") {
-        progress.set_style(style);
-    }
+    let progress = progress_bar();
     let outcomes = run(&options, &device, &progress, stop, create);
     progress.finish_and_clear();
     let seconds = begin.elapsed().as_secs_f64();
     say(&format!("\n{}\nwrote {} in {seconds:.1} s, on {device}\n", Table(&outcomes?), options.output.display()));
     Ok(())
-}
-
-/// The device, and a text that says which one and why.
-fn device(name: DeviceName) -> Result<(Device, String)> {
-    let gpu = |ordinal| {
-        let device = Device::cuda(ordinal)?;
-        let text = format!("{device} ({}, driver {})", device.name(), device.driver_version());
-        Ok::<_, ferrotile::Error>((device, text))
-    };
-    match name {
-        DeviceName::Emulator => Ok((Device::emulator(), "the CPU emulator".to_owned())),
-        DeviceName::Cuda(ordinal) => Ok(gpu(ordinal)?),
-        DeviceName::Auto => Ok(gpu(0).unwrap_or_else(|error| (Device::emulator(), format!("the CPU emulator ({error})")))),
-    }
 }
 
 /// `demo` in the build folder that this program lies in, or in `target` here when it lies elsewhere.
@@ -185,11 +149,6 @@ fn demo_folder() -> Result<PathBuf> {
     let folder = target.map_or_else(|| PathBuf::from("target"), PathBuf::from).join("demo");
     fs::create_dir_all(&folder).map_err(io(&folder, "create this folder"))?;
     Ok(folder)
-}
-
-/// Prints. A closed pipe (`... | head`) is no reason to lose the output.
-fn say(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 impl FormatName {

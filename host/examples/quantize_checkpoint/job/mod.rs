@@ -8,6 +8,8 @@ mod codec;
 pub mod error;
 pub mod header;
 mod plan;
+#[path = "../../shared/mod.rs"]
+mod shared;
 pub mod storage;
 pub mod synthetic;
 mod table;

@@ -2,6 +2,7 @@
 
 use super::error::{Error, Result};
 use super::header::{Header, Metadata, Tensor};
+use super::shared::Random;
 use super::storage::{Create, NewFile};
 use half::{bf16, f16};
 use std::f32::consts::TAU;
@@ -67,17 +68,7 @@ fn data(t: &Tensor, random: &mut Random) -> Vec<u8> {
     }
 }
 
-/// The splitmix64 generator.
-struct Random(u64);
-
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
     /// Two independent normal numbers (Box and Muller).
     fn normals(&mut self) -> [f32; 2] {
         let bits = self.next();
