@@ -5,7 +5,7 @@ use crate::support::bench::Row;
 use crate::support::cases::{Depth, rows_apart};
 use crate::support::compare::{allclose, equal, untouched};
 use crate::support::golden::{self, Case, Golden};
-use crate::support::rng::Rng;
+use crate::support::rng::{Rng, philox};
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::moe::moe_topk_gate_forward::{Args, ImageBias, PhysicalMap, moe_topk_gate_forward};
 use ferrotile::{Buffer, Device, Stream};
@@ -146,19 +146,6 @@ impl Inputs {
             })
             .unzip()
     }
-}
-
-/// Philox4x32-10, after the paper.
-fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let (mut right, mut left) = ([counter[0], counter[2]], [counter[1], counter[3]]);
-    for round in 0..10u64 {
-        let key = [u64::from(key[0]) + round * 0x9E3779B9, u64::from(key[1]) + round * 0xBB67AE85].map(|k| k as u32);
-        let product = [u64::from(right[0]) * 0xD2511F53, u64::from(right[1]) * 0xCD9E8D57];
-        let (high, low) = (product.map(|p| (p >> 32) as u32), product.map(|p| p as u32));
-        right = [high[1] ^ left[0] ^ key[0], high[0] ^ left[1] ^ key[1]];
-        left = [low[1], low[0]];
-    }
-    [right[0], left[0], right[1], left[1]]
 }
 
 /// Which options a case has.

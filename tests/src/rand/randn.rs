@@ -4,6 +4,7 @@ use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare::{Bits, equal, untouched};
 use crate::support::device_math::{self, Function};
+use crate::support::rng::philox;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::half::bf16;
 use ferrotile::rand::randn::{Args, CountedArgs};
@@ -19,17 +20,6 @@ pub const SUITE: Suite = Suite { op: "randn", run };
 /// What lies around outputs.
 const FILL: u8 = 0xA5;
 const GUARD: u64 = 37;
-
-/// Philox4x32 with 10 rounds, as the paper has it.
-fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let (mut c, mut k) = (counter, key);
-    for _ in 0..10 {
-        let (p0, p1) = (0xD251_1F53u64 * c[0] as u64, 0xCD9E_8D57u64 * c[2] as u64);
-        c = [(p1 >> 32) as u32 ^ c[1] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k[1], p0 as u32];
-        k = [k[0].wrapping_add(0x9E37_79B9), k[1].wrapping_add(0xBB67_AE85)];
-    }
-    c
-}
 
 /// The hash of section 19.
 fn call_seed(s: u32) -> u32 {
@@ -474,7 +464,7 @@ pub fn bench() -> Vec<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::support::rng::Rng;
+    use crate::support::rng::{Rng, philox};
     use ferrotile::{Error, TensorMut};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 

@@ -138,6 +138,17 @@ fn normal_pair(bits: u64) -> (f32, f32) {
     (sign(1, radius * a), sign(2, radius * b))
 }
 
+/// Philox4x32 with 10 rounds, as the paper (Salmon and others, 2011) has it: the reference for what kernels draw.
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let (mut c, mut k) = (counter, key);
+    for _ in 0..10 {
+        let (p0, p1) = (0xD251_1F53u64 * c[0] as u64, 0xCD9E_8D57u64 * c[2] as u64);
+        c = [(p1 >> 32) as u32 ^ c[1] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k[1], p0 as u32];
+        k = [k[0].wrapping_add(0x9E37_79B9), k[1].wrapping_add(0xBB67_AE85)];
+    }
+    c
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
