@@ -1,6 +1,6 @@
 """Runs a TileKernels release on small inputs and saves inputs and outputs: golden data for conformance.
 
-make_golden.py run v1|v2 SHARD/SHARDS SECONDS DIR     (on a CUDA machine, release on PYTHONPATH): one file a shard
+make_golden.py run v1|v2 SHARD/SHARDS SECONDS DIR [OP ...]     (on a CUDA machine, release on PYTHONPATH): one file a shard, of these ops or of all
 make_golden.py merge v1|v2 DIR OUTDIR                 parts of at most 15 MB
 
 Keys: "<case>/in/<name>" and "<case>/out/<name>"; header "cases": JSON list of {case, op, params, strides}. Tensors are saved
@@ -35,7 +35,7 @@ if sys.argv[1] == 'merge':
         print(peer, half, len(cases), 'cases', round(sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6, 2), 'MB', ops)
     sys.exit()
 
-peer, shard, seconds, out_dir = sys.argv[2:6]
+peer, shard, seconds, out_dir = sys.argv[2:6]  # and ops
 shard, shards = map(int, shard.split('/'))
 deadline = time.time() + float(seconds)
 import tile_kernels as tk  # noqa: E402
@@ -456,7 +456,7 @@ else:
 results = {'public': ({}, [])}
 order = list(range(len(todo)))
 for n, (op, params, build) in enumerate(todo):
-    if n % shards != shard:
+    if n % shards != shard or op not in (sys.argv[6:] or [op]):
         continue
     if time.time() > deadline:
         print('NOT REACHED', n, op, params); continue
