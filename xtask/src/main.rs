@@ -56,7 +56,7 @@ enum Command {
     New(new::Options),
     /// Check the rules of the tree that rustc does not know
     Tidy,
-    /// Write the speed table of README.md from tests/gpu/h100.jsonl
+    /// Write the speed table of README.md from the last run in tests/gpu
     Readme,
     /// Say which tools, drivers and GPUs are here, what is missing and what to type
     Doctor,

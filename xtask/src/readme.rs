@@ -1,9 +1,9 @@
 //! `cargo xtask readme`: the speed table of README.md, one line an op, and docs/speed.md with every case, from the last full run on a GPU.
+//! Above the table stands a line for each kind of GPU that has a record.
 
 use crate::{Failure, Result, fail, shell};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 const BEGIN: &str = "<!-- ops:begin -->";
 const END: &str = "<!-- ops:end -->";
@@ -11,21 +11,24 @@ const END: &str = "<!-- ops:end -->";
 /// Names that the benchmark of the peers gives their releases, and what the table calls them.
 const PEERS: [(&str, &str); 2] = [("v1", "TileKernels 1.0.0"), ("v2", "TileKernels 2.1.0")];
 
-fn record() -> PathBuf {
-    shell::root().join("tests/gpu/h100.jsonl")
+/// The last full run on each kind of GPU. The tables are of the first one.
+const RECORDS: [&str; 2] = ["tests/gpu/h200.jsonl", "tests/gpu/h100.jsonl"];
+
+fn records() -> Result<Vec<Record>> {
+    RECORDS.iter().map(|name| Record::parse(name, &shell::read(&shell::root().join(name))?)).collect()
 }
 
 /// A page and what makes its table.
-type Page = (&'static str, fn(&Record) -> String);
+type Page = (&'static str, fn(&[Record]) -> String);
 
 const PAGES: [Page; 2] = [("README.md", summary), ("docs/speed.md", table)];
 
 /// `cargo xtask readme`.
 pub fn run() -> Result {
-    let record = Record::parse(&shell::read(&record())?)?;
+    let records = records()?;
     for (page, table) in PAGES {
         let path = shell::root().join(page);
-        let fresh = with_table(page, &shell::read(&path)?, &table(&record))?;
+        let fresh = with_table(page, &shell::read(&path)?, &table(&records))?;
         println!("{page}: {}", if shell::write(&path, &fresh)? { "table written" } else { "the table was current" });
     }
     Ok(())
@@ -33,16 +36,12 @@ pub fn run() -> Result {
 
 /// For `tidy`: a problem for each table that is not what the record gives.
 pub fn out_of_date() -> Result<Vec<String>> {
-    if !record().is_file() {
-        println!("tidy: speed tables: skipped (tests/gpu/h100.jsonl is absent)");
-        return Ok(Vec::new());
-    }
-    let record = Record::parse(&shell::read(&record())?)?;
+    let records = records()?;
     let mut problems = Vec::new();
     for (page, table) in PAGES {
         let text = shell::read(&shell::root().join(page))?;
-        if with_table(page, &text, &table(&record))? != text {
-            problems.push(format!("{page}: the speed table is not that of tests/gpu/h100.jsonl; type: cargo xtask readme"));
+        if with_table(page, &text, &table(&records))? != text {
+            problems.push(format!("{page}: the speed table is not that of tests/gpu; type: cargo xtask readme"));
         }
     }
     Ok(problems)
@@ -76,22 +75,24 @@ impl Row {
 
 /// A run.
 struct Record {
-    /// Where it was, and what that machine can do.
-    machine: String,
+    /// The GPU and its driver.
+    device: String,
+    /// What that machine can do.
+    limits: String,
     /// By op, cases in the order of the run.
     rows: Vec<Row>,
 }
 
 impl Record {
     /// From JSON lines `{op, case, us, gbs, device, driver, ptx_sha}` and the peers' `{peer, op, case, us, gbs}`.
-    fn parse(jsonl: &str) -> Result<Self> {
+    fn parse(name: &str, jsonl: &str) -> Result<Self> {
         let mut ours: Vec<Row> = Vec::new();
         let mut peers: BTreeMap<(String, String, String), f64> = BTreeMap::new();
-        let mut machine = String::new();
+        let mut device = String::new();
         // What the machine itself can do stands above the table, not in it.
         let mut limits = String::new();
         for (i, line) in jsonl.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let json: Value = serde_json::from_str(line).map_err(|e| Failure(format!("tests/gpu/h100.jsonl:{}: {e}", i + 1)))?;
+            let json: Value = serde_json::from_str(line).map_err(|e| Failure(format!("{name}:{}: {e}", i + 1)))?;
             let text = |key: &str| json[key].as_str().unwrap_or_default().to_owned();
             let (op, case) = (text("op"), text("case"));
             // A case that failed has an error in place of a time.
@@ -101,8 +102,8 @@ impl Record {
                     peers.insert((peer.to_owned(), op, case), us);
                 }
                 None => {
-                    if machine.is_empty() && !text("device").is_empty() {
-                        machine = format!("{}, driver {}", text("device"), text("driver"));
+                    if device.is_empty() && !text("device").is_empty() {
+                        device = format!("{}, driver {}", text("device"), text("driver"));
                     }
                     match (op.as_str(), json["gbs"].as_f64()) {
                         ("events", _) => {
@@ -125,9 +126,38 @@ impl Record {
             row.peers = PEERS.map(|(peer, _)| peers.get(&(peer.to_owned(), row.op.clone(), row.case.clone())).copied());
         }
         ours.sort_by(|a, b| a.op.cmp(&b.op));
-        let method = "ours and both peers on the same GPU, by the same method. Ratio: ours to the faster peer.";
-        Ok(Self { machine: format!("Microseconds on {machine}; {method}{limits}\n\n"), rows: ours })
+        Ok(Self { device, limits, rows: ours })
     }
+
+    /// How many cases a peer has, and the geometric mean of our time by that of the faster one.
+    fn mean(&self) -> Option<(usize, f64)> {
+        mean(self.rows.iter())
+    }
+}
+
+/// The same of some rows.
+fn mean<'a>(rows: impl Iterator<Item = &'a Row>) -> Option<(usize, f64)> {
+    let ratios: Vec<f64> = rows.filter_map(Row::ratio).collect();
+    if ratios.is_empty() {
+        return None;
+    }
+    Some((ratios.len(), (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp()))
+}
+
+/// What stands above a table.
+fn head(records: &[Record]) -> String {
+    let mut head = String::new();
+    for record in records {
+        if let Some((cases, mean)) = record.mean() {
+            head.push_str(&format!(
+                "- {}: {mean:.2} of the faster peer's time, the geometric mean of {cases} cases.{}\n",
+                record.device, record.limits
+            ));
+        }
+    }
+    let device = records.first().map_or("", |record| &record.device);
+    let method = "ours and both peers on the same GPU, by the same method. Ratio: ours to the faster peer.";
+    format!("{head}\nMicroseconds on {device}; {method}\n\n")
 }
 
 /// Rows about launches rather than kernels.
@@ -152,21 +182,20 @@ fn peers_heads() -> String {
 }
 
 /// A line an op: its largest case that a peer has, and the ratios over all of those.
-fn summary(record: &Record) -> String {
-    let mut table = record.machine.clone();
+fn summary(records: &[Record]) -> String {
+    let [record, ..] = records else { return String::new() };
+    let mut table = head(records);
     table.push_str(&format!("| op | largest case of the peers | ferrotile | GB/s |{} cases | ratio | worst |\n", peers_heads()));
     table.push_str("|---|---|---:|---:|---:|---:|---:|---:|---:|\n");
     let mut alone = Vec::new();
     for rows in record.rows.chunk_by(|a, b| a.op == b.op).filter(|rows| !LAUNCHES.contains(&rows[0].op.as_str())) {
-        let ratios: Vec<f64> = rows.iter().filter_map(Row::ratio).collect();
         let largest = rows.iter().filter(|row| row.ratio().is_some()).max_by(|a, b| a.us.total_cmp(&b.us));
-        let Some(largest) = largest else {
+        let (Some(largest), Some((cases, mean))) = (largest, mean(rows.iter())) else {
             alone.push(format!("`{}`", rows[0].op));
             continue;
         };
-        let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp();
-        let worst = ratios.iter().copied().reduce(f64::max);
-        let cells = format!(" {} | {mean:.2} | {} |\n", ratios.len(), cell(worst, 2));
+        let worst = rows.iter().filter_map(Row::ratio).reduce(f64::max);
+        let cells = format!(" {cases} | {mean:.2} | {} |\n", cell(worst, 2));
         table.push_str(&(start(largest) + &peers_cells(largest) + &cells));
     }
     if !alone.is_empty() {
@@ -176,8 +205,9 @@ fn summary(record: &Record) -> String {
 }
 
 /// Every case.
-fn table(record: &Record) -> String {
-    let mut table = record.machine.clone();
+fn table(records: &[Record]) -> String {
+    let [record, ..] = records else { return String::new() };
+    let mut table = head(records);
     let (beside, alone): (Vec<&Row>, Vec<&Row>) = record.rows.iter().partition(|row| row.ratio().is_some());
     if !beside.is_empty() {
         table.push_str(&format!(
@@ -219,7 +249,9 @@ mod tests {
 
     #[test]
     fn the_table_has_ours_beside_the_peers() {
-        let expected = "Microseconds on H100, driver 580; ours and both peers on the same GPU, by the same method. Ratio: ours to the faster peer. An empty pair of events reads 1.28. Copying 1 GiB on the device: 3007 GB/s.
+        let expected = "- H100, driver 580: 0.61 of the faster peer's time, the geometric mean of 2 cases. An empty pair of events reads 1.28. Copying 1 GiB on the device: 3007 GB/s.
+
+Microseconds on H100, driver 580; ours and both peers on the same GPU, by the same method. Ratio: ours to the faster peer.
 
 | op | case | ferrotile | GB/s | TileKernels 1.0.0 | TileKernels 2.1.0 | ratio |
 |---|---|---:|---:|---:|---:|---:|
@@ -234,8 +266,8 @@ mod tests {
 
 </details>
 ";
-        assert_eq!(table(&Record::parse(LINES).unwrap()), expected);
-        assert!(Record::parse("{\n").is_err());
+        assert_eq!(table(&[Record::parse("a", LINES).unwrap()]), expected);
+        assert!(Record::parse("a", "{\n").is_err());
     }
 
     #[test]
@@ -244,16 +276,15 @@ mod tests {
             "{LINES}{}\n{}\n",
             r#"{"op":"cast","case":"t=3","us":10.0,"gbs":5}"#, r#"{"peer":"v2","op":"cast","case":"t=3","us":9.0}"#
         );
-        let summary = summary(&Record::parse(&lines).unwrap());
-        let expected = "
-| op | largest case of the peers | ferrotile | GB/s | TileKernels 1.0.0 | TileKernels 2.1.0 | cases | ratio | worst |
+        let summary = summary(&[Record::parse("a", &lines).unwrap()]);
+        let expected = "| op | largest case of the peers | ferrotile | GB/s | TileKernels 1.0.0 | TileKernels 2.1.0 | cases | ratio | worst |
 |---|---|---:|---:|---:|---:|---:|---:|---:|
 | `cast` | t=2 | 60.00 | 2700 | 64.00 | 80.00 | 2 | 1.02 | 1.11 |
 | `topk_gate` | t=1 | 4.00 | 10 | – | 10.00 | 1 | 0.40 | 0.40 |
 
 Of `alone` the peers have nothing that was timed.
 ";
-        assert_eq!(summary.split_once('\n').unwrap().1, expected);
+        assert_eq!(summary.split_once("peer.\n\n").unwrap().1, expected);
     }
 
     #[test]

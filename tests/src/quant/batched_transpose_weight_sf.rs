@@ -3,6 +3,7 @@
 use crate::support::bench::{Launch, Row};
 use crate::support::cases::Depth;
 use crate::support::compare;
+use crate::support::golden::{self, Case, Golden};
 use crate::support::rng::Rng;
 use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use ferrotile::quant::batched_transpose_weight_sf::{Args, Weight, batched_transpose_weight_sf};
@@ -76,7 +77,8 @@ struct Uploaded {
 }
 
 impl Uploaded {
-    fn new(device: &Device, shape: Shape, b: u64, (number, odd): (usize, bool)) -> Result<Self, String> {
+    /// Random scales for the weight at this place of a list. With `odd` some are no powers of two.
+    fn random(device: &Device, shape: Shape, b: u64, (number, odd): (usize, bool)) -> Result<Self, String> {
         let rng = Rng::named(&format!("batched_transpose_weight_sf {shape:?} {number}"));
         let scales = rng.fill(shape.scales() as usize, |rng, i| {
             let draw = rng.bits(i);
@@ -84,12 +86,16 @@ impl Uploaded {
             let more = [0x8000_0000, 1, 0x40_0000, 0x807F_FFFF][(draw >> 20) as usize % 4];
             exponent << 23 | if odd && (draw >> 30).is_multiple_of(11) { more } else { 0 }
         });
+        Self::new(device, shape, b, number, scales)
+    }
+
+    /// These scales, by their bits.
+    fn new(device: &Device, shape: Shape, b: u64, number: usize, scales: Vec<u32>) -> Result<Self, String> {
         let words = |along: u64, packs: u64| (shape.groups.max(1) * along * b * packs.div_ceil(4)) as usize;
-        let floats: Vec<f32> = scales.iter().map(|v| f32::from_bits(*v)).collect();
         let mut uploaded = Self {
             shape,
+            sf: device.upload(bytemuck::cast_slice(&scales)).map_err(text)?,
             scales,
-            sf: device.upload(&floats).map_err(text)?,
             sf0: device.alloc(words(shape.n, shape.k) + GUARD).map_err(text)?,
             sf1: device.alloc(words(shape.k, shape.n) + GUARD).map_err(text)?,
             turned: number % 2 == 1,
@@ -139,10 +145,14 @@ struct List {
 }
 
 impl List {
-    fn new(device: &Device, shapes: &[Shape], b: u64, odd: bool) -> Result<Self, String> {
-        let weights = shapes.iter().enumerate().map(|(i, shape)| Uploaded::new(device, *shape, b, (i, odd)));
-        let bad = device.upload(&vec![BEFORE; shapes.len() + GUARD]).map_err(text)?;
-        Ok(Self { weights: weights.collect::<Result<_, _>>()?, b, bad })
+    fn random(device: &Device, shapes: &[Shape], b: u64, odd: bool) -> Result<Self, String> {
+        let weights = shapes.iter().enumerate().map(|(i, shape)| Uploaded::random(device, *shape, b, (i, odd)));
+        Self::new(device, weights.collect::<Result<_, _>>()?, b)
+    }
+
+    fn new(device: &Device, weights: Vec<Uploaded>, b: u64) -> Result<Self, String> {
+        let bad = device.upload(&vec![BEFORE; weights.len() + GUARD]).map_err(text)?;
+        Ok(Self { weights, b, bad })
     }
 
     fn reset(&mut self) -> Result<(), String> {
@@ -203,7 +213,7 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
                 if !ctx.case(&name) {
                     continue;
                 }
-                let mut list = List::new(&ctx.device, shapes, b, odd)?;
+                let mut list = List::random(&ctx.device, shapes, b, odd)?;
                 list.call(&stream, counts).map_err(text)?;
                 list.check(&name, counts)?;
                 // Once more, over its own results.
@@ -217,7 +227,43 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         check_graph(ctx)?;
         check_both_backends(ctx)?;
     }
-    Ok(ctx.report())
+    let notes = golden::check_cases(ctx, &["batched_transpose_weight_sf"], |golden, case| check_golden(ctx, golden, case))?;
+    Ok(Report { notes, ..ctx.report() })
+}
+
+/// The recorded call: a matrix, and a group of matrices whose `sf1` is made of rows of words.
+fn check_golden(ctx: &Ctx, golden: &Golden, case: &Case) -> Result<(), String> {
+    let (name, b) = (case.name(), case.param("block_size")?);
+    let mut weights = Vec::new();
+    for (number, key) in ["in/a", "in/c"].into_iter().enumerate() {
+        let sf = golden.tensor(case, key)?;
+        let shape = match sf.shape[..] {
+            [n, k] => matrix(n, k),
+            [groups, n, k] => Shape { groups, n, k },
+            _ => return Err(format!("{key} has shape {:?}; {name}", sf.shape)),
+        };
+        weights.push(Uploaded::new(&ctx.device, shape, b, number, sf.to_vec()?)?);
+    }
+    let mut list = List::new(&ctx.device, weights, b)?;
+    list.call(&ctx.device.stream().map_err(text)?, true).map_err(text)?;
+    list.check(&name, true)?;
+    for (i, w) in list.weights.iter().enumerate() {
+        for (j, (buffer, turned)) in [(&w.sf0, false), (&w.sf1, w.turned)].into_iter().enumerate() {
+            let recorded = golden.tensor(case, &format!("out/{i}.{j}"))?;
+            let [rows, columns] = recorded.shape[recorded.shape.len() - 2..] else { return Err(format!("no matrix; {name}")) };
+            // Rows of words lie in memory as they were recorded; else columns do, each in one piece.
+            let words = buffer.to_vec().map_err(text)?;
+            let ours: Vec<u32> = (0..words.len() as u64 - GUARD as u64)
+                .map(|at| {
+                    let (group, row, column) = (at / (rows * columns), at / columns % rows, at % columns);
+                    words[(group * rows * columns + if turned { row * columns + column } else { column * rows + row }) as usize]
+                })
+                .collect();
+            let what = format!("sf{j} of weight {i}");
+            compare::equal::<Ue8m0x4>(&what, &name, &recorded.shape, bytemuck::cast_slice(&ours), &recorded.to_vec()?)?;
+        }
+    }
+    Ok(())
 }
 
 /// More weights than a launch takes, recorded in a graph and replayed.
@@ -227,7 +273,7 @@ fn check_graph(ctx: &Ctx) -> Result<(), String> {
         return Ok(());
     }
     let stream = ctx.device.stream().map_err(text)?;
-    let mut list = List::new(&ctx.device, &lists(Depth::Small, 32)[4], 32, true)?;
+    let mut list = List::random(&ctx.device, &lists(Depth::Small, 32)[4], 32, true)?;
     let graph = stream.capture(|s| list.call(s, true)).map_err(text)?;
     for replay in 0..2 {
         list.reset()?;
@@ -247,7 +293,7 @@ fn check_both_backends(ctx: &Ctx) -> Result<(), String> {
     let emulator = Device::emulator();
     let mut results = Vec::new();
     for device in [&ctx.device, &emulator] {
-        let mut list = List::new(device, &lists(Depth::Small, 32)[2], 32, true)?;
+        let mut list = List::random(device, &lists(Depth::Small, 32)[2], 32, true)?;
         list.call(&device.stream().map_err(text)?, true).map_err(text)?;
         let read = |w: &Uploaded| Ok((w.sf0.to_vec()?, w.sf1.to_vec()?));
         let outputs: ferrotile::Result<Vec<_>> = list.weights.iter().map(read).collect();
@@ -262,7 +308,7 @@ pub fn bench() -> Vec<Row> {
         let words = move |s: &Shape| s.groups.max(1) * b * (s.n * s.k.div_ceil(4) + s.k * s.n.div_ceil(4));
         let bytes = shapes.iter().map(|s| 4 * s.scales() + 4 * words(s)).sum();
         let build = move |device: &Device, _: &Stream| -> Result<Launch, String> {
-            let mut list = List::new(device, &shapes, b, false)?;
+            let mut list = List::random(device, &shapes, b, false)?;
             Ok(Box::new(move |stream| list.call(stream, false)))
         };
         Row { op: "batched_transpose_weight_sf", case: format!("b={b},{case}"), bytes, build: Box::new(build) }
@@ -421,7 +467,7 @@ mod tests {
             let device = Device::emulator();
             let (b, one) = if small { (32, 4) } else { (128, 1) };
             let shapes: Vec<Shape> = sizes.iter().map(|(groups, n, k)| Shape { groups: *groups, n: n * one, k: k * one }).collect();
-            let mut list = List::new(&device, &shapes, b, odd).unwrap();
+            let mut list = List::random(&device, &shapes, b, odd).unwrap();
             list.call(&device.stream().unwrap(), true).unwrap();
             list.check("any", true).unwrap();
         }
