@@ -691,9 +691,8 @@ pub fn store<S: Source, const N: usize, const WIDE: bool>(
         out = if i == 0 { out } else { out.at(tile.h as u64) };
         let values = S::values(held[i]);
         let v: [f32; 8] = core::array::from_fn(|j| values[j] * factors[j]);
-        let codes = |v| if S::SHORT { f32x4_to_e4m3x4_merged(v) } else { f32x4_to_e4m3x4(v) };
-        let low = codes([v[0], v[1], v[2], v[3]]);
-        let high = if S::CHANNELS == 8 { codes([v[4], v[5], v[6], v[7]]) } else { 0 };
+        let low = f32x4_to_e4m3x4([v[0], v[1], v[2], v[3]]);
+        let high = if S::CHANNELS == 8 { f32x4_to_e4m3x4([v[4], v[5], v[6], v[7]]) } else { 0 };
         if !WIDE {
             store_part(out, [low, high], (tile.h - at.col).min(S::CHANNELS));
         } else if S::CHANNELS == 8 {
