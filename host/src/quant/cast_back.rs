@@ -296,14 +296,7 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) ->
         if plan.path == Path::Narrow {
             launch!(narrow, narrow_entry(&plan), k::THREADS * k::NARROW_ITEMS, first_block);
         } else {
-            use k::wide as e;
-            let (entry, n): (&'static Entry<k::wide::Args>, u32) = match (std::env::var("FT_BACK").ok().as_deref(), std::ptr::eq(wide_entry(&plan), &e::e4m3_bf16_f32), std::ptr::eq(wide_entry(&plan), &e::e4m3_f32_f32)) {
-                (Some("2"), true, _) => (&e::e4m3_bf16_f32_two, 2),
-                (Some("4"), true, _) => (&e::e4m3_bf16_f32_four, 4),
-                (Some("2"), _, true) => (&e::e4m3_f32_f32_two, 2),
-                _ => (wide_entry(&plan), 1),
-            };
-            launch!(wide, entry, k::THREADS * n);
+            launch!(wide, wide_entry(&plan), k::THREADS);
         }
         first_token += tokens;
     }

@@ -184,40 +184,29 @@ kernel! {
     /// output; `num_items` of them, `row_items` in a row. `x_stride` counts bytes, the strides of `sf` its elements (packed:
     /// words). The magic numbers divide by the items of a row and of a row of scaling blocks; an item's number within its row,
     /// shifted by `k_shift`, is its block column.
-    pub fn wide[F: Source, O: Output, S: Scales, const ITEMS: usize](
+    pub fn wide[F: Source, O: Output, S: Scales](
         x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
         num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
     ) {
         let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
-        let first = block_idx_x() * (THREADS * ITEMS as u32) + thread_idx();
-        if first >= num_items {
+        let item = block_idx_x() * THREADS + thread_idx();
+        if item >= num_items {
             return;
         }
-        let mut held = [([0; 2], 0.0); ITEMS];
-        unroll!(i in ITEMS {
-            // Items beyond the end are the last one again: no branch stands between the loads.
-            let item = (first + i as u32 * THREADS).min(num_items - 1);
-            let row = Divisor { magic: row_magic, shift: row_shift }.divide(item);
-            let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
-            let column = item - row * row_items;
-            let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
-            held[i] = (raw, S::load(sf, layout, block, column >> k_shift));
-        });
-        unroll!(i in ITEMS {
-            let item = first + i as u32 * THREADS;
-            if item < num_items {
-                out.at(item as u64 * 16).store16(0, product::<F, O>(held[i].0, held[i].1));
-            }
-        });
+        let row = Divisor { magic: row_magic, shift: row_shift }.divide(item);
+        let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
+        let column = item - row * row_items;
+        let raw = F::load::<O>(x.at(row as u64 * x_stride as u64 + (column * (O::VALUES * F::BITS / 8)) as u64));
+        let scale = S::load(sf, layout, block, column >> k_shift);
+        out.at(item as u64 * 16).store16(0, product::<F, O>(raw, scale));
     }
     entries {
-        e4m3_bf16_f32_two[E4m3, Bf16, SfF32, 2], e4m3_bf16_f32_four[E4m3, Bf16, SfF32, 4], e4m3_f32_f32_two[E4m3, F32, SfF32, 2],
-        e4m3_bf16_f32[E4m3, Bf16, SfF32, 1], e4m3_f32_f32[E4m3, F32, SfF32, 1],
-        e2m1_bf16_f32[E2m1, Bf16, SfF32, 1], e2m1_f32_f32[E2m1, F32, SfF32, 1],
-        e4m3_bf16_ue8m0[E4m3, Bf16, SfUe8m0, 1], e4m3_f32_ue8m0[E4m3, F32, SfUe8m0, 1],
-        e2m1_bf16_ue8m0[E2m1, Bf16, SfUe8m0, 1], e2m1_f32_ue8m0[E2m1, F32, SfUe8m0, 1],
-        e4m3_bf16_e4m3[E4m3, Bf16, SfE4m3, 1], e4m3_f32_e4m3[E4m3, F32, SfE4m3, 1],
-        e2m1_bf16_e4m3[E2m1, Bf16, SfE4m3, 1], e2m1_f32_e4m3[E2m1, F32, SfE4m3, 1],
+        e4m3_bf16_f32[E4m3, Bf16, SfF32], e4m3_f32_f32[E4m3, F32, SfF32],
+        e2m1_bf16_f32[E2m1, Bf16, SfF32], e2m1_f32_f32[E2m1, F32, SfF32],
+        e4m3_bf16_ue8m0[E4m3, Bf16, SfUe8m0], e4m3_f32_ue8m0[E4m3, F32, SfUe8m0],
+        e2m1_bf16_ue8m0[E2m1, Bf16, SfUe8m0], e2m1_f32_ue8m0[E2m1, F32, SfUe8m0],
+        e4m3_bf16_e4m3[E4m3, Bf16, SfE4m3], e4m3_f32_e4m3[E4m3, F32, SfE4m3],
+        e2m1_bf16_e4m3[E2m1, Bf16, SfE4m3], e2m1_f32_e4m3[E2m1, F32, SfE4m3],
     }
 }
 
