@@ -72,9 +72,9 @@ trait Source: Sized {
         encode::<Self>(raw, inv)
     }
 
-    /// Largest magnitude as the bits of an f32, beyond infinity's if there is a NaN.
+    /// Largest magnitude as the bits of an f32, beyond infinity's if there is a NaN. Only where there is short code.
     fn largest(raw: Self::Raw) -> u32 {
-        Self::amax(raw).to_bits()
+        number(Self::amax(raw))
     }
 
     /// As f32.
@@ -179,6 +179,12 @@ fn scale<const ROUND: bool>(amax: f32) -> Scale {
     }
 }
 
+/// The bits of a largest magnitude; 0 if that is NaN, because there was nothing else.
+#[inline(always)]
+fn number(amax: f32) -> u32 {
+    max_total(amax, 0.0).to_bits()
+}
+
 /// The words of a vector that is multiplied by `inv`.
 #[inline(always)]
 fn encode<S: Source>(raw: S::Raw, inv: f32) -> [u32; 3] {
@@ -253,15 +259,15 @@ kernel! {
         let x = x.at(row as u64 * x_stride);
         let out = out.at(row as u64 * count as u64 * BYTES as u64);
         let first = warp_id() * held_by_warp;
-        let number = |i: u32| first + i * WARP_SIZE + lane_id();
+        let place = |i: u32| first + i * WARP_SIZE + lane_id();
         let load = |n: u32| S::load::<WIDE>(x.at(n as u64 * (CHANNELS * S::BYTES) as u64));
         let held: [S::Raw; N] = core::array::from_fn(|i| {
-            let n = number(i as u32);
+            let n = place(i as u32);
             if n < count { load(n) } else { S::ZERO }
         });
 
         let short = S::SHORT && ROUND && WIDE;
-        let largest = |raw| if short { S::largest(raw) } else { S::amax(raw).to_bits() };
+        let largest = |raw| if short { S::largest(raw) } else { number(S::amax(raw)) };
         let mut max = held.iter().fold(0, |m: u32, raw| m.max(largest(*raw)));
         // A row that is longer than what the threads can hold is read twice, the second time from L2.
         let mut from = N as u32 * block_dim();
@@ -269,7 +275,7 @@ kernel! {
             let mut n = from + thread_idx();
             while n < count {
                 rolled();
-                max = max.max(S::amax(load(n)).to_bits());
+                max = max.max(number(S::amax(load(n))));
                 n += block_dim();
             }
             max = block_largest(max, scratch);
@@ -287,7 +293,7 @@ kernel! {
         if plain && WIDE {
             unroll!(i in N {
                 let vector = if short { S::encode_plain(held[i], scale.inv) } else { encode::<S>(held[i], scale.inv) };
-                put(words, number(i as u32), vector);
+                put(words, place(i as u32), vector);
             });
             warp_sync();
             // Pieces of 16 bytes.
@@ -300,7 +306,7 @@ kernel! {
             });
         } else if plain {
             unroll!(i in N {
-                let n = number(i as u32);
+                let n = place(i as u32);
                 if n < count {
                     store::<WIDE>(out, n, encode::<S>(held[i], scale.inv));
                 }
