@@ -67,7 +67,6 @@ pub fn config(element: Element, (cols, vectors): Shape, num_tokens: u32, hidden:
 /// See `cast`.
 #[inline(always)]
 #[track_caller]
-#[allow(clippy::too_many_arguments)]
 fn cast_tile<S: Source, const COLS: u32, const N: usize, const WIDE: bool>(
     input: Input,
     out: Out<u8>,
