@@ -3,7 +3,6 @@
 use super::{Input, SfLayout, SfMut, SfStrides};
 use crate::{DType, Error, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::In;
-use ferrotile_kernels::entry::Entry;
 use ferrotile_kernels::launch::LaunchConfig;
 use ferrotile_kernels::quant::per_channel_cast::{self as k, Element, Order, Shape};
 
@@ -198,12 +197,12 @@ impl<'a> Plan<'a> {
         out: &TensorMut<'_>,
         sf: &SfMut<'_>,
     ) -> Result<()> {
-        if self.element == Element::Bf16 && wide {
-            return self.launch_plain(op, stream, scales, out, sf);
-        }
         use k::cast as e;
+        let few = k::bf16_tiles(self.num_rows, self.hidden) <= stream.device().num_sms().into();
         let (entry, shape) = match (self.element, self.x_packed, wide) {
-            (Element::Bf16, ..) => (&e::bf16_narrow, k::NARROW_SHAPE),
+            (Element::Bf16, _, true) if few => (&e::bf16_few, k::BF16_FEW_SHAPE),
+            (Element::Bf16, _, true) => (&e::bf16, k::BF16_SHAPE),
+            (Element::Bf16, _, false) => (&e::bf16_narrow, k::NARROW_SHAPE),
             (Element::F32, _, true) => (&e::f32, k::F32_SHAPE),
             (Element::F32, _, false) => (&e::f32_narrow, k::NARROW_F32_SHAPE),
             (Element::E4m3, false, true) => (&e::e4m3_f32, k::E4M3_SHAPE),
@@ -211,19 +210,6 @@ impl<'a> Plan<'a> {
             (Element::E4m3, true, true) => (&e::e4m3_ue8m0, k::E4M3_PACKED_SHAPE),
             (Element::E4m3, true, false) => (&e::e4m3_ue8m0_narrow, k::NARROW_SHAPE),
         };
-        self.launch_cast(op, stream, (entry, shape), scales, out, sf)
-    }
-
-    /// Launch of an entry that takes any input.
-    fn launch_cast(
-        &self,
-        op: &'static str,
-        stream: &Stream,
-        (entry, shape): (&'static Entry<k::cast::Args>, Shape),
-        scales: Scales,
-        out: &TensorMut<'_>,
-        sf: &SfMut<'_>,
-    ) -> Result<()> {
         // Whole rows of tiles: neighbours share DRAM pages.
         let order = Order::new(self.hidden, shape.0, u32::MAX);
         let config = self.config(op, shape, self.num_rows, order)?;
@@ -238,37 +224,6 @@ impl<'a> Plan<'a> {
             x_sf_row: self.x_sf.row,
             x_sf_col: self.x_sf.col,
             x_shift: self.x_shift,
-            sf_stride: scales.stride,
-            units: scales.units,
-            round: scales.round,
-            packed: scales.packed,
-            width: order.width,
-            magic: order.divisor.magic,
-            shift: order.divisor.shift,
-        };
-        stream.launch(op, entry, &config, &kernel_args)
-    }
-
-    /// Launch for bf16 input in aligned vectors.
-    fn launch_plain(&self, op: &'static str, stream: &Stream, scales: Scales, out: &TensorMut<'_>, sf: &SfMut<'_>) -> Result<()> {
-        use k::plain as e;
-        let few = k::bf16_tiles(self.num_rows, self.hidden) <= stream.device().num_sms().into();
-        let variant = std::env::var("FT_CHANNEL").unwrap_or_default();
-        let (entry, shape) = match variant.as_str() {
-            "1" => return self.launch_cast(op, stream, (&k::cast::bf16_broad, (128, 4)), scales, out, sf),
-            "2" => return self.launch_cast(op, stream, (&k::cast::bf16_tall, (128, 8)), scales, out, sf),
-            _ if few => (&e::bf16_few, k::BF16_FEW_SHAPE),
-            _ => (&e::bf16, k::BF16_SHAPE),
-        };
-        let order = Order::new(self.hidden, shape.0, u32::MAX);
-        let config = self.config(op, shape, self.num_rows, order)?;
-        let kernel_args = e::Args {
-            x: self.data().input(),
-            out: out.output(),
-            sf: sf.tensor.output(),
-            t: self.num_rows,
-            h: self.hidden,
-            x_stride: self.stride,
             sf_stride: scales.stride,
             units: scales.units,
             round: scales.round,

@@ -98,8 +98,7 @@ pub fn per_token_cast_to_e5m6(stream: &Stream, a: Args<'_>) -> Result<()> {
     use k::rows as e;
     let bf16 = a.x.dtype() == DType::Bf16;
     // Rows that leave multiprocessors idle, if so many threads can hold them.
-    let limit = std::env::var("FT_E5M6").ok().and_then(|limit| limit.parse().ok());
-    let few = num_tokens <= limit.unwrap_or(stream.device().num_sms().into())
+    let few = num_tokens <= u64::from(stream.device().num_sms())
         && hidden <= u64::from(k::MAX_THREADS * k::CHANNELS) * k::FEW_VECTORS as u64;
     let (entry, vectors) = match (bf16, wide, a.round_sf) {
         (true, true, false) if few => (&e::bf16_few, k::FEW_VECTORS),

@@ -536,7 +536,8 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
     }
     block_sync();
 
-    if S::SHORT {
+    // Blocks of few threads have few tiles, and then the shorter code counts.
+    if S::SHORT || COLS <= 64 {
         scales_by_channel::<S>(COLS, warps, tile, to);
     } else {
         scales_by_lanes::<S>(COLS, warps, tile, to);
@@ -565,7 +566,7 @@ fn scales_by_channel<S: Source>(cols: u32, warps: u32, tile: Tile, to: ScaleOutp
         let end = (ceil_div(tile.t, UNIT) - tile.index * UNITS).min(UNITS);
         let mut unit = 0;
         let words = |i: u32| maxima.slice(i * maxima_words::<S>(cols), maxima_words::<S>(cols));
-        let whole = to.units == UNITS;
+        let whole = S::SHORT && to.units == UNITS;
         if whole {
             // At once, with one latency. Units without rows have the maxima of the last row.
             unroll!(i in 16 {

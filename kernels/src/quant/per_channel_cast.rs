@@ -2,7 +2,7 @@
 //!
 //! In   x  bf16, f32 [t, h], or e4m3 [t, h] with scales of 32 or 128 channels      Out  data  e4m3 [t, h];  sf  f32, ue8m0 [ceil(t/npt), h]
 //! Exact  bit for bit, quant.md 2; the last block takes the rows there are; NaN does not count for a scale.
-//! Map   a block per tile of 128 rows and 64 channels (128 from e4m3 with f32 scales, and from f32), held in registers between maximum and conversion; see `common_channels`.
+//! Map   a block per tile of 128 rows and 128 channels (64 from e4m3 with packed scales), held in registers between maximum and conversion; see `common_channels`.
 //! Cost  x read once, data and sf written once; 6 instructions a value from bf16, 10 from e4m3: memory bound. From e4m3 instructions are
 //!       half of what a block's time goes to; so the code is short there, and codes are held rather than products (8 instructions, but
 //!       96 registers), which lets 32 warps with 64 KB of loads live on a multiprocessor.
@@ -19,8 +19,8 @@ use crate::kernel;
 /// Channels of a tile, and rows of a thread.
 pub type Shape = (u32, usize);
 /// bf16 input.
-pub const BF16_SHAPE: Shape = (64, 4);
-/// bf16 input of so few rows that tiles of 128 channels would leave multiprocessors without work.
+pub const BF16_SHAPE: Shape = (128, 8);
+/// bf16 input of so few rows that tiles of [`BF16_SHAPE`] would leave multiprocessors without work.
 pub const BF16_FEW_SHAPE: Shape = (64, 2);
 /// f32 input.
 pub const F32_SHAPE: Shape = (128, 8);
@@ -45,9 +45,9 @@ pub enum Element {
     E4m3,
 }
 
-/// Tiles of 128 channels.
+/// Tiles of bf16 input in [`BF16_SHAPE`].
 pub const fn bf16_tiles(num_tokens: u32, hidden: u32) -> u64 {
-    ceil_div(num_tokens, ROWS) as u64 * ceil_div(hidden, 128) as u64
+    ceil_div(num_tokens, ROWS) as u64 * ceil_div(hidden, BF16_SHAPE.0) as u64
 }
 
 /// One block a tile, in the given order. `None` if that would be 2^31 blocks or more in x.
@@ -64,24 +64,6 @@ pub fn config(element: Element, (cols, vectors): Shape, num_tokens: u32, hidden:
     })
 }
 
-/// See `cast`.
-#[inline(always)]
-#[track_caller]
-fn cast_tile<S: Source, const COLS: u32, const N: usize, const WIDE: bool>(
-    input: Input,
-    out: Out<u8>,
-    t: u32,
-    h: u32,
-    to: ScaleOutput,
-    order: Order,
-) {
-    let Some(tile) = Tile::of_block(t, h, COLS, order) else { return };
-    let at = Place::new::<S>(tile, COLS, N);
-    let held = load::<S, _, N, WIDE>(input, SameRows, tile, at);
-    let factors = tile_factors::<S, COLS, N>(&held, tile, at, to);
-    store::<S, N, WIDE>(&held, factors, out, tile, at);
-}
-
 kernel! {
     op = per_channel_cast;
     threads = 512, blocks = 2;
@@ -92,13 +74,18 @@ kernel! {
         x_sf_row: u32, x_sf_col: u32, x_shift: u32, sf_stride: u32,
         units: u32, round: u32, packed: u32, width: u32, magic: u32, shift: u32,
     ) {
+        let order = Order { width, divisor: Divisor { magic, shift } };
+        let Some(tile) = Tile::of_block(t, h, COLS, order) else { return };
+        let at = Place::new::<S>(tile, COLS, N);
         let sf_layout = SfLayout { row_stride: x_sf_row, col_stride: x_sf_col };
         let input = Input { x, stride: x_stride, sf: x_sf, sf_layout, sf_shift: x_shift };
+        let held = load::<S, _, N, WIDE>(input, SameRows, tile, at);
         let to = ScaleOutput { sf, stride: sf_stride, packed: packed != 0, round: round != 0, units };
-        cast_tile::<S, COLS, N, WIDE>(input, out, t, h, to, Order { width, divisor: Divisor { magic, shift } });
+        let factors = tile_factors::<S, COLS, N>(&held, tile, at, to);
+        store::<S, N, WIDE>(&held, factors, out, tile, at);
     }
     entries {
-        bf16_broad[Bf16, 128, 4, true], bf16_tall[Bf16, 128, 8, true],
+        bf16[Bf16, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }, true], bf16_few[Bf16, { BF16_FEW_SHAPE.0 }, { BF16_FEW_SHAPE.1 }, true],
         f32[F32, { F32_SHAPE.0 }, { F32_SHAPE.1 }, true],
         e4m3_f32[Codes<false>, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }, true],
         e4m3_ue8m0[Codes<true>, { E4M3_PACKED_SHAPE.0 }, { E4M3_PACKED_SHAPE.1 }, true],
@@ -106,22 +93,5 @@ kernel! {
         f32_narrow[F32, { NARROW_F32_SHAPE.0 }, { NARROW_F32_SHAPE.1 }, false],
         e4m3_f32_narrow[Quantised<false>, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
         e4m3_ue8m0_narrow[Quantised<true>, { NARROW_SHAPE.0 }, { NARROW_SHAPE.1 }, false],
-    }
-}
-
-kernel! {
-    op = per_channel_cast;
-    threads = 512, blocks = 3;
-    /// As `cast`, of plain input that needs few registers: more tiles are under way on a multiprocessor.
-    pub fn plain[S: Source, const COLS: u32, const N: usize](
-        x: In<u8>, out: Out<u8>, sf: Out<u8>, t: u32, h: u32, x_stride: u32, sf_stride: u32,
-        units: u32, round: u32, packed: u32, width: u32, magic: u32, shift: u32,
-    ) {
-        let input = Input { x, stride: x_stride, sf: x, sf_layout: SfLayout { row_stride: 0, col_stride: 0 }, sf_shift: 0 };
-        let to = ScaleOutput { sf, stride: sf_stride, packed: packed != 0, round: round != 0, units };
-        cast_tile::<S, COLS, N, true>(input, out, t, h, to, Order { width, divisor: Divisor { magic, shift } });
-    }
-    entries {
-        bf16[Bf16, { BF16_SHAPE.0 }, { BF16_SHAPE.1 }], bf16_few[Bf16, { BF16_FEW_SHAPE.0 }, { BF16_FEW_SHAPE.1 }],
     }
 }
