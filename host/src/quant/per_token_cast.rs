@@ -250,6 +250,9 @@ const SF_LAYOUTS: &[SfLayout] = &[
     SfLayout::ColMajorE4m3,
 ];
 
+/// As many rows count as few.
+const FEW_ROWS: u32 = 32;
+
 /// How the output is scaled.
 #[derive(Clone, Copy)]
 struct Group {
@@ -286,6 +289,12 @@ fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'
     }
 }
 
+/// Whether there are so few rows that blocks of several of them would leave multiprocessors idle.
+fn few(rows: &Rows) -> bool {
+    let limit = std::env::var("FT_TOKEN").ok().and_then(|limit| limit.parse().ok()).unwrap_or(FEW_ROWS);
+    rows.num_tokens <= limit
+}
+
 /// Groups of `npc` channels; without `out` only the scales.
 #[allow(clippy::too_many_arguments)]
 fn launch_cast(
@@ -318,6 +327,15 @@ fn launch_cast(
             (false, Format::E2m1, k::POWERS) => &e::bf16_e2m1_round,
             (false, Format::E2m1, _) => &e::bf16_e2m1_sf8,
         };
+        let shape = if f32_input { k::F32_SHAPE } else { k::BF16_SHAPE };
+        let (entry, shape) = match (f32_input, format, group.rule) {
+            _ if !few(rows) => (entry, shape),
+            (true, Format::E4m3, k::EXACT) => (&e::f32_e4m3_few, k::FEW_F32_SHAPE),
+            (true, Format::E4m3, k::POWERS) => (&e::f32_e4m3_round_few, k::FEW_F32_SHAPE),
+            (false, Format::E4m3, k::EXACT) => (&e::bf16_e4m3_few, k::FEW_BF16_SHAPE),
+            (false, Format::E4m3, k::POWERS) => (&e::bf16_e4m3_round_few, k::FEW_BF16_SHAPE),
+            _ => (entry, shape),
+        };
         let kernel_args = e::Args {
             x: rows.view.input(),
             out,
@@ -331,7 +349,6 @@ fn launch_cast(
             sf_col_stride: group.sf.col,
             sf_packed: group.packed.into(),
         };
-        let shape = if f32_input { k::F32_SHAPE } else { k::BF16_SHAPE };
         return stream.launch(op, entry, &rows.config(shape), &kernel_args);
     }
     use k::cast_any as e;
@@ -446,6 +463,8 @@ fn cast_quantised(
         let (entry, config) = if from_e2m1 && format == Format::E2m1 && wide_32 && args.round_sf {
             let config = k::tile_config::<k::E2m1x32>(k::PAIRS_SHAPE, rows.num_tokens, rows.hidden);
             (&e::e2m1x32_e2m1_round, config)
+        } else if !from_e2m1 && format == Format::E4m3 && few(&rows) {
+            (if args.round_sf { &e::e4m3_e4m3_round_few } else { &e::e4m3_e4m3_few }, rows.config(k::FEW_E4M3_SHAPE))
         } else {
             (entry, rows.config(k::QUANTISED_SHAPE))
         };

@@ -97,7 +97,12 @@ pub fn per_token_cast_to_e5m6(stream: &Stream, a: Args<'_>) -> Result<()> {
         && a.out.ptr().is_multiple_of(16);
     use k::rows as e;
     let bf16 = a.x.dtype() == DType::Bf16;
+    // Rows that leave multiprocessors idle, if so many threads can hold them.
+    let few = num_tokens <= u64::from(stream.device().num_sms())
+        && hidden <= u64::from(k::MAX_THREADS * k::CHANNELS) * k::FEW_VECTORS as u64;
     let (entry, vectors) = match (bf16, wide, a.round_sf) {
+        (true, true, false) if few => (&e::bf16_few, k::FEW_VECTORS),
+        (true, true, true) if few => (&e::bf16_round_few, k::FEW_VECTORS),
         (true, true, false) => (&e::bf16, k::BF16_VECTORS),
         (true, true, true) => (&e::bf16_round, k::BF16_VECTORS),
         (false, true, false) => (&e::f32, k::F32_VECTORS),

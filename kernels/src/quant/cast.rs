@@ -202,37 +202,50 @@ fn both(a: [f32; 4], b: [f32; 4]) -> [f32; 8] {
     [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
 }
 
-/// The body of the wide kernels. `encode` makes the output of two quads from their values and the number of the first.
+/// The body of the wide kernels: `N` vectors a thread, which all are read before the first is used. `encode` makes the output of two quads
+/// from their values and the number of the first.
 #[inline(always)]
 #[track_caller]
-fn vectors<S: Source, T: Target>(x: In<u8>, out: Out<u8>, n: u64, encode: impl Fn([[f32; 4]; 2], u32) -> [u32; 4]) {
+fn vectors<S: Source, T: Target, const N: usize>(
+    x: In<u8>,
+    out: Out<u8>,
+    n: u64,
+    encode: impl Fn([[f32; 4]; 2], u32) -> [u32; 4],
+) {
     let size = vector(S::KIND, T::KIND);
     let (from, to) = (bytes(S::KIND), bytes(T::KIND));
-    let tile = (THREADS * size) as u64;
+    let tile = (THREADS * size * N as u32) as u64;
     let base = block_idx_x() as u64 * tile;
     let left = (n - base).min(tile) as u32;
     let first_quad = (base / 4) as u32;
-    let at = thread_idx() * size;
+    let at = |i: usize| (i as u32 * THREADS + thread_idx()) * size;
     let (x, out) = (x.at(base * from as u64), out.at(base * to as u64));
-    if at + size <= left {
-        let here = x.at((at * from) as u64);
-        let raw = match size * from {
+    let raws: [[u32; 4]; N] = core::array::from_fn(|i| {
+        if at(i) + size > left {
+            return [0; 4];
+        }
+        let here = x.at((at(i) * from) as u64);
+        match size * from {
             16 => here.load16(0),
             8 => {
                 let [a, b] = here.load8(0);
                 [a, b, 0, 0]
             }
             _ => [here.load4(0), 0, 0, 0],
-        };
-        let quads = [S::quad(raw, 0), if size == 8 { S::quad(raw, 1) } else { [0.0; 4] }];
-        let words = encode(quads, first_quad + at / 4);
-        let here = out.at((at * to) as u64);
-        match size * to {
-            16 => here.store16(0, words),
-            8 => here.store8(0, [words[0], words[1]]),
-            _ => here.store4(0, words[0]),
         }
-    }
+    });
+    unroll!(i in N {
+        if at(i) + size <= left {
+            let quads = [S::quad(raws[i], 0), if size == 8 { S::quad(raws[i], 1) } else { [0.0; 4] }];
+            let words = encode(quads, first_quad + at(i) / 4);
+            let here = out.at((at(i) * to) as u64);
+            match size * to {
+                16 => here.store16(0, words),
+                8 => here.store8(0, [words[0], words[1]]),
+                _ => here.store4(0, words[0]),
+            }
+        }
+    });
     // The last elements of all, fewer than a vector, as one or two quads.
     let done = left / size * size + 4 * thread_idx();
     if done < left {
@@ -246,22 +259,26 @@ kernel! {
     op = cast;
     threads = 256, blocks = 8;
     /// `n` elements; `x` and `out` are aligned to vectors, see [`vector`].
-    pub fn wide[S: Source, T: Target](x: In<u8>, out: Out<u8>, n: u64) {
-        vectors::<S, T>(x, out, n, |quads, _| T::encode(both(quads[0], quads[1])));
+    pub fn wide[S: Source, T: Target, const N: usize](x: In<u8>, out: Out<u8>, n: u64) {
+        vectors::<S, T, N>(x, out, n, |quads, _| T::encode(both(quads[0], quads[1])));
     }
     entries {
-        f32_bf16[F32, Bf16],
-        f32_f16[F32, F16],
-        f32_e4m3[F32, E4m3],
-        bf16_f32[Bf16, F32],
-        bf16_f16[Bf16, F16],
-        bf16_e4m3[Bf16, E4m3],
-        f16_f32[F16, F32],
-        f16_bf16[F16, Bf16],
-        f16_e4m3[F16, E4m3],
-        e4m3_f32[E4m3, F32],
-        e4m3_bf16[E4m3, Bf16],
-        e4m3_f16[E4m3, F16],
+        f32_bf16[F32, Bf16, 1],
+        f32_f16[F32, F16, 1],
+        f32_e4m3[F32, E4m3, 1],
+        bf16_f32[Bf16, F32, 1],
+        bf16_f16[Bf16, F16, 1],
+        bf16_e4m3[Bf16, E4m3, 1],
+        f16_f32[F16, F32, 1],
+        f16_bf16[F16, Bf16, 1],
+        f16_e4m3[F16, E4m3, 1],
+        e4m3_f32[E4m3, F32, 1],
+        e4m3_bf16[E4m3, Bf16, 1],
+        e4m3_f16[E4m3, F16, 1],
+        f32_bf16_2[F32, Bf16, 2],
+        f32_bf16_4[F32, Bf16, 4],
+        f32_e4m3_2[F32, E4m3, 2],
+        f32_e4m3_4[F32, E4m3, 4],
     }
 }
 
@@ -270,7 +287,7 @@ kernel! {
     threads = 256, blocks = 6;
     /// As `wide`, rounded stochastically.
     pub fn stochastic[S: Source, T: StochasticTarget](x: In<u8>, out: Out<u8>, n: u64) {
-        vectors::<S, T>(x, out, n, |quads, quad| {
+        vectors::<S, T, 1>(x, out, n, |quads, quad| {
             let random = [random(quads[0], quad), random(quads[1], quad + 1)];
             T::encode_stochastic(both(quads[0], quads[1]), random)
         });

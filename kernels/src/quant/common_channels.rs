@@ -4,7 +4,7 @@
 //! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, where one
 //! thread a channel makes the scales.
 
-use super::common::{E4m3, Scale, SfLayout, Target, load_bf16s, load_bytes, load_f32s, load_sf, scale, ue8m0};
+use super::common::{E4m3, Scale, SfLayout, Target, load_bf16s, load_bytes, load_f32s, load_sf, scale, store_sf, ue8m0};
 use super::common_swiglu::normal_quotient;
 use crate::device::*;
 use crate::unroll;
@@ -63,11 +63,6 @@ pub trait Source: Copy {
     fn larger(max: u32, one: u32) -> u32 {
         // Magnitudes compare as integers do.
         one.max(max)
-    }
-    /// The scale for a block whose largest magnitude is `amax`, if it is not to be a power of two.
-    #[inline(always)]
-    fn exact_scale(amax: f32) -> Scale {
-        scale::<E4m3, false>(amax)
     }
     /// The values of a vector; only the first [`CHANNELS`](Self::CHANNELS) mean something.
     fn values(held: Self::Held) -> [f32; 8];
@@ -243,11 +238,6 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     }
 
     #[inline(always)]
-    fn exact_scale(amax: f32) -> Scale {
-        short_scale(amax)
-    }
-
-    #[inline(always)]
     fn values(held: [f32; 8]) -> [f32; 8] {
         held
     }
@@ -305,11 +295,6 @@ impl<const PACKED: bool> Source for Codes<PACKED> {
     #[inline(always)]
     fn larger(max: u32, one: u32) -> u32 {
         Quantised::<PACKED>::larger(max, one)
-    }
-
-    #[inline(always)]
-    fn exact_scale(amax: f32) -> Scale {
-        Quantised::<PACKED>::exact_scale(amax)
     }
 
     #[inline(always)]
@@ -551,7 +536,28 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
     }
     block_sync();
 
-    if thread_idx() < COLS {
+    // Blocks of few threads have few tiles, and then the shorter code counts.
+    if S::SHORT || COLS <= 64 {
+        scales_by_channel::<S>(COLS, warps, tile, to);
+    } else {
+        scales_by_lanes::<S>(COLS, warps, tile, to);
+    }
+    block_sync();
+
+    // Of rows that exist, because the others have no factors.
+    let unit = if to.units == 1 { at.row.min(tile.t - 1) % ROWS / UNIT } else { 0 };
+    let first = unit * COLS + (at.col - tile.col);
+    let [a, b, c, d] = factors.load16(first);
+    let [e, f, g, h] = if S::CHANNELS == 8 { factors.load16(first + 4) } else { [0; 4] };
+    [a, b, c, d, e, f, g, h].map(f32::from_bits)
+}
+
+/// The scales of a tile, a thread a channel.
+#[inline(always)]
+#[track_caller]
+fn scales_by_channel<S: Source>(cols: u32, warps: u32, tile: Tile, to: ScaleOutput) {
+    let (_, maxima, factors) = shared::<S>(cols, warps);
+    if thread_idx() < cols {
         let channel = thread_idx();
         let per_unit = warps / UNITS;
         let mut scales = Scales::new(to, tile, channel);
@@ -559,7 +565,7 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
         // Units with rows, one after the other: unrolled, the divisions would take the driver long to compile.
         let end = (ceil_div(tile.t, UNIT) - tile.index * UNITS).min(UNITS);
         let mut unit = 0;
-        let words = |i: u32| maxima.slice(i * maxima_words::<S>(COLS), maxima_words::<S>(COLS));
+        let words = |i: u32| maxima.slice(i * maxima_words::<S>(cols), maxima_words::<S>(cols));
         let whole = S::SHORT && to.units == UNITS;
         if whole {
             // At once, with one latency. Units without rows have the maxima of the last row.
@@ -579,8 +585,8 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
             unit += 1;
             if to.units == 1 || unit == end {
                 let amax = f32::from_bits(max);
-                let scale = if to.round { scale::<E4m3, true>(amax) } else { S::exact_scale(amax) };
-                let first = if to.units == 1 { (unit - 1) * COLS } else { 0 };
+                let scale = if to.round { scale::<E4m3, true>(amax) } else { short_scale(amax) };
+                let first = if to.units == 1 { (unit - 1) * cols } else { 0 };
                 factors.set(first + channel, scale.inv);
                 scales.push(scale.sf);
                 max = 0;
@@ -588,14 +594,53 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
         }
         scales.finish();
     }
-    block_sync();
+}
 
-    // Of rows that exist, because the others have no factors.
-    let unit = if to.units == 1 { at.row.min(tile.t - 1) % ROWS / UNIT } else { 0 };
-    let first = unit * COLS + (at.col - tile.col);
-    let [a, b, c, d] = factors.load16(first);
-    let [e, f, g, h] = if S::CHANNELS == 8 { factors.load16(first + 4) } else { [0; 4] };
-    [a, b, c, d, e, f, g, h].map(f32::from_bits)
+/// The same, all threads at once: those that share a scale are neighbours, and each reads what some of the warps put down. Fewer steps
+/// that wait for each other than a thread a channel takes, of which other blocks must make good.
+#[inline(always)]
+#[track_caller]
+fn scales_by_lanes<S: Source>(cols: u32, warps: u32, tile: Tile, to: ScaleOutput) {
+    let (_, maxima, factors) = shared::<S>(cols, warps);
+    let threads = warps * WARP_SIZE;
+    // Scales of a channel, and the warps that have a part in each.
+    let (units, rows) = if to.units == 1 { (UNITS, warps / UNITS) } else { (1, warps) };
+    let log2 = |units: u32| if threads > units * cols { (threads / (units * cols)).trailing_zeros() } else { 0 };
+    let lanes_log2 = if to.units == 1 { log2(UNITS) } else { log2(1) };
+    let reads = if threads >= UNITS * cols { warps * cols / threads } else { rows >> lanes_log2 };
+    let part = thread_idx() & ((1 << lanes_log2) - 1);
+    let blocks = ceil_div(tile.t, to.units * UNIT);
+    let mut number = thread_idx() >> lanes_log2;
+    while number < units * cols {
+        rolled();
+        let (unit, channel) = (number / cols, number % cols);
+        let first = unit * rows + part * reads;
+        let mut max = 0;
+        unroll!(i in 4 {
+            if (i as u32) < reads {
+                let words = maxima.slice((first + i as u32) * maxima_words::<S>(cols), maxima_words::<S>(cols));
+                max = S::larger(max, S::maximum(words, channel));
+            }
+        });
+        let mut mask = 1;
+        while mask >> lanes_log2 == 0 {
+            rolled();
+            max = S::larger(max, warp_shuffle_xor(max, mask));
+            mask *= 2;
+        }
+        let amax = f32::from_bits(max);
+        let scale = if to.round { scale::<E4m3, true>(amax) } else { short_scale(amax) };
+        let (block, col) = (tile.index * units + unit, tile.col + channel);
+        if part == 0 {
+            factors.set(number, scale.inv);
+            if block < blocks && col < tile.h {
+                // The scales of a channel make a column.
+                let layout = SfLayout { row_stride: 1, col_stride: to.stride };
+                store_sf(to.sf, layout, to.packed, scale.sf, (col, block), block + 1 == blocks);
+            }
+        }
+        number += threads >> lanes_log2;
+    }
 }
 
 /// The exact scale for a block whose largest magnitude is `amax`, as [`scale`] makes it, without the branches of its divisions.

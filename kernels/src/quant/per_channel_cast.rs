@@ -19,7 +19,7 @@ use crate::kernel;
 /// Channels of a tile, and rows of a thread.
 pub type Shape = (u32, usize);
 /// bf16 input.
-pub const BF16_SHAPE: Shape = (128, 4);
+pub const BF16_SHAPE: Shape = (128, 8);
 /// bf16 input of so few rows that tiles of [`BF16_SHAPE`] would leave multiprocessors without work.
 pub const BF16_FEW_SHAPE: Shape = (64, 2);
 /// f32 input.

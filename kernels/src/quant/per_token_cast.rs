@@ -25,6 +25,12 @@ pub type Shape = (usize, u32);
 pub const BF16_SHAPE: Shape = (2, 256);
 /// f32 input: 8 rows a block.
 pub const F32_SHAPE: Shape = (2, 512);
+/// A row a block, so that few rows make many blocks. Their scales go to memory directly: no barrier, and less code to fetch.
+pub const FEW_BF16_SHAPE: Shape = (1, 64);
+/// See [`FEW_BF16_SHAPE`].
+pub const FEW_F32_SHAPE: Shape = (1, 128);
+/// See [`FEW_BF16_SHAPE`].
+pub const FEW_E4M3_SHAPE: Shape = (1, 32);
 /// Quantised input: 16 rows a block.
 pub const QUANTISED_SHAPE: Shape = (2, 256);
 /// e2m1 to e2m1 where every lane's 32 channels share scales on both sides: 8 rows a block.
@@ -630,6 +636,35 @@ impl SfOut {
         });
     }
 
+    /// Write the scales of this lane's vectors, which `sf` gives, one by one.
+    #[inline(always)]
+    #[track_caller]
+    fn write_each<S: Source, const N: usize, const THREADS: u32>(
+        self,
+        tile: Tile<N, THREADS>,
+        sf: impl Fn(usize) -> f32,
+        num_tokens: u32,
+        hidden: u32,
+    ) {
+        unroll!(i in N {
+            let (row, channel) = (tile.row::<S>(i), tile.channel::<S>(i));
+            let group = channel >> self.npc_log2;
+            // The first channel that a word of scales stands for.
+            let first = if self.packed { (group & !3) << self.npc_log2 } else { channel };
+            if channel & ((1 << self.npc_log2) - 1) == 0 && row < num_tokens && first < hidden {
+                let at = row * self.row_stride + if self.packed { group / 4 } else { group } * self.col_stride;
+                if self.rule == POWERS && self.packed {
+                    // Groups beyond the end of the row count as 0.
+                    self.sf.set(at * 4 + group % 4, if channel < hidden { ue8m0(sf(i)) } else { 0 } as u8);
+                } else if self.rule == E4M3_SF {
+                    self.sf.set(at, common::e4m3(sf(i)) as u8);
+                } else {
+                    self.sf.cast::<u32>().set(at, sf(i).to_bits());
+                }
+            }
+        });
+    }
+
     /// Write what the block collected, after a barrier.
     #[inline(always)]
     #[track_caller]
@@ -685,6 +720,10 @@ kernel! {
         f32_e2m1[F32, E2m1, EXACT, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
         f32_e2m1_round[F32, E2m1, POWERS, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
         f32_e2m1_sf8[F32, E2m1, E4M3_SF, { F32_SHAPE.0 }, { F32_SHAPE.1 }],
+        bf16_e4m3_few[Bf16, E4m3, EXACT, { FEW_BF16_SHAPE.0 }, { FEW_BF16_SHAPE.1 }],
+        bf16_e4m3_round_few[Bf16, E4m3, POWERS, { FEW_BF16_SHAPE.0 }, { FEW_BF16_SHAPE.1 }],
+        f32_e4m3_few[F32, E4m3, EXACT, { FEW_F32_SHAPE.0 }, { FEW_F32_SHAPE.1 }],
+        f32_e4m3_round_few[F32, E4m3, POWERS, { FEW_F32_SHAPE.0 }, { FEW_F32_SHAPE.1 }],
     }
 }
 
@@ -731,7 +770,12 @@ fn cast_tile<S: Source, T: Encode, const RULE: u32, const STOCHASTIC: bool, cons
     let raw = tile.load::<S>(x, num_tokens, hidden, x_stride, wide);
     let amax = group_max::<S, N>(raw.map(S::amax), to.npc_log2 - S::CHANNELS.trailing_zeros());
     let scales = scales::<T, RULE, N>(amax, to.rule);
-    to.collect::<S, N, THREADS>(tile, |i| scales(i).sf, hidden);
+    let of_one_row = tile_rows::<S>(N, THREADS) == 1;
+    if of_one_row {
+        to.write_each::<S, N, THREADS>(tile, |i| scales(i).sf, num_tokens, hidden);
+    } else {
+        to.collect::<S, N, THREADS>(tile, |i| scales(i).sf, hidden);
+    }
     if with_data != 0 {
         let factor = |i: usize| scales(i).inv;
         if RULE == POWERS {
@@ -740,8 +784,10 @@ fn cast_tile<S: Source, T: Encode, const RULE: u32, const STOCHASTIC: bool, cons
             tile.store::<S, T, false, STOCHASTIC>(out, raw, factor, num_tokens, hidden, wide);
         }
     }
-    block_sync();
-    to.write::<S, N, THREADS>(tile, num_tokens, hidden);
+    if !of_one_row {
+        block_sync();
+        to.write::<S, N, THREADS>(tile, num_tokens, hidden);
+    }
 }
 
 /// Where the scales of a quantised input are: one for each `2^npt_log2` rows by `2^npc_log2` channels, at least 16 of them.
@@ -811,6 +857,8 @@ kernel! {
         e2m1_e4m3_round[E2m1, E4m3, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e2m1[E2m1, E2m1, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e2m1_round[E2m1, E2m1, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e4m3_e4m3_few[E4m3, E4m3, EXACT, { FEW_E4M3_SHAPE.0 }, { FEW_E4M3_SHAPE.1 }],
+        e4m3_e4m3_round_few[E4m3, E4m3, POWERS, { FEW_E4M3_SHAPE.0 }, { FEW_E4M3_SHAPE.1 }],
         e2m1x32_e2m1_round[E2m1x32, E2m1, POWERS, { PAIRS_SHAPE.0 }, { PAIRS_SHAPE.1 }],
     }
 }
@@ -873,12 +921,19 @@ fn recast_tile<S: Source, T: Encode, const RULE: u32, const STOCHASTIC: bool, co
     let products = core::array::from_fn(|i| S::amax(raw[i]) * x_sf[i]);
     let amax = group_max::<S, N>(products, to.npc_log2 - S::CHANNELS.trailing_zeros());
     let scales = scales::<T, RULE, N>(amax, to.rule);
-    to.collect::<S, N, THREADS>(tile, |i| scales(i).sf, hidden);
+    let of_one_row = tile_rows::<S>(N, THREADS) == 1;
+    if of_one_row {
+        to.write_each::<S, N, THREADS>(tile, |i| scales(i).sf, num_tokens, hidden);
+    } else {
+        to.collect::<S, N, THREADS>(tile, |i| scales(i).sf, hidden);
+    }
     // Zeros in a block of large scale: the factor may overflow, and zero times infinity would be NaN.
     let factor = |i: usize| min_total(x_sf[i] * scales(i).inv, f32::MAX);
     tile.store::<S, T, false, STOCHASTIC>(out, raw, factor, num_tokens, hidden, wide);
-    block_sync();
-    to.write::<S, N, THREADS>(tile, num_tokens, hidden);
+    if !of_one_row {
+        block_sync();
+        to.write::<S, N, THREADS>(tile, num_tokens, hidden);
+    }
 }
 
 kernel! {

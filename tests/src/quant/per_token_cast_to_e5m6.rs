@@ -333,8 +333,12 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         check((0, 384), (0, 0), Kind::Normal, 0)?;
         check((5, 0), (0, 0), Kind::Normal, 0)?;
         check((1, 7168), (0, 0), Kind::Normal, 0)?;
+        // More rows than multiprocessors, and a last warp with few vectors.
+        check((133, 160), (0, 0), Kind::Awkward, 0)?;
+        check((11, 8224), (0, 0), Kind::Awkward, 0)?;
         // More than the threads of a block can hold.
         check((2, 20032), (0, 0), Kind::Normal, 0)?;
+        check((8, 16416), (0, 0), Kind::Awkward, 0)?;
         check((1, 5000), (0, 0), Kind::Awkward, 0)?;
         if ctx.depth == Depth::Full {
             check((4001, 576), (5, 3), Kind::Awkward, 1)?;
