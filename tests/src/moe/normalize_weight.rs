@@ -48,7 +48,7 @@ fn reference(weights: &[f32], t: u64, k: u64, order: SumOrder) -> (Vec<f32>, Vec
 fn weights(rng: Rng, t: u64, k: u64) -> Vec<f32> {
     rng.fill((t * k) as usize, |rng, i| {
         let (row, unit, draw) = (i / k, rng.unit(i), rng.stream(1).below(i, 100));
-        match row % 9 {
+        match row % 13 {
             1 => 0.0,
             // Of both signs, so that sums cancel.
             2 => rng.normal(i),
@@ -61,6 +61,13 @@ fn weights(rng: Rng, t: u64, k: u64) -> Vec<f32> {
             // Beside the 1e-20.
             7 => 1e-20 * (unit - 0.5),
             8 => [-0.0, 0.0, -1e-20][(draw % 3) as usize],
+            // Zeros among ordinary weights.
+            9 if draw < 50 => 0.0,
+            // The sum of two has a mantissa of ones only.
+            10 => [1.0, 1.0 - f32::EPSILON][(i % k % 2) as usize] * if i % k < 2 { 1.0 } else { 0.0 },
+            // Around the least weight, and the largest sum, of the short division.
+            11 => 2f32.powi(-60) * [unit, 1.0, 1.0 - f32::EPSILON, 4.0][(draw % 4) as usize],
+            12 => 2f32.powi(60) / k as f32 * [unit, 1.0, 0.0, 1.0 + f32::EPSILON][(draw % 4) as usize],
             _ => unit,
         }
     })
