@@ -215,7 +215,7 @@ fn load<const V: usize>(weights: In<f32>, at: u32, k: u32) -> [f32; 4] {
     let mut w = [0.0; 4];
     unroll!(i in 4 {
         let place = at + i as u32;
-        if i % V == 0 && place < k {
+        if i.is_multiple_of(V) && place < k {
             match V {
                 4 => w = weights.load16(place).map(f32::from_bits),
                 2 => [w[i & 2], w[(i & 2) + 1]] = weights.load8(place).map(f32::from_bits),
@@ -232,7 +232,7 @@ fn load<const V: usize>(weights: In<f32>, at: u32, k: u32) -> [f32; 4] {
 fn store<const V: usize>(to: Out<f32>, at: u32, k: u32, q: [f32; 4]) {
     unroll!(i in 4 {
         let place = at + i as u32;
-        if i % V == 0 && place < k {
+        if i.is_multiple_of(V) && place < k {
             match V {
                 4 => to.store16(place, q.map(f32::to_bits)),
                 2 => to.store8(place, [q[i & 2], q[(i & 2) + 1]].map(f32::to_bits)),

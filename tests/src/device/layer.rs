@@ -738,7 +738,8 @@ mod tests {
             let starts = [-1, 0, 1].map(|off: i32| f32::from_bits(nearest.to_bits().wrapping_add_signed(off)));
             // Half an ulp off, this start is a fixed point. The instruction does better, which the operator relies on too.
             let possible = |near: &f32| (f64::from(*near) - exact).abs() < 2f64.powi(-24) && (b_bits, *near) != (last - 1, 0.5);
-            let inverses: Vec<f32> = starts.into_iter().filter(possible).map(|near| fma(near, fma(-b, near, 1.0), near)).collect();
+            let inverses: Vec<f32> =
+                starts.into_iter().filter(possible).map(|near| fma(near, fma(-b, near, 1.0), near)).collect();
             assert!(inverses.iter().all(|inverse| *inverse == nearest), "{b:e}");
             // With whole numbers for mantissas, `a * 2^(shift + 1) - b * odd = rest`, and the rest is at most 8.
             let twos = b_bits.trailing_zeros();
