@@ -2,24 +2,28 @@
 //!
 //! InOut query, key f32 or bf16 [b, l, heads, d]      In  cos_sin f32 [rows, d], cosines before sines; positions none, i32 or i64 [b, l]
 //! Exact `x1' = fma(x1, c, -(x2 * s))`, `x2' = fma(x1, s, x2 * c)` in f32, then to nearest even. The inverse rotation has `-s` for `s`.
-//! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of a second head; so both kinds of pairs are whole
-//!       within a thread, and neighbours touch neighbouring vectors. Four loads under way beside position, cosines and sines.
+//! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of three more heads, where there is work for all; so
+//!       both kinds of pairs are whole within a thread, neighbours touch neighbouring vectors, and angles are loaded once for four heads.
+//!       All loads of a thread are under way at once; only cosines and sines wait for the position.
 //! Cost  query and key read and written once, the rows of cos_sin that occur, positions; 2.2 instructions a byte: memory bound.
 
 use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};
+use core::hint::cold_path;
 
 /// Most threads of a block.
 pub const THREADS: u32 = 256;
-/// Heads of a thread, unless query and key have only one.
-pub const HEADS: u32 = 2;
+/// Heads of a thread where that leaves more than [`FEW`] items, and where it does not, unless query and key have only one.
+pub const HEADS: [u32; 2] = [4, 2];
+/// Items that are few: they are spread over all multiprocessors.
+pub const FEW: u32 = 1 << 16;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
 
-/// Grid and block for a number of items. Few items are spread over all multiprocessors.
-pub const fn config(num_items: u32) -> LaunchConfig {
-    let threads = if num_items <= 1 << 17 { 64 } else { THREADS };
+/// Grid and block for a number of items; `threads` for many.
+pub const fn config(num_items: u32, threads: u32) -> LaunchConfig {
+    let threads = if num_items <= 2 * FEW { 64 } else { threads };
     LaunchConfig::new(ceil_div(num_items, threads), threads)
 }
 
@@ -131,14 +135,9 @@ fn load_angles<const INTERLEAVED: bool, const N: usize>(from: In<f32>, vector: u
     core::array::from_fn(|i| if i < split { a[i & 3] } else { b[(i - split) & 3] })
 }
 
-/// The `N` pairs of two vectors, rotated, or as they are if `keep`.
+/// The `N` pairs of two vectors, rotated.
 #[inline(always)]
-fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(
-    raw: [[u32; 4]; 2],
-    c: [f32; 8],
-    s: [f32; 8],
-    keep: bool,
-) -> [[u32; 4]; 2] {
+fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(raw: [[u32; 4]; 2], c: [f32; 8], s: [f32; 8]) -> [[u32; 4]; 2] {
     let [a, b] = [T::decode(raw[0]), T::decode(raw[1])];
     let mut out = [a, b];
     unroll!(i in N {
@@ -153,9 +152,7 @@ fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(
         out[v1][i1] = fma(x1, c, -(x2 * s));
         out[v2][i2] = fma(x1, s, x2 * c);
     });
-    let [a, b] = [T::encode(out[0]), T::encode(out[1])];
-    let choose = |i: usize, new: [u32; 4]| core::array::from_fn(|j| if keep { raw[i][j] } else { new[j] });
-    [choose(0, a), choose(1, b)]
+    [T::encode(out[0]), T::encode(out[1])]
 }
 
 kernel! {
@@ -163,8 +160,8 @@ kernel! {
     threads = 256;
     /// An item is a token's vector number `0..vectors` of `H` heads; a token has `token_items`, those of the query first. Strides count
     /// elements. `position_bytes` is 0 without positions; `flip` is the sign bit for the inverse rotation. The magic numbers divide by
-    /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it.
-    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: u32](
+    /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it. `ALONE`: one sequence of a query with one head and no key.
+    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: usize, const ALONE: bool](
         query: Out<u8>, key: Out<u8>, cos_sin: In<f32>, positions: In<u8>,
         query_batch: u64, query_token: u32, query_head: u32, query_heads: u32,
         key_batch: u64, key_token: u32, key_head: u32, key_heads: u32,
@@ -179,9 +176,9 @@ kernel! {
         let token = Divisor { magic: items_magic, shift: items_shift }.divide(item);
         let place = item - token * token_items;
         let token = first + token;
-        let batch = Divisor { magic: length_magic, shift: length_shift }.divide(token);
+        let batch = if ALONE { 0 } else { Divisor { magic: length_magic, shift: length_shift }.divide(token) };
         let token = token - batch * length;
-        let group = Divisor { magic: vectors_magic, shift: vectors_shift }.divide(place);
+        let group = if ALONE { 0 } else { Divisor { magic: vectors_magic, shift: vectors_shift }.divide(place) };
         let vector = place - group * vectors;
 
         let position = positions.at((batch as u64 * position_batch as u64 + token as u64) * position_bytes as u64);
@@ -191,54 +188,70 @@ kernel! {
             _ => position.cast::<i64>().get(0),
         };
 
-        let query_groups = ceil_div(query_heads, H);
-        let of_key = group >= query_groups;
+        let query_groups = ceil_div(query_heads, H as u32);
+        let of_key = !ALONE && group >= query_groups;
         let (x, batch_stride, token_stride, head_stride, heads, head) = if of_key {
             (key, key_batch, key_token, key_head, key_heads, group - query_groups)
         } else {
             (query, query_batch, query_token, query_head, query_heads, group)
         };
-        // The last group of an odd number has one head, and does everything twice. A branch around the second head, or around what
-        // follows the position, would draw all loads into it.
-        let other_head = head + ceil_div(heads, H);
-        let other_head = if other_head < heads { other_head } else { head };
         let x = x.at((batch as u64 * batch_stride + token as u64 * token_stride as u64) * T::BYTES as u64);
         let (half, n) = (vectors * N as u32, N as u32);
         let (a, b) = if INTERLEAVED && N == 1 { (2 * vector, 2 * vector + 1) } else { (vector * n, vector * n + half) };
-        let at = |head: u32, i: u32| x.at((head as u64 * head_stride as u64 + i as u64) * T::BYTES as u64);
-        let first_head = [T::load::<N>(at(head, a)), T::load::<N>(at(head, b))];
-        let second_head = if H == 1 { first_head } else { [T::load::<N>(at(other_head, a)), T::load::<N>(at(other_head, b))] };
+        let groups = ceil_div(heads, H as u32);
+        // Where heads do not go up, a thread has its first one several times and writes the same there.
+        let vector_at = |h: usize, i: u32| {
+            let other = head + h as u32 * groups;
+            let head = if other < heads { other } else { head };
+            x.at((head as u64 * head_stride as u64 + i as u64) * T::BYTES as u64)
+        };
+        let mut raw = [[[0; 4]; 2]; H];
+        unroll!(h in H { raw[h] = [T::load::<N>(vector_at(h, a)), T::load::<N>(vector_at(h, b))] });
 
         let row = seqlen_offset.wrapping_add(position) as u64;
         // No table has so many rows.
         let row = if row < u32::MAX as u64 { row as u32 } else { u32::MAX };
         let has_row = index_below(row, num_rows);
-        let angles = cos_sin.at(if has_row { row } else { 0 } as u64 * cos_sin_row as u64);
+        if !has_row {
+            cold_path();
+            // As they were. A branch that has no use for the vectors would draw their loads behind it, where they wait for the position. A
+            // loop, which turns once: ptxas would make predicated stores of a few, which wait for the vectors on the usual way too.
+            loop {
+                rolled();
+                unroll!(h in H {
+                    T::store::<N>(vector_at(h, a), raw[h][0]);
+                    T::store::<N>(vector_at(h, b), raw[h][1]);
+                });
+                if num_items >> 31 == 0 {
+                    return;
+                }
+            }
+        }
+        let angles = cos_sin.at(row as u64 * cos_sin_row as u64);
         let c = load_angles::<INTERLEAVED, N>(angles, vector, half, 0);
         let s = load_angles::<INTERLEAVED, N>(angles.at(half as u64), vector, half, flip);
-
-        let mut first_head = first_head;
-        if INTERLEAVED && H == 1 {
-            // The vectors have nothing to do with each other, and the compiler would load the second one when the first one is done. This
-            // lets the first one wait for all loads: no bit of the mask is set, which it does not know.
-            let wait = (first_head[1][3] | c[N - 1].to_bits() | s[N - 1].to_bits()) & (num_items >> 31);
-            first_head[0] = first_head[0].map(|word| word ^ wait);
+        // ptxas would load the second half of the angles when the first half is used. This branch needs both: no bit of the mask is set, which
+        // the compiler does not know.
+        let loaded = c[0].to_bits() | c[N - 1].to_bits() | s[0].to_bits() | s[N - 1].to_bits();
+        if loaded & (num_items >> 31) != 0 {
+            return;
         }
-        let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(first_head, c, s, !has_row);
-        T::store::<N>(at(head, a), new_a);
-        T::store::<N>(at(head, b), new_b);
-        if H > 1 {
-            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(second_head, c, s, !has_row);
-            T::store::<N>(at(other_head, a), new_a);
-            T::store::<N>(at(other_head, b), new_b);
-        }
+        unroll!(h in H {
+            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(raw[h], c, s);
+            T::store::<N>(vector_at(h, a), new_a);
+            T::store::<N>(vector_at(h, b), new_b);
+        });
     }
     entries {
-        f32_halves[F32, false, 4, 2], f32_interleaved[F32, true, 4, 2],
-        bf16_halves[Bf16, false, 8, 2], bf16_interleaved[Bf16, true, 8, 2],
-        f32_halves_single[F32, false, 4, 1], f32_interleaved_single[F32, true, 4, 1],
-        bf16_halves_single[Bf16, false, 8, 1], bf16_interleaved_single[Bf16, true, 8, 1],
-        f32_halves_narrow[F32, false, 1, 2], f32_interleaved_narrow[F32, true, 1, 2],
-        bf16_halves_narrow[Bf16, false, 1, 2], bf16_interleaved_narrow[Bf16, true, 1, 2],
+        f32_halves_4[F32, false, 4, 4, false], f32_interleaved_4[F32, true, 4, 4, false],
+        bf16_halves_4[Bf16, false, 8, 4, false], bf16_interleaved_4[Bf16, true, 8, 4, false],
+        f32_halves_2[F32, false, 4, 2, false], f32_interleaved_2[F32, true, 4, 2, false],
+        bf16_halves_2[Bf16, false, 8, 2, false], bf16_interleaved_2[Bf16, true, 8, 2, false],
+        f32_halves_1[F32, false, 4, 1, false], f32_interleaved_1[F32, true, 4, 1, false],
+        bf16_halves_1[Bf16, false, 8, 1, false], bf16_interleaved_1[Bf16, true, 8, 1, false],
+        f32_halves_alone[F32, false, 4, 1, true], f32_interleaved_alone[F32, true, 4, 1, true],
+        bf16_halves_alone[Bf16, false, 8, 1, true], bf16_interleaved_alone[Bf16, true, 8, 1, true],
+        f32_halves_narrow[F32, false, 1, 2, false], f32_interleaved_narrow[F32, true, 1, 2, false],
+        bf16_halves_narrow[Bf16, false, 1, 2, false], bf16_interleaved_narrow[Bf16, true, 1, 2, false],
     }
 }

@@ -332,6 +332,10 @@ fn unusual() -> Vec<Problem> {
     problems.push(Problem { batch: 5, positions: Positions::None, offset: 4, ..plain });
     problems.push(Problem { positions: Positions::None, key_heads: 2, ..Problem::new(130, 1, 64) });
     problems.push(Problem { batch: 2, heads_outside: true, key_heads: 3, ..Problem::new(11, 4, 64) });
+    // Enough for four heads a thread, the last of which do not go up.
+    for interleaved in [false, true] {
+        problems.push(Problem { interleaved, spare_heads: 1, key_heads: 2, ..Problem::new(280, 121, 128) });
+    }
     // Nothing to do.
     problems.push(Problem { key_heads: 0, ..Problem::new(0, 3, 64) });
     problems.push(Problem { key_heads: 2, ..Problem::new(4, 0, 64) });
