@@ -80,8 +80,7 @@ pub fn normalize_weight(stream: &Stream, args: Args<'_>) -> Result<()> {
     let aligned = |bytes| args.topk_weights.ptr().is_multiple_of(bytes) && args.normalized.ptr().is_multiple_of(bytes);
     // Weights of an access.
     let wide = [4, 2, 1].into_iter().find(|n| k.is_multiple_of(*n) && aligned(4 * u64::from(*n))).unwrap_or(1);
-    let rows_only = std::env::var("FT_NORM").is_ok_and(|v| v == "1");
-    if wide == 4 && k > 4 && k <= kernels::MAX_HELD && !rows_only {
+    if wide == 4 && k > 4 && k <= kernels::MAX_HELD {
         let values = by_vector::Args { weights, denominator, normalized, t, k };
         let (entry, lanes) = match (k, tree) {
             (..=8, false) => (&by_vector::left_2, 2),
@@ -92,7 +91,7 @@ pub fn normalize_weight(stream: &Stream, args: Args<'_>) -> Result<()> {
             (_, true) => (&by_vector::tree_8, 8),
         };
         stream.launch(OP, entry, &kernels::config_by_vector(t, lanes), &values)
-    } else if wide == 1 && k > 4 && k <= kernels::MAX_STAGED && !rows_only {
+    } else if wide == 1 && k > 4 && k <= kernels::MAX_STAGED {
         let values = staged::Args { weights, denominator, normalized, t, k };
         stream.launch(OP, if tree { &staged::tree_9 } else { &staged::left_9 }, &kernels::config_staged(t), &values)
     } else {
@@ -101,17 +100,14 @@ pub fn normalize_weight(stream: &Stream, args: Args<'_>) -> Result<()> {
     }
 }
 
-/// The kernel for rows of `k` weights, read and written `wide` at a time.
+/// The kernel for rows of `k` weights, read and written `wide` at a time. Those of 8 to 32, 4 at a time, are `by_vector`'s.
 fn by_row_entry(k: u32, wide: u32, tree: bool) -> &'static Entry<by_row::Args> {
     let [left, tree_entry] = match (k, wide) {
         (..=4, 4) => [&by_row::left_4_by_4, &by_row::tree_4_by_4],
         (..=4, 2) => [&by_row::left_4_by_2, &by_row::tree_4_by_2],
         (..=4, _) => [&by_row::left_4_by_1, &by_row::tree_4_by_1],
-        (..=8, 4) => [&by_row::left_8_by_4, &by_row::tree_8_by_4],
         (..=8, 2) => [&by_row::left_8_by_2, &by_row::tree_8_by_2],
         (..=12, 1) => [&by_row::left_12_by_1, &by_row::tree_12_by_1],
-        (..=16, 4) => [&by_row::left_16_by_4, &by_row::tree_16_by_4],
-        (..=32, 4) => [&by_row::left_32_by_4, &by_row::tree_32_by_4],
         (..=32, 2) => [&by_row::left_32_by_2, &by_row::tree_32_by_2],
         (..=32, _) => [&by_row::left_32_by_1, &by_row::tree_32_by_1],
         _ => [&by_row::left_any; 2],

@@ -5,8 +5,8 @@
 //!       distances 16, 8, 4, 2, 1 and 1e-20 last. Every NaN that results is 0x7FC00000.
 //! Map   rows of several 16-byte vectors: a lane per vector. Other rows of up to 32: a thread per row, all in registers; of an odd number up
 //!       to 9 through shared memory, so that a warp reads and writes its 32 rows as one piece. Longer ones: a thread per row, two passes.
-//! Cost  8·t·k bytes; latency bound. A reciprocal per row and three instructions per quotient; rows with weights that are negative, huge,
-//!       tiny or no numbers are divided one by one.
+//! Cost  8·t·k bytes; latency bound. A reciprocal per row and three instructions per quotient; weights and sums that are negative,
+//!       huge, tiny or no numbers are divided one by one, those of a thread together.
 
 use crate::device::*;
 use crate::{kernel, unroll};
@@ -25,7 +25,7 @@ pub const MAX_HELD: u32 = 32;
 /// What keeps a row of zeros from being divided by 0.
 const EPSILON: f32 = 1e-20;
 
-/// Least weight, other than 0, and largest sum that are divided in the short way: 2^-60 and 2^60. See [`divide_by`].
+/// Least weight, other than 0, and largest weight and sum that are divided in the short way: 2^-60 and 2^60. See [`divide_by`].
 const LEAST: f32 = 8.673_617_4e-19;
 const MOST: f32 = 1.152_921_5e18;
 
@@ -92,11 +92,9 @@ kernel! {
     }
     entries {
         left_4_by_4[false, 1, 4], left_4_by_2[false, 1, 2], left_4_by_1[false, 1, 1],
-        left_8_by_4[false, 2, 4], left_8_by_2[false, 2, 2], left_12_by_1[false, 3, 1],
-        left_16_by_4[false, 4, 4], left_32_by_4[false, 8, 4], left_32_by_2[false, 8, 2], left_32_by_1[false, 8, 1],
+        left_8_by_2[false, 2, 2], left_12_by_1[false, 3, 1], left_32_by_2[false, 8, 2], left_32_by_1[false, 8, 1],
         tree_4_by_4[true, 1, 4], tree_4_by_2[true, 1, 2], tree_4_by_1[true, 1, 1],
-        tree_8_by_4[true, 2, 4], tree_8_by_2[true, 2, 2], tree_12_by_1[true, 3, 1],
-        tree_16_by_4[true, 4, 4], tree_32_by_4[true, 8, 4], tree_32_by_2[true, 8, 2], tree_32_by_1[true, 8, 1],
+        tree_8_by_2[true, 2, 2], tree_12_by_1[true, 3, 1], tree_32_by_2[true, 8, 2], tree_32_by_1[true, 8, 1],
         left_any[false, 0, 1],
     }
 }
@@ -273,18 +271,24 @@ fn smaller(a: u32, b: u32) -> u32 {
     if b < a { b } else { a }
 }
 
-/// Whether all quotients can be had from [`divide_by`].
+#[inline(always)]
+fn larger(a: u32, b: u32) -> u32 {
+    if b > a { b } else { a }
+}
+
+/// Whether all quotients of these weights can be had from [`divide_by`]. The sum may be that of more weights, of which some are negative.
 #[inline(always)]
 fn ordinary<const G: usize>(w: &[[f32; 4]; G], sum: f32) -> bool {
-    let (mut signs, mut least) = (0, u32::MAX);
+    let (mut least, mut largest) = (u32::MAX, 0);
     unroll!(g in G {
         let [a, b, c, d] = w[g].map(f32::to_bits);
-        signs |= a | b | c | d;
         // Zeros come last.
         least = smaller(smaller(smaller(smaller(least, a.wrapping_sub(1)), b.wrapping_sub(1)), c.wrapping_sub(1)), d.wrapping_sub(1));
+        // Negative weights and NaN come after all others.
+        largest = larger(larger(larger(larger(largest, a), b), c), d);
     });
-    // Without negative weights, none is larger than the sum, which is not NaN either.
-    signs >> 31 == 0 && least >= LEAST.to_bits() - 1 && sum <= MOST
+    // Quotients other than 0 are normal: not below 2^-60 / 2^60, and not above 2^60 / 1e-20, which is less than 2^127. NaN is no such sum.
+    least >= LEAST.to_bits() - 1 && largest <= MOST.to_bits() && (EPSILON..=MOST).contains(&sum)
 }
 
 /// `k` weights divided by the sum, whatever they are.
