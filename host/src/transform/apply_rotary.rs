@@ -5,7 +5,7 @@ use ferrotile_kernels::device::{In, Out};
 use ferrotile_kernels::entry::Entry;
 use ferrotile_kernels::quant::common::Divisor;
 use ferrotile_kernels::transform::apply_rotary as kernels;
-use kernels::{FEW, HEADS, MAX_ITEMS, rotate};
+use kernels::{HEADS, MAX_ITEMS, rotate};
 
 const OP: &str = "apply_rotary";
 
@@ -80,10 +80,11 @@ pub struct Args<'a> {
 pub fn apply_rotary(stream: &Stream, args: Args<'_>) -> Result<()> {
     let Some(plan) = check(stream, &args)? else { return Ok(()) };
     let Args { query, key, cos_sin_cache, positions, .. } = &args;
-    let entry = entry(query.dtype(), args.interleaved, plan.shape);
+    let entry = entry(query.dtype(), args.interleaved, plan.wide, plan.single);
     let (items, length, vectors) = (Divisor::new(plan.token_items), Divisor::new(plan.length), Divisor::new(plan.vectors));
     let threads = match variant() {
-        1 | 4 => kernels::THREADS,
+        6 => kernels::THREADS,
+        7 => 64,
         _ => 128,
     };
     let most = (MAX_ITEMS / plan.token_items as u64) as u32;
@@ -125,44 +126,25 @@ pub fn apply_rotary(stream: &Stream, args: Args<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Of the experiment: heads of a thread and threads of a block, 2 and 256, 2 and 128, 4 and 128, 4 and 256.
+/// Of the experiment: 5 is one head a thread and blocks of 128 threads, 6 one and 256, 7 two and 64; 0, the usual one, two and 128.
 fn variant() -> u32 {
-    std::env::var("FT_ROPE").ok().and_then(|v| v.parse().ok()).unwrap_or(3)
+    std::env::var("FT_ROPE").ok().and_then(|v| v.parse().ok()).unwrap_or(0)
 }
 
-/// What a thread has.
-#[derive(Clone, Copy, Debug)]
-enum Shape {
-    /// 16-byte vectors of so many heads: 4, 2 or 1.
-    Wide(u32),
-    /// Vectors of the one head of a query without key and batches.
-    Alone,
-    /// Values.
-    Narrow,
-}
-
-fn entry(dtype: DType, interleaved: bool, shape: Shape) -> &'static Entry<rotate::Args> {
-    match (shape, dtype == DType::F32, interleaved) {
-        (Shape::Wide(4), true, false) => &rotate::f32_halves_4,
-        (Shape::Wide(4), true, true) => &rotate::f32_interleaved_4,
-        (Shape::Wide(4), false, false) => &rotate::bf16_halves_4,
-        (Shape::Wide(4), false, true) => &rotate::bf16_interleaved_4,
-        (Shape::Wide(2), true, false) => &rotate::f32_halves_2,
-        (Shape::Wide(2), true, true) => &rotate::f32_interleaved_2,
-        (Shape::Wide(2), false, false) => &rotate::bf16_halves_2,
-        (Shape::Wide(2), false, true) => &rotate::bf16_interleaved_2,
-        (Shape::Wide(_), true, false) => &rotate::f32_halves_1,
-        (Shape::Wide(_), true, true) => &rotate::f32_interleaved_1,
-        (Shape::Wide(_), false, false) => &rotate::bf16_halves_1,
-        (Shape::Wide(_), false, true) => &rotate::bf16_interleaved_1,
-        (Shape::Alone, true, false) => &rotate::f32_halves_alone,
-        (Shape::Alone, true, true) => &rotate::f32_interleaved_alone,
-        (Shape::Alone, false, false) => &rotate::bf16_halves_alone,
-        (Shape::Alone, false, true) => &rotate::bf16_interleaved_alone,
-        (Shape::Narrow, true, false) => &rotate::f32_halves_narrow,
-        (Shape::Narrow, true, true) => &rotate::f32_interleaved_narrow,
-        (Shape::Narrow, false, false) => &rotate::bf16_halves_narrow,
-        (Shape::Narrow, false, true) => &rotate::bf16_interleaved_narrow,
+fn entry(dtype: DType, interleaved: bool, wide: bool, single: bool) -> &'static Entry<rotate::Args> {
+    match (dtype == DType::F32, interleaved, wide, single) {
+        (true, false, true, false) => &rotate::f32_halves,
+        (true, true, true, false) => &rotate::f32_interleaved,
+        (false, false, true, false) => &rotate::bf16_halves,
+        (false, true, true, false) => &rotate::bf16_interleaved,
+        (true, false, true, true) => &rotate::f32_halves_single,
+        (true, true, true, true) => &rotate::f32_interleaved_single,
+        (false, false, true, true) => &rotate::bf16_halves_single,
+        (false, true, true, true) => &rotate::bf16_interleaved_single,
+        (true, false, false, _) => &rotate::f32_halves_narrow,
+        (true, true, false, _) => &rotate::f32_interleaved_narrow,
+        (false, false, false, _) => &rotate::bf16_halves_narrow,
+        (false, true, false, _) => &rotate::bf16_interleaved_narrow,
     }
 }
 
@@ -188,7 +170,10 @@ struct Plan {
     cos_sin_row: u32,
     num_rows: u32,
     position_batch: u32,
-    shape: Shape,
+    /// Whether all 16-byte vectors are aligned.
+    wide: bool,
+    /// Whether threads have one head, because there is no other.
+    single: bool,
 }
 
 /// `None` when there is nothing to do.
@@ -264,24 +249,10 @@ fn check(stream: &Stream, args: &Args<'_>) -> Result<Option<Plan>> {
         && cache.ptr().is_multiple_of(16)
         && cos_sin_row.is_multiple_of(4);
     let vectors = head_dim / 2 / if wide { values } else { 1 };
-    let most_heads = of_query.heads.max(of_key.heads);
-    let items_of = |heads_of_thread: u32| {
-        let groups = |heads: u32| u64::from(heads.div_ceil(heads_of_thread));
-        (groups(of_query.heads) + groups(of_key.heads)).saturating_mul(vectors)
-    };
-    let [many, few] = HEADS;
-    let (shape, heads_of_thread) = if !wide {
-        (Shape::Narrow, few)
-    } else if most_heads > 1 {
-        let enough = most_heads >= many && items_of(many).saturating_mul(num_tokens) > FEW.into() && variant() > 2;
-        let heads = if enough { many } else { few };
-        (Shape::Wide(heads), heads)
-    } else if batch == 1 && key.is_none() {
-        (Shape::Alone, 1)
-    } else {
-        (Shape::Wide(1), 1)
-    };
-    let token_items = items_of(heads_of_thread);
+    let single = wide && (of_query.heads.max(of_key.heads) == 1 || matches!(variant(), 5 | 6));
+    let groups = |heads: u32| heads.div_ceil(if single { 1 } else { HEADS }) as u64;
+    let groups = groups(of_query.heads) + groups(of_key.heads);
+    let token_items = groups.saturating_mul(vectors);
     check::in_range(OP, "threads for a token of query and key", token_items, 0, MAX_ITEMS)?;
     Ok(Some(Plan {
         query: of_query,
@@ -293,7 +264,8 @@ fn check(stream: &Stream, args: &Args<'_>) -> Result<Option<Plan>> {
         cos_sin_row,
         num_rows: num_rows as u32,
         position_batch,
-        shape,
+        wide,
+        single,
     }))
 }
 

@@ -2,8 +2,8 @@
 //!
 //! InOut query, key f32 or bf16 [b, l, heads, d]      In  cos_sin f32 [rows, d], cosines before sines; positions none, i32 or i64 [b, l]
 //! Exact `x1' = fma(x1, c, -(x2 * s))`, `x2' = fma(x1, s, x2 * c)` in f32, then to nearest even. The inverse rotation has `-s` for `s`.
-//! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of three more heads, where there is work for all; so
-//!       both kinds of pairs are whole within a thread, neighbours touch neighbouring vectors, and angles are loaded once for four heads.
+//! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of a second head, if there is one; so both kinds of
+//!       pairs are whole within a thread, neighbours touch neighbouring vectors, and angles are loaded once for two heads.
 //!       All loads of a thread are under way at once; only cosines and sines wait for the position.
 //! Cost  query and key read and written once, the rows of cos_sin that occur, positions; 2.2 instructions a byte: memory bound.
 
@@ -14,16 +14,14 @@ use core::hint::cold_path;
 
 /// Most threads of a block.
 pub const THREADS: u32 = 256;
-/// Heads of a thread where that leaves more than [`FEW`] items, and where it does not, unless query and key have only one.
-pub const HEADS: [u32; 2] = [4, 2];
-/// Items that are few: they are spread over all multiprocessors.
-pub const FEW: u32 = 1 << 16;
+/// Heads of a thread, unless query and key have only one.
+pub const HEADS: u32 = 2;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
 
-/// Grid and block for a number of items; `threads` for many.
+/// Grid and block for a number of items; `threads` for many. Few items are spread over all multiprocessors.
 pub const fn config(num_items: u32, threads: u32) -> LaunchConfig {
-    let threads = if num_items <= 2 * FEW { 64 } else { threads };
+    let threads = if num_items <= 1 << 17 { 64 } else { threads };
     LaunchConfig::new(ceil_div(num_items, threads), threads)
 }
 
@@ -135,9 +133,14 @@ fn load_angles<const INTERLEAVED: bool, const N: usize>(from: In<f32>, vector: u
     core::array::from_fn(|i| if i < split { a[i & 3] } else { b[(i - split) & 3] })
 }
 
-/// The `N` pairs of two vectors, rotated.
+/// The `N` pairs of two vectors, rotated, or as they are if `keep`.
 #[inline(always)]
-fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(raw: [[u32; 4]; 2], c: [f32; 8], s: [f32; 8]) -> [[u32; 4]; 2] {
+fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(
+    raw: [[u32; 4]; 2],
+    c: [f32; 8],
+    s: [f32; 8],
+    keep: bool,
+) -> [[u32; 4]; 2] {
     let [a, b] = [T::decode(raw[0]), T::decode(raw[1])];
     let mut out = [a, b];
     unroll!(i in N {
@@ -152,7 +155,9 @@ fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(raw: [[u32; 4]; 
         out[v1][i1] = fma(x1, c, -(x2 * s));
         out[v2][i2] = fma(x1, s, x2 * c);
     });
-    [T::encode(out[0]), T::encode(out[1])]
+    let [a, b] = [T::encode(out[0]), T::encode(out[1])];
+    let choose = |i: usize, new: [u32; 4]| core::array::from_fn(|j| if keep { raw[i][j] } else { new[j] });
+    [choose(0, a), choose(1, b)]
 }
 
 kernel! {
@@ -160,8 +165,8 @@ kernel! {
     threads = 256;
     /// An item is a token's vector number `0..vectors` of `H` heads; a token has `token_items`, those of the query first. Strides count
     /// elements. `position_bytes` is 0 without positions; `flip` is the sign bit for the inverse rotation. The magic numbers divide by
-    /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it. `ALONE`: one sequence of a query with one head and no key.
-    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: usize, const ALONE: bool](
+    /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it.
+    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: usize](
         query: Out<u8>, key: Out<u8>, cos_sin: In<f32>, positions: In<u8>,
         query_batch: u64, query_token: u32, query_head: u32, query_heads: u32,
         key_batch: u64, key_token: u32, key_head: u32, key_heads: u32,
@@ -176,9 +181,9 @@ kernel! {
         let token = Divisor { magic: items_magic, shift: items_shift }.divide(item);
         let place = item - token * token_items;
         let token = first + token;
-        let batch = if ALONE { 0 } else { Divisor { magic: length_magic, shift: length_shift }.divide(token) };
+        let batch = Divisor { magic: length_magic, shift: length_shift }.divide(token);
         let token = token - batch * length;
-        let group = if ALONE { 0 } else { Divisor { magic: vectors_magic, shift: vectors_shift }.divide(place) };
+        let group = Divisor { magic: vectors_magic, shift: vectors_shift }.divide(place);
         let vector = place - group * vectors;
 
         let position = positions.at((batch as u64 * position_batch as u64 + token as u64) * position_bytes as u64);
@@ -189,7 +194,7 @@ kernel! {
         };
 
         let query_groups = ceil_div(query_heads, H as u32);
-        let of_key = !ALONE && group >= query_groups;
+        let of_key = group >= query_groups;
         let (x, batch_stride, token_stride, head_stride, heads, head) = if of_key {
             (key, key_batch, key_token, key_head, key_heads, group - query_groups)
         } else {
@@ -199,10 +204,10 @@ kernel! {
         let (half, n) = (vectors * N as u32, N as u32);
         let (a, b) = if INTERLEAVED && N == 1 { (2 * vector, 2 * vector + 1) } else { (vector * n, vector * n + half) };
         let groups = ceil_div(heads, H as u32);
-        // Where heads do not go up, a thread has its first one several times and writes the same there.
+        // The last group of an odd number has one head, and does everything twice.
         let vector_at = |h: usize, i: u32| {
             let other = head + h as u32 * groups;
-            let head = if other < heads { other } else { head };
+            let head = if h > 0 && other < heads { other } else { head };
             x.at((head as u64 * head_stride as u64 + i as u64) * T::BYTES as u64)
         };
         let mut raw = [[[0; 4]; 2]; H];
@@ -212,7 +217,7 @@ kernel! {
         // No table has so many rows.
         let row = if row < u32::MAX as u64 { row as u32 } else { u32::MAX };
         let has_row = index_below(row, num_rows);
-        if !has_row {
+        if H > 1 && !has_row {
             cold_path();
             // As they were. A branch that has no use for the vectors would draw their loads behind it, where they wait for the position. A
             // loop, which turns once: ptxas would make predicated stores of a few, which wait for the vectors on the usual way too.
@@ -227,31 +232,34 @@ kernel! {
                 }
             }
         }
-        let angles = cos_sin.at(row as u64 * cos_sin_row as u64);
+        // With one head it is faster without that branch. A token that has no row reads row 0, and stays as it was.
+        let keep = H == 1 && !has_row;
+        let angles = cos_sin.at(if keep { 0 } else { row } as u64 * cos_sin_row as u64);
         let c = load_angles::<INTERLEAVED, N>(angles, vector, half, 0);
         let s = load_angles::<INTERLEAVED, N>(angles.at(half as u64), vector, half, flip);
-        // ptxas would load the second half of the angles when the first half is used. This branch needs both: no bit of the mask is set, which
-        // the compiler does not know.
-        let loaded = c[0].to_bits() | c[N - 1].to_bits() | s[0].to_bits() | s[N - 1].to_bits();
-        if loaded & (num_items >> 31) != 0 {
-            return;
+        // ptxas would load the second half of the angles, or the second vector of one head, when the first one is done. This makes it wait
+        // for all of them: no bit of the mask is set, which the compiler does not know.
+        if H > 1 {
+            let loaded = c[0].to_bits() | c[N - 1].to_bits() | s[0].to_bits() | s[N - 1].to_bits();
+            if loaded & (num_items >> 31) != 0 {
+                return;
+            }
+        } else if INTERLEAVED {
+            let wait = (raw[0][1][3] | c[N - 1].to_bits() | s[N - 1].to_bits()) & (num_items >> 31);
+            raw[0][0] = raw[0][0].map(|word| word ^ wait);
         }
         unroll!(h in H {
-            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(raw[h], c, s);
+            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(raw[h], c, s, keep);
             T::store::<N>(vector_at(h, a), new_a);
             T::store::<N>(vector_at(h, b), new_b);
         });
     }
     entries {
-        f32_halves_4[F32, false, 4, 4, false], f32_interleaved_4[F32, true, 4, 4, false],
-        bf16_halves_4[Bf16, false, 8, 4, false], bf16_interleaved_4[Bf16, true, 8, 4, false],
-        f32_halves_2[F32, false, 4, 2, false], f32_interleaved_2[F32, true, 4, 2, false],
-        bf16_halves_2[Bf16, false, 8, 2, false], bf16_interleaved_2[Bf16, true, 8, 2, false],
-        f32_halves_1[F32, false, 4, 1, false], f32_interleaved_1[F32, true, 4, 1, false],
-        bf16_halves_1[Bf16, false, 8, 1, false], bf16_interleaved_1[Bf16, true, 8, 1, false],
-        f32_halves_alone[F32, false, 4, 1, true], f32_interleaved_alone[F32, true, 4, 1, true],
-        bf16_halves_alone[Bf16, false, 8, 1, true], bf16_interleaved_alone[Bf16, true, 8, 1, true],
-        f32_halves_narrow[F32, false, 1, 2, false], f32_interleaved_narrow[F32, true, 1, 2, false],
-        bf16_halves_narrow[Bf16, false, 1, 2, false], bf16_interleaved_narrow[Bf16, true, 1, 2, false],
+        f32_halves[F32, false, 4, 2], f32_interleaved[F32, true, 4, 2],
+        bf16_halves[Bf16, false, 8, 2], bf16_interleaved[Bf16, true, 8, 2],
+        f32_halves_single[F32, false, 4, 1], f32_interleaved_single[F32, true, 4, 1],
+        bf16_halves_single[Bf16, false, 8, 1], bf16_interleaved_single[Bf16, true, 8, 1],
+        f32_halves_narrow[F32, false, 1, 2], f32_interleaved_narrow[F32, true, 1, 2],
+        bf16_halves_narrow[Bf16, false, 1, 2], bf16_interleaved_narrow[Bf16, true, 1, 2],
     }
 }
