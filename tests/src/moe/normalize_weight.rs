@@ -44,7 +44,7 @@ fn reference(weights: &[f32], t: u64, k: u64, order: SumOrder) -> (Vec<f32>, Vec
     (sums.iter().map(|sum| number(*sum)).collect(), quotients)
 }
 
-/// Weights 0, 4 and 5 of rows whose others are 0. So the negative ones lie in another vector than a positive one, which no sum goes with:
+/// Weights 0, 4 and 5 of rows whose others are 0. The vector of 4 that holds the first one has no negative weight, yet its sum is
 const CANCELLING: [[f32; 3]; 9] = [
     // 0 from left to right, 1e-20 in a tree;
     [1.0, -1.0, 0.0],
@@ -56,7 +56,7 @@ const CANCELLING: [[f32; 3]; 9] = [
     [1.0, -1.0, -9.999_99e-21],
     // negative;
     [1.0, -3.0, 0.0],
-    // the largest weight of the short division by its least sum, in a tree;
+    // or so small that quotients are large: the largest weight of the short division by its least sum, in a tree;
     [MOST, -MOST, 0.0],
     // a larger one;
     [2.0 * MOST, -2.0 * MOST, 1e-20],
