@@ -1,19 +1,17 @@
 //! normalize_weight: routing weights divided by their sum.
 
 use crate::{DType, Result, Stream, TensorMut, TensorRef, check};
+use ferrotile_kernels::entry::Entry;
 use ferrotile_kernels::moe::normalize_weight as kernels;
-use kernels::{by_row, by_weight, staged};
+use kernels::{by_row, by_vector, staged};
 
 const OP: &str = "normalize_weight";
 
 /// Most choices with [`SumOrder::Tree`].
-pub const MAX_TREE: u64 = kernels::MAX_LANES as u64;
+pub const MAX_TREE: u64 = kernels::MAX_HELD as u64;
 
 /// Most tokens; each takes a thread.
 const MAX_TOKENS: u64 = u32::MAX as u64 - 127;
-
-/// Most tokens of more than 9 choices, which may take 32 threads each.
-const MAX_WIDE_TOKENS: u64 = (1 << 27) - 1;
 
 /// In which order the weights of a token are added. The results differ in the last bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +68,7 @@ pub struct Args<'a> {
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType), [`Error::Layout`](crate::Error::Layout) when a tensor
 /// is not as in the table; [`Error::Value`](crate::Error::Value) for more than 32 choices added in a tree, more than 2^31 - 1 choices, and
-/// more tokens than have a thread per weight within 32 bits; [`Error::Overlap`](crate::Error::Overlap), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// more than 2^32 - 128 tokens; [`Error::Overlap`](crate::Error::Overlap), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
 /// [`Error::Driver`](crate::Error::Driver).
 pub fn normalize_weight(stream: &Stream, args: Args<'_>) -> Result<()> {
     let (t, k) = check_args(stream, &args)?;
@@ -79,24 +77,42 @@ pub fn normalize_weight(stream: &Stream, args: Args<'_>) -> Result<()> {
     }
     let (weights, denominator, normalized) = (args.topk_weights.input(), args.denominator.output(), args.normalized.output());
     let tree = args.order == SumOrder::Tree;
-    let aligned = args.topk_weights.ptr().is_multiple_of(16) && args.normalized.ptr().is_multiple_of(16);
-    if k.is_multiple_of(4) && aligned && k <= kernels::MAX_VECTORS || k > kernels::MAX_LANES {
-        let values = by_row::Args { weights, denominator, normalized, t, k };
-        let entry = match (k > kernels::MAX_LANES, tree) {
-            (true, _) => &by_row::left_any,
-            (false, false) => &by_row::left_8,
-            (false, true) => &by_row::tree_8,
+    let aligned = |bytes| args.topk_weights.ptr().is_multiple_of(bytes) && args.normalized.ptr().is_multiple_of(bytes);
+    // Weights of an access.
+    let wide = [4, 2, 1].into_iter().find(|n| k.is_multiple_of(*n) && aligned(4 * u64::from(*n))).unwrap_or(1);
+    if wide == 4 && k > 4 && k <= kernels::MAX_HELD {
+        let values = by_vector::Args { weights, denominator, normalized, t, k };
+        let (entry, lanes) = match (k, tree) {
+            (..=8, false) => (&by_vector::left_2, 2),
+            (..=8, true) => (&by_vector::tree_2, 2),
+            (..=16, false) => (&by_vector::left_4, 4),
+            (..=16, true) => (&by_vector::tree_4, 4),
+            (_, false) => (&by_vector::left_8, 8),
+            (_, true) => (&by_vector::tree_8, 8),
         };
-        stream.launch(OP, entry, &kernels::config(t), &values)
-    } else if k <= kernels::MAX_STAGED {
+        stream.launch(OP, entry, &kernels::config_by_vector(t, lanes), &values)
+    } else if wide == 1 && k > 4 && k <= kernels::MAX_STAGED {
         let values = staged::Args { weights, denominator, normalized, t, k };
         stream.launch(OP, if tree { &staged::tree_9 } else { &staged::left_9 }, &kernels::config_staged(t), &values)
     } else {
-        let lanes = if k <= 16 { 16 } else { 32 };
-        let values = by_weight::Args { weights, denominator, normalized, t, k, lanes };
-        let entry = if tree { &by_weight::tree } else { &by_weight::left };
-        stream.launch(OP, entry, &kernels::config_by_weight(t, lanes), &values)
+        let values = by_row::Args { weights, denominator, normalized, t, k };
+        stream.launch(OP, by_row_entry(k, wide, tree), &kernels::config(t), &values)
     }
+}
+
+/// The kernel for rows of `k` weights, read and written `wide` at a time. Those of 8 to 32, 4 at a time, are `by_vector`'s.
+fn by_row_entry(k: u32, wide: u32, tree: bool) -> &'static Entry<by_row::Args> {
+    let [left, tree_entry] = match (k, wide) {
+        (..=4, 4) => [&by_row::left_4_by_4, &by_row::tree_4_by_4],
+        (..=4, 2) => [&by_row::left_4_by_2, &by_row::tree_4_by_2],
+        (..=4, _) => [&by_row::left_4_by_1, &by_row::tree_4_by_1],
+        (..=8, 2) => [&by_row::left_8_by_2, &by_row::tree_8_by_2],
+        (..=12, 1) => [&by_row::left_12_by_1, &by_row::tree_12_by_1],
+        (..=32, 2) => [&by_row::left_32_by_2, &by_row::tree_32_by_2],
+        (..=32, _) => [&by_row::left_32_by_1, &by_row::tree_32_by_1],
+        _ => [&by_row::left_any; 2],
+    };
+    if tree { tree_entry } else { left }
 }
 
 /// Numbers of tokens and choices, if everything is right.
@@ -114,9 +130,8 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<(u32, u32)> {
     }
     let most = if args.order == SumOrder::Tree { MAX_TREE } else { i32::MAX as u64 };
     check::in_range(OP, "num_topk", k, 0, most)?;
-    // Threads are counted in 32 bits.
-    let most = if k <= kernels::MAX_STAGED.into() { MAX_TOKENS } else { MAX_WIDE_TOKENS };
-    check::in_range(OP, "num_tokens", t, 0, most)?;
+    // Rows are counted in 32 bits.
+    check::in_range(OP, "num_tokens", t, 0, MAX_TOKENS)?;
     let all = tensors.map(|(name, tensor, _)| (name, tensor));
     check::same_device(OP, stream, &all)?;
     check::no_overlaps(OP, &all[..1], &all[1..])?;

@@ -72,12 +72,26 @@ pub fn sqrt_normal(v: f32) -> f32 {
 /// `a` not above 2^64. Quotients that are subnormal are rounded twice.
 #[inline(always)]
 pub fn divide_normal(a: f32, b: f32) -> f32 {
-    // A correctly rounded inverse and an exact remainder make a correctly rounded quotient. The scaling keeps the remainder normal.
-    let near = fast_rcp(b);
-    let inverse = fma(near, fma(-b, near, 1.0), near);
-    let scaled = a * 1.152_921_5e18;
-    let quotient = scaled * inverse;
-    fma(inverse, fma(-b, quotient, scaled), quotient) * 8.673_617_4e-19
+    let inverse = inverse_normal(b);
+    // The scaling keeps the remainder normal.
+    divide_by(a * 1.152_921_5e18, b, inverse) * 8.673_617_4e-19
+}
+
+/// `1 / v`, correctly rounded, for `v` from 2^-126 to 2^125, for [`divide_by`].
+#[inline(always)]
+pub fn inverse_normal(v: f32) -> f32 {
+    let near = fast_rcp(v);
+    fma(near, fma(-v, near, 1.0), near)
+}
+
+/// `a / b`, correctly rounded like the operator, in three instructions, with `inverse` from [`inverse_normal`] of `b`: for `b` from 2^-126
+/// to 2^125 and `a` that is +0, or from 2^-100 on and such that the quotient is normal.
+#[inline(always)]
+pub fn divide_by(a: f32, b: f32, inverse: f32) -> f32 {
+    // A correctly rounded inverse and an exact remainder make a correctly rounded quotient: tests/src/device/layer.rs looks at
+    // quotients that are close enough to the middle of two floats to be in doubt.
+    let quotient = a * inverse;
+    fma(inverse, fma(-b, quotient, a), quotient)
 }
 
 /// e^v for `v <= 0`, within 1 ulp and from fused multiply-adds only: the same bits on both backends. Subnormal results are right, NaN

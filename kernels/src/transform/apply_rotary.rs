@@ -2,13 +2,15 @@
 //!
 //! InOut query, key f32 or bf16 [b, l, heads, d]      In  cos_sin f32 [rows, d], cosines before sines; positions none, i32 or i64 [b, l]
 //! Exact `x1' = fma(x1, c, -(x2 * s))`, `x2' = fma(x1, s, x2 * c)` in f32, then to nearest even. The inverse rotation has `-s` for `s`.
-//! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of a second head; so both kinds of pairs are whole
-//!       within a thread, and neighbours touch neighbouring vectors. Four loads under way beside position, cosines and sines.
+//! Map   a thread has two 16-byte vectors of a head, half a head apart, and the same of a second head, if there is one; so both kinds of
+//!       pairs are whole within a thread, neighbours touch neighbouring vectors, and angles are loaded once for two heads.
+//!       All loads of a thread are under way at once; only cosines and sines wait for the position.
 //! Cost  query and key read and written once, the rows of cos_sin that occur, positions; 2.2 instructions a byte: memory bound.
 
 use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};
+use core::hint::cold_path;
 
 /// Most threads of a block.
 pub const THREADS: u32 = 256;
@@ -17,9 +19,9 @@ pub const HEADS: u32 = 2;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
 
-/// Grid and block for a number of items. Few items are spread over all multiprocessors.
-pub const fn config(num_items: u32) -> LaunchConfig {
-    let threads = if num_items <= 1 << 17 { 64 } else { THREADS };
+/// Grid and block for a number of items; `threads` for many. Few items are spread over all multiprocessors.
+pub const fn config(num_items: u32, threads: u32) -> LaunchConfig {
+    let threads = if num_items <= 1 << 17 { 64 } else { threads };
     LaunchConfig::new(ceil_div(num_items, threads), threads)
 }
 
@@ -164,7 +166,7 @@ kernel! {
     /// An item is a token's vector number `0..vectors` of `H` heads; a token has `token_items`, those of the query first. Strides count
     /// elements. `position_bytes` is 0 without positions; `flip` is the sign bit for the inverse rotation. The magic numbers divide by
     /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it.
-    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: u32](
+    pub fn rotate[T: Element, const INTERLEAVED: bool, const N: usize, const H: usize](
         query: Out<u8>, key: Out<u8>, cos_sin: In<f32>, positions: In<u8>,
         query_batch: u64, query_token: u32, query_head: u32, query_heads: u32,
         key_batch: u64, key_token: u32, key_head: u32, key_heads: u32,
@@ -191,47 +193,66 @@ kernel! {
             _ => position.cast::<i64>().get(0),
         };
 
-        let query_groups = ceil_div(query_heads, H);
+        let query_groups = ceil_div(query_heads, H as u32);
         let of_key = group >= query_groups;
         let (x, batch_stride, token_stride, head_stride, heads, head) = if of_key {
             (key, key_batch, key_token, key_head, key_heads, group - query_groups)
         } else {
             (query, query_batch, query_token, query_head, query_heads, group)
         };
-        // The last group of an odd number has one head, and does everything twice. A branch around the second head, or around what
-        // follows the position, would draw all loads into it.
-        let other_head = head + ceil_div(heads, H);
-        let other_head = if other_head < heads { other_head } else { head };
         let x = x.at((batch as u64 * batch_stride + token as u64 * token_stride as u64) * T::BYTES as u64);
         let (half, n) = (vectors * N as u32, N as u32);
         let (a, b) = if INTERLEAVED && N == 1 { (2 * vector, 2 * vector + 1) } else { (vector * n, vector * n + half) };
-        let at = |head: u32, i: u32| x.at((head as u64 * head_stride as u64 + i as u64) * T::BYTES as u64);
-        let first_head = [T::load::<N>(at(head, a)), T::load::<N>(at(head, b))];
-        let second_head = if H == 1 { first_head } else { [T::load::<N>(at(other_head, a)), T::load::<N>(at(other_head, b))] };
+        let groups = ceil_div(heads, H as u32);
+        // The last group of an odd number has one head, and does everything twice.
+        let vector_at = |h: usize, i: u32| {
+            let other = head + h as u32 * groups;
+            let head = if h > 0 && other < heads { other } else { head };
+            x.at((head as u64 * head_stride as u64 + i as u64) * T::BYTES as u64)
+        };
+        let mut raw = [[[0; 4]; 2]; H];
+        unroll!(h in H { raw[h] = [T::load::<N>(vector_at(h, a)), T::load::<N>(vector_at(h, b))] });
 
         let row = seqlen_offset.wrapping_add(position) as u64;
         // No table has so many rows.
         let row = if row < u32::MAX as u64 { row as u32 } else { u32::MAX };
         let has_row = index_below(row, num_rows);
-        let angles = cos_sin.at(if has_row { row } else { 0 } as u64 * cos_sin_row as u64);
+        if H > 1 && !has_row {
+            cold_path();
+            // As they were. A branch that has no use for the vectors would draw their loads behind it, where they wait for the position. A
+            // loop, which turns once: ptxas would make predicated stores of a few, which wait for the vectors on the usual way too.
+            loop {
+                rolled();
+                unroll!(h in H {
+                    T::store::<N>(vector_at(h, a), raw[h][0]);
+                    T::store::<N>(vector_at(h, b), raw[h][1]);
+                });
+                if num_items >> 31 == 0 {
+                    return;
+                }
+            }
+        }
+        // With one head it is faster without that branch. A token that has no row reads row 0, and stays as it was.
+        let keep = H == 1 && !has_row;
+        let angles = cos_sin.at(if keep { 0 } else { row } as u64 * cos_sin_row as u64);
         let c = load_angles::<INTERLEAVED, N>(angles, vector, half, 0);
         let s = load_angles::<INTERLEAVED, N>(angles.at(half as u64), vector, half, flip);
-
-        let mut first_head = first_head;
-        if INTERLEAVED && H == 1 {
-            // The vectors have nothing to do with each other, and the compiler would load the second one when the first one is done. This
-            // lets the first one wait for all loads: no bit of the mask is set, which it does not know.
-            let wait = (first_head[1][3] | c[N - 1].to_bits() | s[N - 1].to_bits()) & (num_items >> 31);
-            first_head[0] = first_head[0].map(|word| word ^ wait);
-        }
-        let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(first_head, c, s, !has_row);
-        T::store::<N>(at(head, a), new_a);
-        T::store::<N>(at(head, b), new_b);
+        // ptxas would load the second half of the angles, or the second vector of one head, when the first one is done. This makes it wait
+        // for all of them: no bit of the mask is set, which the compiler does not know.
         if H > 1 {
-            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(second_head, c, s, !has_row);
-            T::store::<N>(at(other_head, a), new_a);
-            T::store::<N>(at(other_head, b), new_b);
+            let loaded = c[0].to_bits() | c[N - 1].to_bits() | s[0].to_bits() | s[N - 1].to_bits();
+            if loaded & (num_items >> 31) != 0 {
+                return;
+            }
+        } else if INTERLEAVED {
+            let wait = (raw[0][1][3] | c[N - 1].to_bits() | s[N - 1].to_bits()) & (num_items >> 31);
+            raw[0][0] = raw[0][0].map(|word| word ^ wait);
         }
+        unroll!(h in H {
+            let [new_a, new_b] = rotated::<T, INTERLEAVED, N>(raw[h], c, s, keep);
+            T::store::<N>(vector_at(h, a), new_a);
+            T::store::<N>(vector_at(h, b), new_b);
+        });
     }
     entries {
         f32_halves[F32, false, 4, 2], f32_interleaved[F32, true, 4, 2],

@@ -716,8 +716,55 @@ fn empty_grid(r: &Run) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use ferrotile_kernels::device::{divide_by, fma};
+
     #[test]
     fn device_layer() {
         super::SUITE.test();
+    }
+
+    /// `divide_by` before its last rounding is within 2^-22 ulp of the exact quotient. So only quotients that are so close to the middle of
+    /// two floats could be rounded wrongly, and those of a divisor can be enumerated. The inverse comes from a start that is up to an ulp off.
+    #[test]
+    fn divide_by_rounds_correctly_near_the_middle() {
+        let mantissa = |bits: u64| f32::from_bits(0x3F80_0000 | bits as u32 & 0x7F_FFFF);
+        let (first, last) = (1u64 << 23, 1u64 << 24);
+        let mut cases = 0;
+        // All divisors, by a step of 1, take 20 seconds. The first and the last ones are the special ones.
+        for b_bits in (first..first + 500).chain((first..last).step_by(97)).chain(last - 500..last) {
+            let b = mantissa(b_bits);
+            let exact = 1.0 / f64::from(b);
+            let nearest = exact as f32;
+            let starts = [-1, 0, 1].map(|off: i32| f32::from_bits(nearest.to_bits().wrapping_add_signed(off)));
+            // Half an ulp off, this start is a fixed point. The instruction does better, which the operator relies on too.
+            let possible = |near: &f32| (f64::from(*near) - exact).abs() < 2f64.powi(-24) && (b_bits, *near) != (last - 1, 0.5);
+            let inverses: Vec<f32> =
+                starts.into_iter().filter(possible).map(|near| fma(near, fma(-b, near, 1.0), near)).collect();
+            assert!(inverses.iter().all(|inverse| *inverse == nearest), "{b:e}");
+            // With whole numbers for mantissas, `a * 2^(shift + 1) - b * odd = rest`, and the rest is at most 8.
+            let twos = b_bits.trailing_zeros();
+            if twos > 2 {
+                continue;
+            }
+            let odd = b_bits >> twos;
+            for shift in [23, 24] {
+                let mut inverse_of_power = 1;
+                for _ in 0..shift + 1 - twos {
+                    inverse_of_power = inverse_of_power * odd.div_ceil(2) % odd;
+                }
+                let most = 8i64 >> twos;
+                for rest in (-most..=most).filter(|rest| rest % 2 != 0) {
+                    let a = rest.rem_euclid(odd as i64) as u64 * inverse_of_power % odd;
+                    for a_bits in (a..last).step_by(odd as usize).filter(|a| *a >= first && (shift == 23) == (*a >= b_bits)) {
+                        let a = mantissa(a_bits);
+                        for inverse in &inverses {
+                            assert_eq!(divide_by(a, b, *inverse), a / b, "{a:e} / {b:e}");
+                        }
+                        cases += 1;
+                    }
+                }
+            }
+        }
+        assert!(cases > 400_000, "{cases}");
     }
 }

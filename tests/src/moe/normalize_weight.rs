@@ -44,11 +44,36 @@ fn reference(weights: &[f32], t: u64, k: u64, order: SumOrder) -> (Vec<f32>, Vec
     (sums.iter().map(|sum| number(*sum)).collect(), quotients)
 }
 
+/// Weights 0, 4 and 5 of rows whose others are 0. The vector of 4 that holds the first one has no negative weight, yet its sum is
+const CANCELLING: [[f32; 3]; 9] = [
+    // 0 from left to right, 1e-20 in a tree;
+    [1.0, -1.0, 0.0],
+    // negative from left to right, 0 in a tree;
+    [1.0, -1.0, -1e-20],
+    // tiny from left to right;
+    [1.0, -1.0, 1e-30],
+    // tiny in a tree;
+    [1.0, -1.0, -9.999_99e-21],
+    // negative;
+    [1.0, -3.0, 0.0],
+    // or so small that quotients are large: the largest weight of the short division by its least sum, in a tree;
+    [MOST, -MOST, 0.0],
+    // a larger one;
+    [2.0 * MOST, -2.0 * MOST, 1e-20],
+    // quotients far above 1;
+    [0.5 * MOST, -0.5 * MOST, 1e-9],
+    // quotients that overflow.
+    [MOST * MOST, -MOST * MOST, 1e-9],
+];
+
+/// 2^60.
+const MOST: f32 = 1.152_921_5e18;
+
 /// Weights whose rows take turns: uniform ones, and kinds at the edges of the format.
 fn weights(rng: Rng, t: u64, k: u64) -> Vec<f32> {
     rng.fill((t * k) as usize, |rng, i| {
         let (row, unit, draw) = (i / k, rng.unit(i), rng.stream(1).below(i, 100));
-        match row % 9 {
+        match row % 22 {
             1 => 0.0,
             // Of both signs, so that sums cancel.
             2 => rng.normal(i),
@@ -61,6 +86,22 @@ fn weights(rng: Rng, t: u64, k: u64) -> Vec<f32> {
             // Beside the 1e-20.
             7 => 1e-20 * (unit - 0.5),
             8 => [-0.0, 0.0, -1e-20][(draw % 3) as usize],
+            // Zeros among ordinary weights.
+            9 if draw < 50 => 0.0,
+            // The sum of two has a mantissa of ones only.
+            10 => [1.0, 1.0 - f32::EPSILON][(i % k % 2) as usize] * if i % k < 2 { 1.0 } else { 0.0 },
+            // Around the least weight, and the largest sum, of the short division.
+            11 => 2f32.powi(-60) * [unit, 1.0, 1.0 - f32::EPSILON, 4.0][(draw % 4) as usize],
+            12 => MOST / k as f32 * [unit, 1.0, 0.0, 1.0 + f32::EPSILON][(draw % 4) as usize],
+            kind @ 13.. => {
+                let [first, fifth, sixth] = CANCELLING[kind as usize - 13];
+                match i % k {
+                    0 => first,
+                    4 => fifth,
+                    5 => sixth,
+                    _ => 0.0,
+                }
+            }
             _ => unit,
         }
     })

@@ -332,6 +332,10 @@ fn unusual() -> Vec<Problem> {
     problems.push(Problem { batch: 5, positions: Positions::None, offset: 4, ..plain });
     problems.push(Problem { positions: Positions::None, key_heads: 2, ..Problem::new(130, 1, 64) });
     problems.push(Problem { batch: 2, heads_outside: true, key_heads: 3, ..Problem::new(11, 4, 64) });
+    // More items than are spread over all multiprocessors; the last query head is alone.
+    for interleaved in [false, true] {
+        problems.push(Problem { interleaved, spare_heads: 1, key_heads: 2, ..Problem::new(280, 121, 128) });
+    }
     // Nothing to do.
     problems.push(Problem { key_heads: 0, ..Problem::new(0, 3, 64) });
     problems.push(Problem { key_heads: 2, ..Problem::new(4, 0, 64) });
@@ -480,11 +484,12 @@ fn check_joint(ctx: &Ctx) -> Result<(), String> {
 
 /// Positions outside of the cache: without checks their tokens stay as they are, with checks they are reported.
 fn check_range(ctx: &Ctx) -> Result<(), String> {
-    for (positions, outside) in [
-        (Positions::I32, vec![-1, 29, i32::MAX as i64, i32::MIN as i64]),
-        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN, 1 << 32, (1 << 32) - 1, -(1 << 32)]),
+    for (positions, outside, heads) in [
+        (Positions::I32, vec![-1, 29, i32::MAX as i64, i32::MIN as i64], 3),
+        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN, 1 << 32, (1 << 32) - 1, -(1 << 32)], 3),
+        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN], 1),
     ] {
-        let p = Problem { positions, key_heads: 1, ..Problem::new(20, 3, 64) };
+        let p = Problem { positions, key_heads: 1, ..Problem::new(20, heads, 64) };
         let name = format!("kind=range,{}", p.name());
         if !ctx.case(&name) {
             continue;
