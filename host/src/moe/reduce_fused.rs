@@ -6,9 +6,25 @@ use crate::{DType, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::In;
 use ferrotile_kernels::moe::reduce_fused as kernels;
 use ferrotile_kernels::quant::common::Divisor;
-use kernels::{MAX_ITEMS, chunks, rows};
+use kernels::{MAX_ITEMS, chunks, long, pairs, rows, singles, singles_ahead, whole};
 
 const OP: &str = "reduce_fused";
+
+macro_rules! entry_of {
+    ($kernel:ident, $x:expr, $out:expr) => {
+        match ($x, $out) {
+            (DType::F32, DType::F32) => &$kernel::f32_f32,
+            (DType::F32, DType::Bf16) => &$kernel::f32_bf16,
+            (DType::F32, _) => &$kernel::f32_e4m3,
+            (DType::Bf16, DType::F32) => &$kernel::bf16_f32,
+            (DType::Bf16, DType::Bf16) => &$kernel::bf16_bf16,
+            (DType::Bf16, _) => &$kernel::bf16_e4m3,
+            (_, DType::F32) => &$kernel::e4m3_f32,
+            (_, DType::Bf16) => &$kernel::e4m3_bf16,
+            (_, _) => &$kernel::e4m3_e4m3,
+        }
+    };
+}
 
 /// Arguments of [`reduce_fused`].
 #[derive(Debug)]
@@ -81,8 +97,20 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     }
     let x_dtype = x.dtype();
     let row_items = plan.hidden / plan.values;
+    let variable = |name, default| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    let variant: u32 = variable("FT_REDUCE", 1);
+    let ahead: u32 = variable("FT_REDUCE_AHEAD", 1024).min(1 << 20);
+    let n8 = plan.values == 8;
     let by_chunks = plan.values > 1 && kernels::fills_chunks(row_items);
-    let row_chunks = row_items.div_ceil(kernels::CHUNK);
+    let (kind, vectors) = match row_items {
+        _ if variant == 0 => (0, 4),
+        n if n.is_multiple_of(32 * 14) && x_dtype == DType::F32 && matches!(variant, 1 | 5) => (4, 14),
+        n if n.is_multiple_of(32 * 7) => (if variant >= 4 { 1 } else { variant }, 7),
+        n if n.is_multiple_of(if n8 { 128 } else { 256 }) => (5, if n8 { 4 } else { 8 }),
+        _ => (0, 4),
+    };
+    let by_chunks = by_chunks || plan.values > 1 && kind != 0;
+    let row_chunks = row_items.div_ceil(32 * vectors);
     let divisor = Divisor::new(if by_chunks { row_chunks } else { row_items });
     let pointer = |tensor: &Option<TensorRef<'_>>| tensor.as_ref().map_or(In::null(), |tensor| tensor.input::<f32>());
     let has = |tensor: &Option<TensorRef<'_>>, bit: u32| (tensor.is_some() as u32) << bit;
@@ -90,7 +118,7 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     for first in (0..plan.t).step_by(most as usize) {
         let num_tokens = (plan.t - first).min(most);
         let choices = first as u64 * plan.k as u64;
-        let x = x.input();
+        let x_rows = x.input();
         let x_sf_values = pointer(x_sf);
         let weights = pointer(topk_weights).at(choices);
         let token_topk_to_pos = token_topk_to_pos.input::<i32>().at(choices);
@@ -98,28 +126,50 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
         let has = has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2);
         if by_chunks {
             let num_chunks = num_tokens * row_chunks;
-            let values = chunks::Args {
-                x,
-                x_sf: x_sf_values,
-                topk_weights: weights,
-                token_topk_to_pos,
-                sf: pointer(sf),
-                out: to,
-                k: plan.k,
-                num_rows: plan.p,
-                x_row: plan.x_row,
-                num_chunks,
-                row_chunks,
-                row_vectors: row_items,
-                magic: divisor.magic,
-                shift: divisor.shift,
-                has,
-            };
-            stream.launch(OP, chunks_entry(x_dtype, out.dtype()), &kernels::chunk_config(num_chunks), &values)?;
+            let config = kernels::chunk_config(num_chunks);
+            macro_rules! launch {
+                ($kernel:ident, $entry:expr) => {{
+                    let values = $kernel::Args {
+                        x: x_rows,
+                        x_sf: x_sf_values,
+                        topk_weights: weights,
+                        token_topk_to_pos,
+                        sf: pointer(sf),
+                        out: to,
+                        k: plan.k,
+                        num_rows: plan.p,
+                        x_row: plan.x_row,
+                        num_chunks,
+                        row_chunks,
+                        row_vectors: row_items,
+                        magic: divisor.magic,
+                        shift: divisor.shift,
+                        ahead,
+                        has,
+                    };
+                    stream.launch(OP, $entry, &config, &values)?;
+                }};
+            }
+            let (x, o) = (x_dtype, out.dtype());
+            match kind {
+                0 => launch!(chunks, entry_of!(chunks, x, o)),
+                1 => launch!(pairs, entry_of!(pairs, x, o)),
+                2 => launch!(singles, entry_of!(singles, x, o)),
+                3 => launch!(singles_ahead, entry_of!(singles_ahead, x, o)),
+                4 => launch!(
+                    long,
+                    match o {
+                        DType::F32 => &long::f32_f32,
+                        DType::Bf16 => &long::f32_bf16,
+                        _ => &long::f32_e4m3,
+                    }
+                ),
+                _ => launch!(whole, entry_of!(whole, x, o)),
+            }
         } else {
             let num_items = num_tokens * row_items;
             let values = rows::Args {
-                x,
+                x: x_rows,
                 x_sf: x_sf_values,
                 topk_weights: weights,
                 token_topk_to_pos,
@@ -138,20 +188,6 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn chunks_entry(x: DType, out: DType) -> &'static ferrotile_kernels::entry::Entry<chunks::Args> {
-    match (x, out) {
-        (DType::F32, DType::F32) => &chunks::f32_f32,
-        (DType::F32, DType::Bf16) => &chunks::f32_bf16,
-        (DType::F32, _) => &chunks::f32_e4m3,
-        (DType::Bf16, DType::F32) => &chunks::bf16_f32,
-        (DType::Bf16, DType::Bf16) => &chunks::bf16_bf16,
-        (DType::Bf16, _) => &chunks::bf16_e4m3,
-        (_, DType::F32) => &chunks::e4m3_f32,
-        (_, DType::Bf16) => &chunks::e4m3_bf16,
-        (_, _) => &chunks::e4m3_e4m3,
-    }
 }
 
 fn rows_entry(x: DType, out: DType, wide: bool) -> &'static ferrotile_kernels::entry::Entry<rows::Args> {

@@ -267,95 +267,251 @@ kernel! {
     }
 }
 
+/// What a launch of chunks has: a row is `row_vectors` vectors of `N` values and `row_chunks` chunks.
+#[derive(Clone, Copy)]
+struct Chunks {
+    num_chunks: u32,
+    row_chunks: u32,
+    row_vectors: u32,
+    divisor: Divisor,
+    /// Tokens from one to the one whose positions and weights are brought to L2 meanwhile; 0 for none.
+    ahead: u32,
+}
+
+/// Tensors of a launch. `has` says which optional ones there are: bit 0 `topk_weights`, bit 1 `x_sf`, bit 2 `sf`.
+#[derive(Clone, Copy)]
+struct Tensors {
+    x: In<u8>,
+    x_sf: In<f32>,
+    topk_weights: In<f32>,
+    token_topk_to_pos: In<i32>,
+    sf: In<f32>,
+    out: Out<u8>,
+    k: u32,
+    num_rows: u32,
+    /// Bytes from one row of `x` to the next.
+    x_row: u32,
+    has: u32,
+}
+
+/// A warp's chunk: `V` vectors a lane, rows of two choices at once with `PAIRS`, and no lane without vectors with `WHOLE`. With `AHEAD`
+/// rows after the first are brought to L2 before it is waited for.
+#[inline(always)]
+#[track_caller]
+fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS: bool, const AHEAD: bool, const WHOLE: bool>(
+    tensors: Tensors,
+    chunks: Chunks,
+) {
+    let Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has } = tensors;
+    let Chunks { num_chunks, row_chunks, row_vectors, divisor, ahead } = chunks;
+    let chunk = block_idx_x() * (CHUNK_THREADS / 32) + warp_id();
+    if chunk >= num_chunks {
+        return;
+    }
+    let token = divisor.divide(chunk);
+    let first_vector = (chunk - token * row_chunks) * (32 * V as u32);
+    let start = first_vector + lane_id();
+    let bytes = N as u32 * X::BYTES;
+    let x_start = x.at((start * bytes) as u64);
+
+    let load = |row: u32| -> [[u32; 4]; V] {
+        let offset = row as u64 * x_row as u64;
+        let mut held = [[0; 4]; V];
+        unroll!(v in V {
+            held[v] = if WHOLE {
+                X::load::<N>(x_start.at(offset).at((32 * v as u32 * bytes) as u64))
+            } else {
+                // Lanes beyond the end load the last vector: no branch stands between the loads.
+                let vector = Ord::min(start + 32 * v as u32, row_vectors - 1);
+                X::load::<N>(x.at(offset).at((vector * bytes) as u64))
+            };
+        });
+        held
+    };
+    let scale = if has & 4 != 0 { sf.get(0) } else { 1.0 };
+    let mut acc = [[0.0; 8]; V];
+    let mut first = 0;
+    while first < k {
+        rolled();
+        // Made anew for every 32 choices, which are mostly all: registers are short.
+        let choices = opaque(token) as u64 * k as u64;
+        let (positions, topk_weights) = (token_topk_to_pos.at(choices), topk_weights.at(choices));
+        let choice = first + lane_id();
+        let (mut row, mut weight, mut row_sf) = (-1, 1.0, 1.0);
+        if choice < k {
+            row = positions.get(choice);
+            if has & 1 != 0 {
+                weight = topk_weights.get(choice);
+            }
+            // One warp of a token asks for those of a token that runs later: they wait for nothing but L2 then.
+            if ahead != 0 && first_vector == 0 && choice % 8 == 0 && chunk + ahead * row_chunks < num_chunks {
+                positions.prefetch(choice + ahead * k);
+                if has & 1 != 0 {
+                    topk_weights.prefetch(choice + ahead * k);
+                }
+            }
+        }
+        let used = has_row(row, num_rows);
+        if has & 2 != 0 && used {
+            row_sf = x_sf.get(row as u32);
+        }
+        let row = row as u32;
+        // Weights and factors are multiplied only behind the loads, which would wait for both otherwise. Products with 1 change nothing.
+        let factor = |lane| warp_shuffle(weight, lane) * warp_shuffle(row_sf, lane);
+        let mut rest = warp_ballot(used);
+        if AHEAD {
+            let mut later = rest & rest.wrapping_sub(1);
+            let line = lane_id() * 128;
+            while later != 0 {
+                rolled();
+                let row = warp_shuffle(row, later.trailing_zeros());
+                later &= later - 1;
+                let from = x.at(row as u64 * x_row as u64).at((first_vector * bytes) as u64);
+                if line < 32 * V as u32 * bytes {
+                    from.prefetch(line);
+                }
+            }
+        }
+        while rest != 0 {
+            rolled();
+            let lane = rest.trailing_zeros();
+            rest &= rest - 1;
+            if !PAIRS || rest == 0 {
+                let held = load(warp_shuffle(row, lane));
+                let factor = factor(lane);
+                unroll!(v in V { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
+            } else {
+                let next_lane = rest.trailing_zeros();
+                rest &= rest - 1;
+                let (row, next_row) = (warp_shuffle(row, lane), warp_shuffle(row, next_lane));
+                let (held, next) = (load(row), load(next_row));
+                let (factor, next_factor) = (factor(lane), factor(next_lane));
+                unroll!(v in V { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
+                unroll!(v in V { add::<N>(&mut acc[v], X::decode(next[v]), next_factor); });
+            }
+        }
+        first += 32;
+    }
+    // A product, whose NaN is the same on both backends; with 1 it changes nothing.
+    unroll!(v in V { unroll!(i in 8 { if i < N { acc[v][i] = fma(acc[v][i], scale, -0.0); } }); });
+    let bytes = (N as u32 * O::BYTES) as u64;
+    let out = out.at(token as u64 * row_vectors as u64 * bytes + start as u64 * bytes);
+    unroll!(v in V {
+        if WHOLE || start + 32 * (v as u32) < row_vectors {
+            O::store::<N>(out.at(32 * v as u64 * bytes), acc[v]);
+        }
+    });
+}
+
 kernel! {
     op = reduce_fused;
     threads = 128, blocks = 5;
-    /// A thread of [`rows`](mod@rows) waits for its choices as long as for its one vector; here four vectors share that wait, and twice as
-    /// many bytes are on their way.
+    /// Chunks of any rows.
     ///
     /// A row is `row_vectors` vectors of `N` values and `row_chunks` chunks; `x_row` counts bytes. The magic number divides by
     /// `row_chunks`. `has` as for [`rows`](mod@rows).
-    pub fn chunks[X: Element, O: Element, const N: usize](
+    pub fn chunks[X: Element, O: Element, const N: usize, const V: usize](
         x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
-        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, has: u32,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
     ) {
-        let chunk = block_idx_x() * (CHUNK_THREADS / 32) + warp_id();
-        if chunk >= num_chunks {
-            return;
-        }
-        let token = Divisor { magic, shift }.divide(chunk);
-        let start = (chunk - token * row_chunks) * CHUNK + lane_id();
-        let choices = token as u64 * k as u64;
-        let positions = token_topk_to_pos.at(choices);
-        let topk_weights = topk_weights.at(choices);
-
-        let load = |row: u32| -> [[u32; 4]; VECTORS] {
-            let x = x.at(row as u64 * x_row as u64);
-            let mut held = [[0; 4]; VECTORS];
-            unroll!(v in VECTORS {
-                // Lanes beyond the end load the last vector: no branch stands between the loads.
-                let vector = Ord::min(start + 32 * v as u32, row_vectors - 1);
-                held[v] = X::load::<N>(x.at(vector as u64 * (N as u32 * X::BYTES) as u64));
-            });
-            held
-        };
-        let mut acc = [[0.0; 8]; VECTORS];
-        let mut first = 0;
-        while first < k {
-            rolled();
-            let choice = first + lane_id();
-            let (mut row, mut weight, mut row_sf) = (-1, 1.0, 1.0);
-            if choice < k {
-                row = positions.get(choice);
-                if has & 1 != 0 {
-                    weight = topk_weights.get(choice);
-                }
-            }
-            let used = has_row(row, num_rows);
-            if has & 2 != 0 && used {
-                row_sf = x_sf.get(row as u32);
-            }
-            let row = row as u32;
-            // Weights and factors are multiplied only behind the loads, which would wait for both otherwise. Products with 1 change nothing.
-            let factor = |lane| warp_shuffle(weight, lane) * warp_shuffle(row_sf, lane);
-            let mut rest = warp_ballot(used);
-            while rest != 0 {
-                rolled();
-                let lane = rest.trailing_zeros();
-                rest &= rest - 1;
-                if rest == 0 {
-                    let held = load(warp_shuffle(row, lane));
-                    let factor = factor(lane);
-                    unroll!(v in VECTORS { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
-                } else {
-                    let next_lane = rest.trailing_zeros();
-                    rest &= rest - 1;
-                    let (row, next_row) = (warp_shuffle(row, lane), warp_shuffle(row, next_lane));
-                    let (held, next) = (load(row), load(next_row));
-                    let (factor, next_factor) = (factor(lane), factor(next_lane));
-                    unroll!(v in VECTORS { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
-                    unroll!(v in VECTORS { add::<N>(&mut acc[v], X::decode(next[v]), next_factor); });
-                }
-            }
-            first += 32;
-        }
-        if has & 4 != 0 {
-            let sf = sf.get(0);
-            // A product, whose NaN is the same on both backends.
-            unroll!(v in VECTORS { unroll!(i in 8 { acc[v][i] = fma(acc[v][i], sf, -0.0); }); });
-        }
-        let bytes = (N as u32 * O::BYTES) as u64;
-        let out = out.at(token as u64 * row_vectors as u64 * bytes);
-        unroll!(v in VECTORS {
-            let vector = start + 32 * v as u32;
-            if vector < row_vectors {
-                O::store::<N>(out.at(vector as u64 * bytes), acc[v]);
-            }
-        });
+        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
+        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
+        sum_chunk::<X, O, N, V, true, false, false>(tensors, chunks);
     }
     entries {
-        f32_f32[F32, F32, 4], f32_bf16[F32, Bf16, 4], f32_e4m3[F32, E4m3, 4],
-        bf16_f32[Bf16, F32, 4], bf16_bf16[Bf16, Bf16, 8], bf16_e4m3[Bf16, E4m3, 8],
-        e4m3_f32[E4m3, F32, 4], e4m3_bf16[E4m3, Bf16, 8], e4m3_e4m3[E4m3, E4m3, 8],
+        f32_f32[F32, F32, 4, 4], f32_bf16[F32, Bf16, 4, 4], f32_e4m3[F32, E4m3, 4, 4],
+        bf16_f32[Bf16, F32, 4, 4], bf16_bf16[Bf16, Bf16, 8, 4], bf16_e4m3[Bf16, E4m3, 8, 4],
+        e4m3_f32[E4m3, F32, 4, 4], e4m3_bf16[E4m3, Bf16, 8, 4], e4m3_e4m3[E4m3, E4m3, 8, 4],
+    }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 4;
+    /// As [`chunks`](mod@chunks), of rows that chunks of 1792 values fill.
+    pub fn pairs[X: Element, O: Element, const N: usize, const V: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
+    ) {
+        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
+        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
+        sum_chunk::<X, O, N, V, true, false, true>(tensors, chunks);
+    }
+    entries {
+        f32_f32[F32, F32, 4, 7], f32_bf16[F32, Bf16, 4, 7], f32_e4m3[F32, E4m3, 4, 7],
+        bf16_f32[Bf16, F32, 4, 7], bf16_bf16[Bf16, Bf16, 8, 7], bf16_e4m3[Bf16, E4m3, 8, 7],
+        e4m3_f32[E4m3, F32, 4, 7], e4m3_bf16[E4m3, Bf16, 8, 7], e4m3_e4m3[E4m3, E4m3, 8, 7],
+    }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 5;
+    /// As [`pairs`](mod@pairs), a row at a time.
+    pub fn singles[X: Element, O: Element, const N: usize, const V: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
+    ) {
+        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
+        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
+        sum_chunk::<X, O, N, V, false, false, true>(tensors, chunks);
+    }
+    entries {
+        f32_f32[F32, F32, 4, 7], f32_bf16[F32, Bf16, 4, 7], f32_e4m3[F32, E4m3, 4, 7],
+        bf16_f32[Bf16, F32, 4, 7], bf16_bf16[Bf16, Bf16, 8, 7], bf16_e4m3[Bf16, E4m3, 8, 7],
+        e4m3_f32[E4m3, F32, 4, 7], e4m3_bf16[E4m3, Bf16, 8, 7], e4m3_e4m3[E4m3, E4m3, 8, 7],
+    }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 4;
+    /// As [`singles`](mod@singles), with the other rows on their way to L2.
+    pub fn singles_ahead[X: Element, O: Element, const N: usize, const V: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
+    ) {
+        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
+        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
+        sum_chunk::<X, O, N, V, false, true, true>(tensors, chunks);
+    }
+    entries {
+        f32_f32[F32, F32, 4, 7], f32_bf16[F32, Bf16, 4, 7], f32_e4m3[F32, E4m3, 4, 7],
+        bf16_f32[Bf16, F32, 4, 7], bf16_bf16[Bf16, Bf16, 8, 7], bf16_e4m3[Bf16, E4m3, 8, 7],
+        e4m3_f32[E4m3, F32, 4, 7], e4m3_bf16[E4m3, Bf16, 8, 7], e4m3_e4m3[E4m3, E4m3, 8, 7],
+    }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 4;
+    /// As [`singles`](mod@singles), twice as long.
+    pub fn long[X: Element, O: Element, const N: usize, const V: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
+    ) {
+        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
+        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
+        sum_chunk::<X, O, N, V, false, false, true>(tensors, chunks);
+    }
+    entries { f32_f32[F32, F32, 4, 14], f32_bf16[F32, Bf16, 4, 14], f32_e4m3[F32, E4m3, 4, 14] }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 5;
+    /// As [`pairs`](mod@pairs), 32 values a lane.
+    pub fn whole[X: Element, O: Element, const N: usize, const V: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
+    ) {
+        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
+        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
+        sum_chunk::<X, O, N, V, true, false, true>(tensors, chunks);
+    }
+    entries {
+        f32_f32[F32, F32, 4, 8], f32_bf16[F32, Bf16, 4, 8], f32_e4m3[F32, E4m3, 4, 8],
+        bf16_f32[Bf16, F32, 4, 8], bf16_bf16[Bf16, Bf16, 8, 4], bf16_e4m3[Bf16, E4m3, 8, 4],
+        e4m3_f32[E4m3, F32, 4, 8], e4m3_bf16[E4m3, Bf16, 8, 4], e4m3_e4m3[E4m3, E4m3, 8, 4],
     }
 }

@@ -202,6 +202,10 @@ fn small_places() -> Vec<Place> {
         // Enough for the kernel of chunks: of some types a whole chunk and part of a second, part of one, or several.
         Place::dense(904),
         Place { h: 776, stride: 784, offsets: [16, 16] },
+        // Whole chunks of 32 and of 56 values a lane, the latter of one warp and of two.
+        Place { h: 1024, stride: 1040, offsets: [0, 0] },
+        Place { h: 1792, stride: 1792, offsets: [16, 16] },
+        Place::dense(3584),
         Place { h: 32, stride: 48, offsets: [0, 0] },
         Place { h: 32, stride: 33, offsets: [0, 0] },
         Place { h: 32, stride: 32, offsets: [1, 0] },
