@@ -6,7 +6,7 @@ use crate::{DType, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::In;
 use ferrotile_kernels::moe::reduce_fused as kernels;
 use ferrotile_kernels::quant::common::Divisor;
-use kernels::{MAX_ITEMS, chunks, long, pairs, rows, singles, singles_ahead, whole};
+use kernels::{MAX_ITEMS, chunks, pairs, rows, whole32, whole56};
 
 const OP: &str = "reduce_fused";
 
@@ -102,11 +102,13 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     let ahead: u32 = variable("FT_REDUCE_AHEAD", 1024).min(1 << 20);
     let n8 = plan.values == 8;
     let by_chunks = plan.values > 1 && kernels::fills_chunks(row_items);
+    let v56 = if n8 { 7 } else { 14 };
+    let v32 = if n8 { 4 } else { 8 };
     let (kind, vectors) = match row_items {
-        _ if variant == 0 => (0, 4),
-        n if n.is_multiple_of(32 * 14) && x_dtype == DType::F32 && matches!(variant, 1 | 5) => (4, 14),
-        n if n.is_multiple_of(32 * 7) => (if variant >= 4 { 1 } else { variant }, 7),
-        n if n.is_multiple_of(if n8 { 128 } else { 256 }) => (5, if n8 { 4 } else { 8 }),
+        _ if variant == 0 || plan.k > 32 => (0, 4),
+        n if n.is_multiple_of(32 * 7) && variant == 3 => (1, 7),
+        n if n.is_multiple_of(32 * v56) && variant != 4 => (2, v56),
+        n if n.is_multiple_of(32 * v32) => (3, v32),
         _ => (0, 4),
     };
     let by_chunks = by_chunks || plan.values > 1 && kind != 0;
@@ -123,7 +125,7 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
         let weights = pointer(topk_weights).at(choices);
         let token_topk_to_pos = token_topk_to_pos.input::<i32>().at(choices);
         let to = out.output::<u8>().at(first as u64 * plan.hidden as u64 * out.dtype().size());
-        let has = has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2);
+        let has = has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2) | ((variant != 2) as u32) << 3;
         if by_chunks {
             let num_chunks = num_tokens * row_chunks;
             let config = kernels::chunk_config(num_chunks);
@@ -154,17 +156,8 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
             match kind {
                 0 => launch!(chunks, entry_of!(chunks, x, o)),
                 1 => launch!(pairs, entry_of!(pairs, x, o)),
-                2 => launch!(singles, entry_of!(singles, x, o)),
-                3 => launch!(singles_ahead, entry_of!(singles_ahead, x, o)),
-                4 => launch!(
-                    long,
-                    match o {
-                        DType::F32 => &long::f32_f32,
-                        DType::Bf16 => &long::f32_bf16,
-                        _ => &long::f32_e4m3,
-                    }
-                ),
-                _ => launch!(whole, entry_of!(whole, x, o)),
+                2 => launch!(whole56, entry_of!(whole56, x, o)),
+                _ => launch!(whole32, entry_of!(whole32, x, o)),
             }
         } else {
             let num_items = num_tokens * row_items;

@@ -191,6 +191,16 @@ fn with_row(positions: In<i32>, count: u32, num_rows: u32) -> u32 {
     bits
 }
 
+/// Bits that no load of these may be missing for.
+#[inline(always)]
+fn any_word<const V: usize>(held: &[[u32; 4]; V]) -> u32 {
+    let mut bits = 0;
+    unroll!(v in V {
+        bits |= held[v][0];
+    });
+    bits
+}
+
 /// `acc + x * factor`, one rounding a value.
 #[inline(always)]
 fn add<const N: usize>(acc: &mut [f32; 8], x: [f32; 8], factor: f32) {
@@ -294,11 +304,10 @@ struct Tensors {
     has: u32,
 }
 
-/// A warp's chunk: `V` vectors a lane, rows of two choices at once with `PAIRS`, and no lane without vectors with `WHOLE`. With `AHEAD`
-/// rows after the first are brought to L2 before it is waited for.
+/// A warp's chunk: `V` vectors a lane, rows of two choices at once with `PAIRS`, and no lane without vectors with `WHOLE`.
 #[inline(always)]
 #[track_caller]
-fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS: bool, const AHEAD: bool, const WHOLE: bool>(
+fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS: bool, const WHOLE: bool>(
     tensors: Tensors,
     chunks: Chunks,
 ) {
@@ -328,7 +337,10 @@ fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS
         });
         held
     };
-    let scale = if has & 4 != 0 { sf.get(0) } else { 1.0 };
+    // 0, which the compiler does not know.
+    let none = num_chunks >> 31;
+    // A factor in a uniform register would be waited for here.
+    let scale = if has & 4 != 0 { sf.get(lane_id() & none) } else { 1.0 };
     let mut acc = [[0.0; 8]; V];
     let mut first = 0;
     while first < k {
@@ -356,36 +368,27 @@ fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS
             row_sf = x_sf.get(row as u32);
         }
         let row = row as u32;
-        // Weights and factors are multiplied only behind the loads, which would wait for both otherwise. Products with 1 change nothing.
-        let factor = |lane| warp_shuffle(weight, lane) * warp_shuffle(row_sf, lane);
+        // Behind the loads, which would wait for weights and factors otherwise: all of them take part. Products with 1 change nothing.
+        let factor = |lane: u32, loaded: u32| {
+            let lane = lane ^ (loaded & none);
+            warp_shuffle(weight, lane) * warp_shuffle(row_sf, lane)
+        };
         let mut rest = warp_ballot(used);
-        if AHEAD {
-            let mut later = rest & rest.wrapping_sub(1);
-            let line = lane_id() * 128;
-            while later != 0 {
-                rolled();
-                let row = warp_shuffle(row, later.trailing_zeros());
-                later &= later - 1;
-                let from = x.at(row as u64 * x_row as u64).at((first_vector * bytes) as u64);
-                if line < 32 * V as u32 * bytes {
-                    from.prefetch(line);
-                }
-            }
-        }
         while rest != 0 {
             rolled();
             let lane = rest.trailing_zeros();
             rest &= rest - 1;
             if !PAIRS || rest == 0 {
                 let held = load(warp_shuffle(row, lane));
-                let factor = factor(lane);
+                let factor = factor(lane, any_word(&held));
                 unroll!(v in V { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
             } else {
                 let next_lane = rest.trailing_zeros();
                 rest &= rest - 1;
                 let (row, next_row) = (warp_shuffle(row, lane), warp_shuffle(row, next_lane));
                 let (held, next) = (load(row), load(next_row));
-                let (factor, next_factor) = (factor(lane), factor(next_lane));
+                let all = any_word(&held) | any_word(&next);
+                let (factor, next_factor) = (factor(lane, all), factor(next_lane, all));
                 unroll!(v in V { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
                 unroll!(v in V { add::<N>(&mut acc[v], X::decode(next[v]), next_factor); });
             }
@@ -403,6 +406,117 @@ fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS
     });
 }
 
+/// `acc + x * factor` of vectors `first ..` of a lane, at most four of them at once.
+#[inline(always)]
+#[track_caller]
+fn add_four<X: Element, const N: usize, const V: usize>(acc: &mut [[f32; 8]; V], from: In<u8>, first: usize, factor: f32) {
+    let mut held = [[0; 4]; 4];
+    unroll!(i in 4 {
+        if first + i < V {
+            held[i] = X::load::<N>(from.at((32 * (first + i) * N) as u64 * X::BYTES as u64));
+        }
+    });
+    unroll!(i in 4 {
+        if first + i < V {
+            add::<N>(&mut acc[first + i], X::decode(held[i]), factor);
+        }
+    });
+}
+
+/// A warp's chunk where all lanes have `V` vectors and tokens at most 32 choices. The first row, mostly the only one, is loaded at once into
+/// what becomes its sum; meanwhile the others are brought to L2, from where they are added with few registers.
+#[inline(always)]
+#[track_caller]
+fn sum_whole<X: Element, O: Element, const N: usize, const V: usize>(tensors: Tensors, chunks: Chunks) {
+    let Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has } = tensors;
+    let Chunks { num_chunks, row_chunks, row_vectors, divisor, ahead } = chunks;
+    let chunk = block_idx_x() * (CHUNK_THREADS / 32) + warp_id();
+    if chunk >= num_chunks {
+        return;
+    }
+    let lane = lane_id();
+    let token = divisor.divide(chunk);
+    let first_vector = (chunk - token * row_chunks) * (32 * V as u32);
+    let start = first_vector + lane;
+    let bytes = N as u32 * X::BYTES;
+    let chunk_bytes = 32 * V as u32 * bytes;
+    let choice = token as u64 * k as u64 + lane as u64;
+    // 0, which the compiler does not know.
+    let none = num_chunks >> 31;
+
+    let (mut row, mut weight, mut row_sf, mut scale) = (-1, 1.0, 1.0, 1.0);
+    if lane < k {
+        row = token_topk_to_pos.at(choice).get(0);
+        if has & 1 != 0 {
+            weight = topk_weights.at(choice).get(0);
+        }
+    }
+    if has & 4 != 0 {
+        // The same for all lanes, but a uniform register would be waited for here.
+        scale = sf.get(lane & none);
+    }
+    // One warp of a token asks for the choices of a token that runs later, so that they come from L2 then.
+    if ahead != 0 && first_vector == 0 && lane < k && lane % 8 == 0 && chunk + ahead * row_chunks < num_chunks {
+        let later = choice + ahead as u64 * k as u64;
+        token_topk_to_pos.at(later).prefetch(0);
+        if has & 1 != 0 {
+            topk_weights.at(later).prefetch(0);
+        }
+    }
+    let used = has_row(row, num_rows);
+    if has & 2 != 0 && used {
+        row_sf = x_sf.get(row as u32);
+    }
+    let row = row as u32;
+    let mut rest = warp_ballot(used);
+    let mut acc = [[0.0; 8]; V];
+    if rest != 0 {
+        let first = rest.trailing_zeros();
+        rest &= rest - 1;
+        let from = x.at(warp_shuffle(row, first) as u64 * x_row as u64 + (start * bytes) as u64);
+        let mut held = [[0; 4]; V];
+        unroll!(v in V { held[v] = X::load::<N>(from.at((32 * v as u32 * bytes) as u64)); });
+        if has & 8 != 0 {
+            let mut later = rest;
+            while later != 0 {
+                rolled();
+                let row = warp_shuffle(row, later.trailing_zeros());
+                later &= later - 1;
+                let from = x.at(row as u64 * x_row as u64 + (first_vector * bytes) as u64);
+                unroll!(i in 2 {
+                    let line = lane * 128 + 4096 * i as u32;
+                    if line < chunk_bytes {
+                        from.prefetch(line);
+                    }
+                });
+            }
+        }
+        // Behind the loads, which would wait for weights and factors otherwise: all of them take part. Products with 1 change nothing.
+        let first = first ^ (any_word(&held) & none);
+        let factor = warp_shuffle(weight, first) * warp_shuffle(row_sf, first);
+        unroll!(v in V { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
+        while rest != 0 {
+            rolled();
+            let next = rest.trailing_zeros();
+            rest &= rest - 1;
+            let from = x.at(warp_shuffle(row, next) as u64 * x_row as u64 + (start * bytes) as u64);
+            let factor = warp_shuffle(weight, next) * warp_shuffle(row_sf, next);
+            unroll!(four in 4 {
+                if 4 * four < V {
+                    add_four::<X, N, V>(&mut acc, from, 4 * four, factor);
+                }
+            });
+        }
+    }
+    let bytes = (N as u32 * O::BYTES) as u64;
+    let out = out.at((token as u64 * row_vectors as u64 + start as u64) * bytes);
+    unroll!(v in V {
+        // A product, whose NaN is the same on both backends; with 1 it changes nothing.
+        unroll!(i in 8 { if i < N { acc[v][i] = fma(acc[v][i], scale, -0.0); } });
+        O::store::<N>(out.at(32 * v as u64 * bytes), acc[v]);
+    });
+}
+
 kernel! {
     op = reduce_fused;
     threads = 128, blocks = 5;
@@ -416,7 +530,7 @@ kernel! {
     ) {
         let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
         let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
-        sum_chunk::<X, O, N, V, true, false, false>(tensors, chunks);
+        sum_chunk::<X, O, N, V, true, false>(tensors, chunks);
     }
     entries {
         f32_f32[F32, F32, 4, 4], f32_bf16[F32, Bf16, 4, 4], f32_e4m3[F32, E4m3, 4, 4],
@@ -427,7 +541,7 @@ kernel! {
 
 kernel! {
     op = reduce_fused;
-    threads = 128, blocks = 4;
+    threads = 128, blocks = 3;
     /// As [`chunks`](mod@chunks), of rows that chunks of 1792 values fill.
     pub fn pairs[X: Element, O: Element, const N: usize, const V: usize](
         x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
@@ -435,7 +549,7 @@ kernel! {
     ) {
         let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
         let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
-        sum_chunk::<X, O, N, V, true, false, true>(tensors, chunks);
+        sum_chunk::<X, O, N, V, true, true>(tensors, chunks);
     }
     entries {
         f32_f32[F32, F32, 4, 7], f32_bf16[F32, Bf16, 4, 7], f32_e4m3[F32, E4m3, 4, 7],
@@ -447,67 +561,33 @@ kernel! {
 kernel! {
     op = reduce_fused;
     threads = 128, blocks = 5;
-    /// As [`pairs`](mod@pairs), a row at a time.
-    pub fn singles[X: Element, O: Element, const N: usize, const V: usize](
+    /// Chunks of 56 values a lane of rows that they fill, for up to 32 choices.
+    pub fn whole56[X: Element, O: Element, const N: usize, const V: usize](
         x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
         k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
     ) {
         let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
         let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
-        sum_chunk::<X, O, N, V, false, false, true>(tensors, chunks);
+        sum_whole::<X, O, N, V>(tensors, chunks);
     }
     entries {
-        f32_f32[F32, F32, 4, 7], f32_bf16[F32, Bf16, 4, 7], f32_e4m3[F32, E4m3, 4, 7],
-        bf16_f32[Bf16, F32, 4, 7], bf16_bf16[Bf16, Bf16, 8, 7], bf16_e4m3[Bf16, E4m3, 8, 7],
-        e4m3_f32[E4m3, F32, 4, 7], e4m3_bf16[E4m3, Bf16, 8, 7], e4m3_e4m3[E4m3, E4m3, 8, 7],
+        f32_f32[F32, F32, 4, 14], f32_bf16[F32, Bf16, 4, 14], f32_e4m3[F32, E4m3, 4, 14],
+        bf16_f32[Bf16, F32, 4, 14], bf16_bf16[Bf16, Bf16, 8, 7], bf16_e4m3[Bf16, E4m3, 8, 7],
+        e4m3_f32[E4m3, F32, 4, 14], e4m3_bf16[E4m3, Bf16, 8, 7], e4m3_e4m3[E4m3, E4m3, 8, 7],
     }
 }
 
 kernel! {
     op = reduce_fused;
-    threads = 128, blocks = 4;
-    /// As [`singles`](mod@singles), with the other rows on their way to L2.
-    pub fn singles_ahead[X: Element, O: Element, const N: usize, const V: usize](
+    threads = 128, blocks = 8;
+    /// Chunks of 32 values a lane of rows that they fill, for up to 32 choices.
+    pub fn whole32[X: Element, O: Element, const N: usize, const V: usize](
         x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
         k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
     ) {
         let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
         let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
-        sum_chunk::<X, O, N, V, false, true, true>(tensors, chunks);
-    }
-    entries {
-        f32_f32[F32, F32, 4, 7], f32_bf16[F32, Bf16, 4, 7], f32_e4m3[F32, E4m3, 4, 7],
-        bf16_f32[Bf16, F32, 4, 7], bf16_bf16[Bf16, Bf16, 8, 7], bf16_e4m3[Bf16, E4m3, 8, 7],
-        e4m3_f32[E4m3, F32, 4, 7], e4m3_bf16[E4m3, Bf16, 8, 7], e4m3_e4m3[E4m3, E4m3, 8, 7],
-    }
-}
-
-kernel! {
-    op = reduce_fused;
-    threads = 128, blocks = 4;
-    /// As [`singles`](mod@singles), twice as long.
-    pub fn long[X: Element, O: Element, const N: usize, const V: usize](
-        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
-        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
-    ) {
-        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
-        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
-        sum_chunk::<X, O, N, V, false, false, true>(tensors, chunks);
-    }
-    entries { f32_f32[F32, F32, 4, 14], f32_bf16[F32, Bf16, 4, 14], f32_e4m3[F32, E4m3, 4, 14] }
-}
-
-kernel! {
-    op = reduce_fused;
-    threads = 128, blocks = 5;
-    /// As [`pairs`](mod@pairs), 32 values a lane.
-    pub fn whole[X: Element, O: Element, const N: usize, const V: usize](
-        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
-        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, ahead: u32, has: u32,
-    ) {
-        let tensors = Tensors { x, x_sf, topk_weights, token_topk_to_pos, sf, out, k, num_rows, x_row, has };
-        let chunks = Chunks { num_chunks, row_chunks, row_vectors, divisor: Divisor { magic, shift }, ahead };
-        sum_chunk::<X, O, N, V, true, false, true>(tensors, chunks);
+        sum_whole::<X, O, N, V>(tensors, chunks);
     }
     entries {
         f32_f32[F32, F32, 4, 8], f32_bf16[F32, Bf16, 4, 8], f32_e4m3[F32, E4m3, 4, 8],
