@@ -356,7 +356,7 @@ fn sum_chunk<X: Element, O: Element, const N: usize, const V: usize, const PAIRS
                 weight = topk_weights.get(choice);
             }
             // One warp of a token asks for those of a token that runs later: they wait for nothing but L2 then.
-            if ahead != 0 && first_vector == 0 && choice % 8 == 0 && chunk + ahead * row_chunks < num_chunks {
+            if ahead != 0 && first_vector == 0 && choice.is_multiple_of(8) && chunk + ahead * row_chunks < num_chunks {
                 positions.prefetch(choice + ahead * k);
                 if has & 1 != 0 {
                     topk_weights.prefetch(choice + ahead * k);
@@ -456,7 +456,7 @@ fn sum_whole<X: Element, O: Element, const N: usize, const V: usize>(tensors: Te
         scale = sf.get(lane & none);
     }
     // One warp of a token asks for the choices of a token that runs later, so that they come from L2 then.
-    if ahead != 0 && first_vector == 0 && lane < k && lane % 8 == 0 && chunk + ahead * row_chunks < num_chunks {
+    if ahead != 0 && first_vector == 0 && lane < k && lane.is_multiple_of(8) && chunk + ahead * row_chunks < num_chunks {
         let later = choice + ahead as u64 * k as u64;
         token_topk_to_pos.at(later).prefetch(0);
         if has & 1 != 0 {
