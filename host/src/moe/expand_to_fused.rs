@@ -99,11 +99,7 @@ pub fn expand_to_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
         return Ok(());
     }
     if let Some(shape) = plan.chunks() {
-        let entry = match shape.vectors {
-            14 => &chunks::v14,
-            7 => &chunks::v7,
-            _ => &chunks::v4,
-        };
+        let entry = if shape.vectors == kernels::WHOLE_VECTORS { &chunks::v7 } else { &chunks::v4 };
         let divisor = Divisor::new(shape.row_chunks);
         for part in plan.parts(plan.pieces) {
             let values = chunks::Args {
@@ -123,7 +119,7 @@ pub fn expand_to_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
                 magic: divisor.magic,
                 shift: divisor.shift,
             };
-            let blocks = chunk_blocks(part.tokens, part.rows, shape.row_chunks, shape.places);
+            let blocks = chunk_blocks(part.tokens, part.rows, shape.row_chunks);
             stream.launch(OP, entry, &LaunchConfig::new(blocks, CHUNK_THREADS), &values)?;
         }
         return Ok(());
@@ -267,7 +263,7 @@ pub fn expand_to_fused_with_sf(stream: &Stream, args: WithSfArgs<'_>) -> Result<
             None => scatter_blocks(part.tokens, part.rows, sf_pieces, threads),
         };
         let data_blocks = match &by_chunks {
-            Some(shape) => chunk_blocks(part.tokens, part.rows, shape.row_chunks, shape.places),
+            Some(shape) => chunk_blocks(part.tokens, part.rows, shape.row_chunks),
             None => scatter_blocks(part.tokens, part.rows, pieces, threads),
         };
         let blocks = data_blocks + sf_blocks;
@@ -277,90 +273,58 @@ pub fn expand_to_fused_with_sf(stream: &Stream, args: WithSfArgs<'_>) -> Result<
         let (tokens, places) = (by(part.tokens), by(part.rows));
         let sf_first = if pos_to_token.is_some() { 0 } else { part.first as u64 * x_sf_row as u64 };
         let config = LaunchConfig::new(blocks, threads);
+        macro_rules! launch {
+            ($kernel:ident, $entry:expr $(, $field:ident: $value:expr)*) => {{
+                let values = $kernel::Args {
+                    x: plan.x.at(part.first as u64 * plan.x_row as u64),
+                    x_sf: x_sf.tensor.input::<u8>().at(sf_first),
+                    token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
+                    pos_to_expert: plan.pos_to_expert.at(part.first.into()),
+                    pos_to_token: pos_to_token.map_or(In::null(), |tensor| tensor.input::<i32>().at(part.first.into())),
+                    out: plan.out,
+                    out_sf: out_sf.tensor.output(),
+                    k: plan.k,
+                    num_tokens: part.tokens,
+                    num_rows: part.rows,
+                    first_row: part.first,
+                    all_tokens: plan.t,
+                    all_rows: plan.p,
+                    x_row: plan.x_row,
+                    out_row: plan.out_row,
+                    pieces,
+                    $($field: $value,)*
+                    magic: divisor.magic,
+                    shift: divisor.shift,
+                    x_sf_row,
+                    out_sf_row,
+                    x_sf_word: if vectors { 16 } else { x_sf_col },
+                    out_sf_word: if vectors { 16 } else { out_sf_col },
+                    sf_words,
+                    sf_pieces,
+                    token_magic: tokens.magic,
+                    token_shift: tokens.shift,
+                    row_magic: places.magic,
+                    row_shift: places.shift,
+                    gathers: pos_to_token.is_some().into(),
+                    sf_blocks,
+                    period,
+                    period_magic: turns.magic,
+                    period_shift: turns.shift,
+                };
+                stream.launch(OP, $entry, &config, &values)?;
+            }};
+        }
         if let Some(shape) = &by_chunks {
             let entry = match (shape.vectors, vectors) {
-                (14, true) => &chunks_with_sf::v14_vectors,
-                (14, false) => &chunks_with_sf::v14_words,
-                (7, true) => &chunks_with_sf::v7_vectors,
-                (7, false) => &chunks_with_sf::v7_words,
+                (kernels::WHOLE_VECTORS, true) => &chunks_with_sf::v7_vectors,
+                (kernels::WHOLE_VECTORS, false) => &chunks_with_sf::v7_words,
                 (_, true) => &chunks_with_sf::v4_vectors,
                 (_, false) => &chunks_with_sf::v4_words,
             };
-            let values = chunks_with_sf::Args {
-                x: plan.x.at(part.first as u64 * plan.x_row as u64),
-                x_sf: x_sf.tensor.input::<u8>().at(sf_first),
-                token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
-                pos_to_expert: plan.pos_to_expert.at(part.first.into()),
-                pos_to_token: pos_to_token.map_or(In::null(), |tensor| tensor.input::<i32>().at(part.first.into())),
-                out: plan.out,
-                out_sf: out_sf.tensor.output(),
-                k: plan.k,
-                num_tokens: part.tokens,
-                num_rows: part.rows,
-                first_row: part.first,
-                all_tokens: plan.t,
-                all_rows: plan.p,
-                x_row: plan.x_row,
-                out_row: plan.out_row,
-                pieces,
-                row_chunks: shape.row_chunks,
-                magic: divisor.magic,
-                shift: divisor.shift,
-                x_sf_row,
-                out_sf_row,
-                x_sf_word: if vectors { 16 } else { x_sf_col },
-                out_sf_word: if vectors { 16 } else { out_sf_col },
-                sf_words,
-                sf_pieces,
-                token_magic: tokens.magic,
-                token_shift: tokens.shift,
-                row_magic: places.magic,
-                row_shift: places.shift,
-                gathers: pos_to_token.is_some().into(),
-                sf_blocks,
-                period,
-                period_magic: turns.magic,
-                period_shift: turns.shift,
-            };
-            stream.launch(OP, entry, &config, &values)?;
-            continue;
+            launch!(chunks_with_sf, entry, row_chunks: shape.row_chunks);
+        } else {
+            launch!(rows_with_sf, entry);
         }
-        let values = rows_with_sf::Args {
-            x: plan.x.at(part.first as u64 * plan.x_row as u64),
-            x_sf: x_sf.tensor.input::<u8>().at(sf_first),
-            token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
-            pos_to_expert: plan.pos_to_expert.at(part.first.into()),
-            pos_to_token: pos_to_token.map_or(In::null(), |tensor| tensor.input::<i32>().at(part.first.into())),
-            out: plan.out,
-            out_sf: out_sf.tensor.output(),
-            k: plan.k,
-            num_tokens: part.tokens,
-            num_rows: part.rows,
-            first_row: part.first,
-            all_tokens: plan.t,
-            all_rows: plan.p,
-            x_row: plan.x_row,
-            out_row: plan.out_row,
-            pieces,
-            magic: divisor.magic,
-            shift: divisor.shift,
-            x_sf_row,
-            out_sf_row,
-            x_sf_word: if vectors { 16 } else { x_sf_col },
-            out_sf_word: if vectors { 16 } else { out_sf_col },
-            sf_words,
-            sf_pieces,
-            token_magic: tokens.magic,
-            token_shift: tokens.shift,
-            row_magic: places.magic,
-            row_shift: places.shift,
-            gathers: pos_to_token.is_some().into(),
-            sf_blocks,
-            period,
-            period_magic: turns.magic,
-            period_shift: turns.shift,
-        };
-        stream.launch(OP, entry, &config, &values)?;
     }
     Ok(())
 }
@@ -388,8 +352,6 @@ struct ChunkShape {
     /// Vectors of a lane.
     vectors: u32,
     row_chunks: u32,
-    /// Chunks of the expanded buffer that a warp looks at for padding, if there are not enough tokens for all of it.
-    places: u32,
 }
 
 /// Tokens and rows of one launch.
@@ -443,22 +405,8 @@ impl Plan {
 
     /// For rows of vectors that fill chunks.
     fn chunks(&self) -> Option<ChunkShape> {
-        let variable = |name, default| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
-        let variant: u32 = variable("FT_EXPAND", 1);
-        if self.word != 16 || self.pieces == 0 || variant == 0 {
-            return None;
-        }
-        let vectors = match self.pieces {
-            pieces if variant == 2 && pieces.is_multiple_of(32 * 14) => 14,
-            pieces if pieces.is_multiple_of(32 * 7) => 7,
-            pieces if ferrotile_kernels::moe::reduce_fused::fills_chunks(pieces) => 4,
-            _ => return None,
-        };
-        Some(ChunkShape {
-            vectors,
-            row_chunks: self.pieces.div_ceil(32 * vectors),
-            places: variable("FT_EXPAND_PLACES", 2).clamp(1, 32),
-        })
+        let vectors = if self.word == 16 { kernels::chunk_vectors(self.pieces) } else { 0 };
+        (vectors != 0).then(|| ChunkShape { vectors, row_chunks: self.pieces.div_ceil(32 * vectors) })
     }
 
     /// One launch after the other, none with more than [`MAX_PIECES`] pieces if a row has `pieces` of them.

@@ -3,29 +3,48 @@
 //! In   x any dtype [t, h]; x_sf f32 or ue8m0 [t, s]; token_topk_to_pos i32 [t, k]; pos_to_expert i32 \[p\]
 //! Out  out [p, h], out_sf [p, s], of the same dtypes: rows of tokens where a choice names them, zeros where the expert is negative
 //! Exact a copy of bytes.
-//! Map   one thread per 16 bytes of x (fewer where alignment wants it): it loads them once, stores them to each row of its token, and
-//!       looks at one or two places of the expanded buffer for padding. Scale factors have blocks of their own, spread evenly.
-//! Cost  x read once, out written once, and the scales; some 2 instructions a byte: memory bound.
+//! Map   one warp per chunk of a row of x, 7 vectors of 16 bytes a lane, or 4: it loads them once with the choices of its token, a lane
+//!       each, stores them to each row of the token, and looks at one or two chunks of the expanded buffer for padding. Rows that are short,
+//!       don't fill their chunks or aren't aligned: one thread per 16 bytes or fewer. Scale factors have blocks of their own, spread evenly.
+//! Cost  x read once, out written once, and the scales; a warp finds its token and its rows once for 3.5 KB: memory bound.
 
-use super::common_expanded::{CHOICES, has_row, load_choices};
+use super::common_expanded::{CHOICES, fills_chunks, has_row, load_choices};
 use crate::device::*;
 use crate::quant::common::Divisor;
 use crate::{kernel, unroll};
 
-/// Threads of a block.
+/// Threads of a block of [`rows`](mod@rows) and [`rows_with_sf`](mod@rows_with_sf).
 pub const THREADS: u32 = 256;
-/// Places of the expanded buffer that a thread looks at for padding, if there are not enough tokens for all of it.
+/// Threads of a block of [`chunks`](mod@chunks) and [`chunks_with_sf`](mod@chunks_with_sf).
+pub const CHUNK_THREADS: u32 = 128;
+/// Vectors of a lane where all lanes have as many. 14 are slower: too few warps for small buffers, and no faster for large ones.
+pub const WHOLE_VECTORS: u32 = 7;
+/// Vectors of a lane of other rows that fill such chunks.
+pub const VECTORS: u32 = 4;
+/// Places of the expanded buffer that a thread looks at for padding, or chunks that a warp does, if there are not enough tokens for all of it.
 pub const PLACES: u32 = 2;
 /// Most pieces of one launch. Threads of a last block that have none are numbered below 2^31 too, see [`Divisor`].
 pub const MAX_PIECES: u64 = (1 << 31) - THREADS as u64;
 /// Scale factors that a thread copies where they don't lie together: words of one row.
 pub const WORDS: u32 = 4;
 
-/// Threads of a block of [`chunks`](mod@chunks).
-pub const CHUNK_THREADS: u32 = 128;
+/// Vectors of a lane for rows of `vectors` vectors: 0 if they don't fill chunks.
+pub const fn chunk_vectors(vectors: u32) -> u32 {
+    if vectors == 0 {
+        0
+    } else if vectors.is_multiple_of(32 * WHOLE_VECTORS) {
+        WHOLE_VECTORS
+    } else if fills_chunks(vectors, 32 * VECTORS) {
+        VECTORS
+    } else {
+        0
+    }
+}
 
-/// Blocks for `row_chunks` chunks a row that are scattered from `t` tokens to `p` rows, a warp looking at up to `places` chunks of `p`.
-pub const fn chunk_blocks(t: u32, p: u32, row_chunks: u32, places: u32) -> u32 {
+/// Blocks for `row_chunks` chunks a row that are scattered from `t` tokens to `p` rows.
+pub const fn chunk_blocks(t: u32, p: u32, row_chunks: u32) -> u32 {
+    // Of few tokens most warps have only padding: a chunk of it each ends sooner than two one after the other.
+    let places = if p as u64 > 4 * t as u64 { 1 } else { PLACES };
     let (copies, places) = (t * row_chunks, ceil_div(p * row_chunks, places));
     ceil_div(if copies > places { copies } else { places }, CHUNK_THREADS / 32)
 }
@@ -293,8 +312,7 @@ fn scatter_chunks<const V: usize, const WHOLE: bool>(chunks: Chunks, map: Map, n
     }
 }
 
-/// Scale factors of a launch: `blocks` blocks, every `period`th one until there are no more, have rows of `pieces` pieces of `N` words of
-/// type `S`, `words` in all, with strides in bytes.
+/// Scale factors of a launch, which `blocks` blocks have.
 #[derive(Clone, Copy)]
 struct Scales {
     rows: Rows,
@@ -305,20 +323,12 @@ struct Scales {
     pos_to_token: In<i32>,
     all_tokens: u32,
     blocks: u32,
-    period: u32,
-    by_period: Divisor,
 }
 
-/// Do this block's scale factors; or else the number of this block among those of data.
+/// Block `turn` of scale factors, of `threads` threads.
 #[inline(always)]
 #[track_caller]
-fn scales_or_data<S: Word + Default, const N: usize, const DOWN: bool>(scales: Scales, map: Map, threads: u32) -> Option<u32> {
-    let block = block_idx_x();
-    let turn = scales.by_period.divide(block);
-    // The blocks of scale factors up to this one don't count.
-    if block != turn * scales.period || turn >= scales.blocks {
-        return Some(block - (turn + 1).min(scales.blocks));
-    }
+fn copy_scales<S: Word + Default, const N: usize, const DOWN: bool>(scales: Scales, map: Map, turn: u32, threads: u32) {
     let order = |length: u32, divisor| Order::<DOWN> { length: if DOWN { length } else { scales.rows.pieces }, divisor };
     let places = order(map.num_rows, scales.row);
     let n = turn * threads + thread_idx();
@@ -328,7 +338,6 @@ fn scales_or_data<S: Word + Default, const N: usize, const DOWN: bool>(scales: S
         let tokens = order(map.num_tokens, scales.token);
         scatter::<S, N, DOWN>(scales.rows, map, (tokens, places), n, scales.blocks * threads);
     }
-    None
 }
 
 kernel! {
@@ -367,7 +376,7 @@ kernel! {
         let warps = CHUNK_THREADS / 32;
         scatter_chunks::<V, WHOLE>(chunks, map, block_idx_x() * warps + warp_id(), grid_dim_x() * warps);
     }
-    entries { v4[4, false], v7[7, true], v14[14, true] }
+    entries { v4[4, false], v7[7, true] }
 }
 
 kernel! {
@@ -392,10 +401,16 @@ kernel! {
                 words: sf_words, pieces: sf_pieces,
             },
             token: Divisor { magic: token_magic, shift: token_shift }, row: Divisor { magic: row_magic, shift: row_shift },
-            gathers, pos_to_token, all_tokens, blocks: sf_blocks, period,
-            by_period: Divisor { magic: period_magic, shift: period_shift },
+            gathers, pos_to_token, all_tokens, blocks: sf_blocks,
         };
-        let Some(block) = scales_or_data::<S, N, DOWN>(scales, map, THREADS) else { return };
+        let block = block_idx_x();
+        let turn = Divisor { magic: period_magic, shift: period_shift }.divide(block);
+        if block == turn * period && turn < sf_blocks {
+            copy_scales::<S, N, DOWN>(scales, map, turn, THREADS);
+            return;
+        }
+        // The blocks of scale factors up to this one don't count.
+        let block = block - (turn + 1).min(sf_blocks);
         let word = size_of::<W>() as u32;
         let rows =
             Rows { from: x, to: out, from_row: x_row, to_row: out_row, from_word: word, to_word: word, words: pieces, pieces };
@@ -428,10 +443,16 @@ kernel! {
                 words: sf_words, pieces: sf_pieces,
             },
             token: Divisor { magic: token_magic, shift: token_shift }, row: Divisor { magic: row_magic, shift: row_shift },
-            gathers, pos_to_token, all_tokens, blocks: sf_blocks, period,
-            by_period: Divisor { magic: period_magic, shift: period_shift },
+            gathers, pos_to_token, all_tokens, blocks: sf_blocks,
         };
-        let Some(block) = scales_or_data::<S, N, DOWN>(scales, map, CHUNK_THREADS) else { return };
+        let block = block_idx_x();
+        let turn = Divisor { magic: period_magic, shift: period_shift }.divide(block);
+        if block == turn * period && turn < sf_blocks {
+            copy_scales::<S, N, DOWN>(scales, map, turn, CHUNK_THREADS);
+            return;
+        }
+        // The blocks of scale factors up to this one don't count.
+        let block = block - (turn + 1).min(sf_blocks);
         let chunks = Chunks {
             from: x, to: out, from_row: x_row, to_row: out_row, vectors: pieces, row_chunks, divisor: Divisor { magic, shift },
         };
@@ -441,6 +462,5 @@ kernel! {
     entries {
         v4_vectors[4, false, [u32; 4], 1, false], v4_words[4, false, u32, 4, true],
         v7_vectors[7, true, [u32; 4], 1, false], v7_words[7, true, u32, 4, true],
-        v14_vectors[14, true, [u32; 4], 1, false], v14_words[14, true, u32, 4, true],
     }
 }

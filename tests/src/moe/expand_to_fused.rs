@@ -327,7 +327,8 @@ fn small_places() -> Vec<Place> {
         // Rows of 16, 4 and 2 bytes in bf16.
         Place::dense(72),
         Place::dense(14),
-        // Chunks of 4 vectors a lane, the second one ragged or not; of 7, one a row and two.
+        // Chunks of 4 vectors a lane, the second one ragged or not; of 7, one a row and two. Cases of one and two choices without padding
+        // have two rows a token at most, for two chunks of padding a warp; that of one rank has seven, for one.
         Place::dense(1800),
         Place { h: 2048, stride: 2064, offsets: [0, 0] },
         Place { h: 1792, stride: 1792, offsets: [16, 16] },
