@@ -8,7 +8,9 @@ use ferrotile_kernels::device::{In, Out};
 use ferrotile_kernels::launch::LaunchConfig;
 use ferrotile_kernels::moe::expand_to_fused as kernels;
 use ferrotile_kernels::quant::common::Divisor;
-use kernels::{MAX_PIECES, THREADS, gather_blocks, rows, rows_with_sf, scatter_blocks};
+use kernels::{
+    CHUNK_THREADS, MAX_PIECES, THREADS, chunk_blocks, chunks, chunks_with_sf, gather_blocks, rows, rows_with_sf, scatter_blocks,
+};
 
 /// Arguments of [`expand_to_fused`].
 #[derive(Debug)]
@@ -96,6 +98,32 @@ pub fn expand_to_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     if out.is_empty() {
         return Ok(());
     }
+    if let Some(shape) = plan.chunks() {
+        let entry = if shape.vectors == kernels::WHOLE_VECTORS { &chunks::v7 } else { &chunks::v4 };
+        let divisor = Divisor::new(shape.row_chunks);
+        for part in plan.parts(plan.pieces) {
+            let values = chunks::Args {
+                x: plan.x.at(part.first as u64 * plan.x_row as u64),
+                token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
+                pos_to_expert: plan.pos_to_expert.at(part.first.into()),
+                out: plan.out,
+                k: plan.k,
+                num_tokens: part.tokens,
+                num_rows: part.rows,
+                first_row: part.first,
+                all_rows: plan.p,
+                x_row: plan.x_row,
+                out_row: plan.out_row,
+                pieces: plan.pieces,
+                row_chunks: shape.row_chunks,
+                magic: divisor.magic,
+                shift: divisor.shift,
+            };
+            let blocks = chunk_blocks(part.tokens, part.rows, shape.row_chunks);
+            stream.launch(OP, entry, &LaunchConfig::new(blocks, CHUNK_THREADS), &values)?;
+        }
+        return Ok(());
+    }
     let entry = match plan.word {
         16 => &rows::w16,
         4 => &rows::w4,
@@ -120,7 +148,7 @@ pub fn expand_to_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
             magic: divisor.magic,
             shift: divisor.shift,
         };
-        let config = LaunchConfig::new(scatter_blocks(part.tokens, part.rows, plan.pieces), THREADS);
+        let config = LaunchConfig::new(scatter_blocks(part.tokens, part.rows, plan.pieces, THREADS), THREADS);
         stream.launch(OP, entry, &config, &values)?;
     }
     Ok(())
@@ -225,55 +253,78 @@ pub fn expand_to_fused_with_sf(stream: &Stream, args: WithSfArgs<'_>) -> Result<
         _ => &rows_with_sf::w1_words,
     };
     let pieces = plan.out_row / word;
-    let divisor = Divisor::new(pieces);
+    let by_chunks = plan.chunks();
+    let divisor = Divisor::new(by_chunks.as_ref().map_or(pieces, |shape| shape.row_chunks));
+    let threads = if by_chunks.is_some() { CHUNK_THREADS } else { THREADS };
 
     for part in plan.parts(pieces.max(sf_pieces)) {
         let sf_blocks = match pos_to_token {
-            Some(_) => gather_blocks(part.rows, sf_pieces),
-            None => scatter_blocks(part.tokens, part.rows, sf_pieces),
+            Some(_) => gather_blocks(part.rows, sf_pieces, threads),
+            None => scatter_blocks(part.tokens, part.rows, sf_pieces, threads),
         };
-        let blocks = scatter_blocks(part.tokens, part.rows, pieces) + sf_blocks;
+        let data_blocks = match &by_chunks {
+            Some(shape) => chunk_blocks(part.tokens, part.rows, shape.row_chunks),
+            None => scatter_blocks(part.tokens, part.rows, pieces, threads),
+        };
+        let blocks = data_blocks + sf_blocks;
         let period = blocks.checked_div(sf_blocks).unwrap_or(blocks).max(1);
         let turns = Divisor::new(period);
         let by = |count: u32| Divisor::new(if vectors { sf_pieces } else { count.max(1) });
         let (tokens, places) = (by(part.tokens), by(part.rows));
         let sf_first = if pos_to_token.is_some() { 0 } else { part.first as u64 * x_sf_row as u64 };
-        let values = rows_with_sf::Args {
-            x: plan.x.at(part.first as u64 * plan.x_row as u64),
-            x_sf: x_sf.tensor.input::<u8>().at(sf_first),
-            token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
-            pos_to_expert: plan.pos_to_expert.at(part.first.into()),
-            pos_to_token: pos_to_token.map_or(In::null(), |tensor| tensor.input::<i32>().at(part.first.into())),
-            out: plan.out,
-            out_sf: out_sf.tensor.output(),
-            k: plan.k,
-            num_tokens: part.tokens,
-            num_rows: part.rows,
-            first_row: part.first,
-            all_tokens: plan.t,
-            all_rows: plan.p,
-            x_row: plan.x_row,
-            out_row: plan.out_row,
-            pieces,
-            magic: divisor.magic,
-            shift: divisor.shift,
-            x_sf_row,
-            out_sf_row,
-            x_sf_word: if vectors { 16 } else { x_sf_col },
-            out_sf_word: if vectors { 16 } else { out_sf_col },
-            sf_words,
-            sf_pieces,
-            token_magic: tokens.magic,
-            token_shift: tokens.shift,
-            row_magic: places.magic,
-            row_shift: places.shift,
-            gathers: pos_to_token.is_some().into(),
-            sf_blocks,
-            period,
-            period_magic: turns.magic,
-            period_shift: turns.shift,
-        };
-        stream.launch(OP, entry, &LaunchConfig::new(blocks, THREADS), &values)?;
+        let config = LaunchConfig::new(blocks, threads);
+        macro_rules! launch {
+            ($kernel:ident, $entry:expr $(, $field:ident: $value:expr)*) => {{
+                let values = $kernel::Args {
+                    x: plan.x.at(part.first as u64 * plan.x_row as u64),
+                    x_sf: x_sf.tensor.input::<u8>().at(sf_first),
+                    token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
+                    pos_to_expert: plan.pos_to_expert.at(part.first.into()),
+                    pos_to_token: pos_to_token.map_or(In::null(), |tensor| tensor.input::<i32>().at(part.first.into())),
+                    out: plan.out,
+                    out_sf: out_sf.tensor.output(),
+                    k: plan.k,
+                    num_tokens: part.tokens,
+                    num_rows: part.rows,
+                    first_row: part.first,
+                    all_tokens: plan.t,
+                    all_rows: plan.p,
+                    x_row: plan.x_row,
+                    out_row: plan.out_row,
+                    pieces,
+                    $($field: $value,)*
+                    magic: divisor.magic,
+                    shift: divisor.shift,
+                    x_sf_row,
+                    out_sf_row,
+                    x_sf_word: if vectors { 16 } else { x_sf_col },
+                    out_sf_word: if vectors { 16 } else { out_sf_col },
+                    sf_words,
+                    sf_pieces,
+                    token_magic: tokens.magic,
+                    token_shift: tokens.shift,
+                    row_magic: places.magic,
+                    row_shift: places.shift,
+                    gathers: pos_to_token.is_some().into(),
+                    sf_blocks,
+                    period,
+                    period_magic: turns.magic,
+                    period_shift: turns.shift,
+                };
+                stream.launch(OP, $entry, &config, &values)?;
+            }};
+        }
+        if let Some(shape) = &by_chunks {
+            let entry = match (shape.vectors, vectors) {
+                (kernels::WHOLE_VECTORS, true) => &chunks_with_sf::v7_vectors,
+                (kernels::WHOLE_VECTORS, false) => &chunks_with_sf::v7_words,
+                (_, true) => &chunks_with_sf::v4_vectors,
+                (_, false) => &chunks_with_sf::v4_words,
+            };
+            launch!(chunks_with_sf, entry, row_chunks: shape.row_chunks);
+        } else {
+            launch!(rows_with_sf, entry);
+        }
     }
     Ok(())
 }
@@ -294,6 +345,13 @@ struct Plan {
     word: u32,
     /// Such words of a row.
     pieces: u32,
+}
+
+/// How warps share a row.
+struct ChunkShape {
+    /// Vectors of a lane.
+    vectors: u32,
+    row_chunks: u32,
 }
 
 /// Tokens and rows of one launch.
@@ -343,6 +401,12 @@ impl Plan {
             word,
             pieces: bytes as u32 / word,
         })
+    }
+
+    /// For rows of vectors that fill chunks.
+    fn chunks(&self) -> Option<ChunkShape> {
+        let vectors = if self.word == 16 { kernels::chunk_vectors(self.pieces) } else { 0 };
+        (vectors != 0).then(|| ChunkShape { vectors, row_chunks: self.pieces.div_ceil(32 * vectors) })
     }
 
     /// One launch after the other, none with more than [`MAX_PIECES`] pieces if a row has `pieces` of them.

@@ -4,11 +4,29 @@
 use crate::Error;
 use crate::{DType, Result, Stream, TensorMut, TensorRef, View, check};
 use ferrotile_kernels::device::In;
+use ferrotile_kernels::moe::common_expanded::fills_chunks;
 use ferrotile_kernels::moe::reduce_fused as kernels;
 use ferrotile_kernels::quant::common::Divisor;
-use kernels::{MAX_ITEMS, chunks, rows};
+use kernels::{MAX_ITEMS, chunks, rows, whole};
 
 const OP: &str = "reduce_fused";
+
+/// The entry of a kernel for vectors of these types.
+macro_rules! wide_entry {
+    ($kernel:ident, $x:expr, $out:expr) => {
+        match ($x, $out) {
+            (DType::F32, DType::F32) => &$kernel::f32_f32,
+            (DType::F32, DType::Bf16) => &$kernel::f32_bf16,
+            (DType::F32, _) => &$kernel::f32_e4m3,
+            (DType::Bf16, DType::F32) => &$kernel::bf16_f32,
+            (DType::Bf16, DType::Bf16) => &$kernel::bf16_bf16,
+            (DType::Bf16, _) => &$kernel::bf16_e4m3,
+            (_, DType::F32) => &$kernel::e4m3_f32,
+            (_, DType::Bf16) => &$kernel::e4m3_bf16,
+            (_, _) => &$kernel::e4m3_e4m3,
+        }
+    };
+}
 
 /// Arguments of [`reduce_fused`].
 #[derive(Debug)]
@@ -79,10 +97,12 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     if out.is_empty() {
         return Ok(());
     }
-    let x_dtype = x.dtype();
     let row_items = plan.hidden / plan.values;
-    let by_chunks = plan.values > 1 && kernels::fills_chunks(row_items);
-    let row_chunks = row_items.div_ceil(kernels::CHUNK);
+    let wide = plan.values > 1;
+    let by_chunks = wide && fills_chunks(row_items, kernels::CHUNK);
+    let whole_rows = by_chunks && kernels::is_whole(plan.hidden, plan.k, plan.p, plan.t);
+    let chunk = if whole_rows { kernels::WHOLE_CHUNK / plan.values } else { kernels::CHUNK };
+    let row_chunks = row_items.div_ceil(chunk);
     let divisor = Divisor::new(if by_chunks { row_chunks } else { row_items });
     let pointer = |tensor: &Option<TensorRef<'_>>| tensor.as_ref().map_or(In::null(), |tensor| tensor.input::<f32>());
     let has = |tensor: &Option<TensorRef<'_>>, bit: u32| (tensor.is_some() as u32) << bit;
@@ -90,90 +110,59 @@ pub fn reduce_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     for first in (0..plan.t).step_by(most as usize) {
         let num_tokens = (plan.t - first).min(most);
         let choices = first as u64 * plan.k as u64;
-        let x = x.input();
-        let x_sf_values = pointer(x_sf);
-        let weights = pointer(topk_weights).at(choices);
-        let token_topk_to_pos = token_topk_to_pos.input::<i32>().at(choices);
-        let to = out.output::<u8>().at(first as u64 * plan.hidden as u64 * out.dtype().size());
-        let has = has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2);
+        macro_rules! launch {
+            ($kernel:ident, $entry:expr, $config:expr, { $($field:ident: $value:expr),* }) => {{
+                let values = $kernel::Args {
+                    x: x.input(),
+                    x_sf: pointer(x_sf),
+                    topk_weights: pointer(topk_weights).at(choices),
+                    token_topk_to_pos: token_topk_to_pos.input::<i32>().at(choices),
+                    sf: pointer(sf),
+                    out: out.output::<u8>().at(first as u64 * plan.hidden as u64 * out.dtype().size()),
+                    k: plan.k,
+                    num_rows: plan.p,
+                    x_row: plan.x_row,
+                    $($field: $value,)*
+                    magic: divisor.magic,
+                    shift: divisor.shift,
+                    has: has(topk_weights, 0) | has(x_sf, 1) | has(sf, 2),
+                };
+                stream.launch(OP, $entry, &$config, &values)?;
+            }};
+        }
         if by_chunks {
             let num_chunks = num_tokens * row_chunks;
-            let values = chunks::Args {
-                x,
-                x_sf: x_sf_values,
-                topk_weights: weights,
-                token_topk_to_pos,
-                sf: pointer(sf),
-                out: to,
-                k: plan.k,
-                num_rows: plan.p,
-                x_row: plan.x_row,
-                num_chunks,
-                row_chunks,
-                row_vectors: row_items,
-                magic: divisor.magic,
-                shift: divisor.shift,
-                has,
-            };
-            stream.launch(OP, chunks_entry(x_dtype, out.dtype()), &kernels::chunk_config(num_chunks), &values)?;
+            let config = kernels::chunk_config(num_chunks);
+            if whole_rows {
+                let entry = wide_entry!(whole, x.dtype(), out.dtype());
+                launch!(whole, entry, config, { num_chunks: num_chunks, row_chunks: row_chunks, row_vectors: row_items });
+            } else {
+                let entry = wide_entry!(chunks, x.dtype(), out.dtype());
+                launch!(chunks, entry, config, { num_chunks: num_chunks, row_chunks: row_chunks, row_vectors: row_items });
+            }
         } else {
             let num_items = num_tokens * row_items;
-            let values = rows::Args {
-                x,
-                x_sf: x_sf_values,
-                topk_weights: weights,
-                token_topk_to_pos,
-                sf: pointer(sf),
-                out: to,
-                k: plan.k,
-                num_rows: plan.p,
-                x_row: plan.x_row,
-                num_items,
-                row_items,
-                magic: divisor.magic,
-                shift: divisor.shift,
-                has,
-            };
-            stream.launch(OP, rows_entry(x_dtype, out.dtype(), plan.values > 1), &kernels::config(num_items), &values)?;
+            let entry = rows_entry(x.dtype(), out.dtype(), wide);
+            launch!(rows, entry, kernels::config(num_items), { num_items: num_items, row_items: row_items });
         }
     }
     Ok(())
 }
 
-fn chunks_entry(x: DType, out: DType) -> &'static ferrotile_kernels::entry::Entry<chunks::Args> {
-    match (x, out) {
-        (DType::F32, DType::F32) => &chunks::f32_f32,
-        (DType::F32, DType::Bf16) => &chunks::f32_bf16,
-        (DType::F32, _) => &chunks::f32_e4m3,
-        (DType::Bf16, DType::F32) => &chunks::bf16_f32,
-        (DType::Bf16, DType::Bf16) => &chunks::bf16_bf16,
-        (DType::Bf16, _) => &chunks::bf16_e4m3,
-        (_, DType::F32) => &chunks::e4m3_f32,
-        (_, DType::Bf16) => &chunks::e4m3_bf16,
-        (_, _) => &chunks::e4m3_e4m3,
-    }
-}
-
 fn rows_entry(x: DType, out: DType, wide: bool) -> &'static ferrotile_kernels::entry::Entry<rows::Args> {
-    match (x, out, wide) {
-        (DType::F32, DType::F32, true) => &rows::f32_f32,
-        (DType::F32, DType::Bf16, true) => &rows::f32_bf16,
-        (DType::F32, _, true) => &rows::f32_e4m3,
-        (DType::Bf16, DType::F32, true) => &rows::bf16_f32,
-        (DType::Bf16, DType::Bf16, true) => &rows::bf16_bf16,
-        (DType::Bf16, _, true) => &rows::bf16_e4m3,
-        (_, DType::F32, true) => &rows::e4m3_f32,
-        (_, DType::Bf16, true) => &rows::e4m3_bf16,
-        (_, _, true) => &rows::e4m3_e4m3,
-        (DType::F32, DType::F32, false) => &rows::f32_f32_narrow,
-        (DType::F32, DType::Bf16, false) => &rows::f32_bf16_narrow,
-        (DType::F32, _, false) => &rows::f32_e4m3_narrow,
-        (DType::Bf16, DType::F32, false) => &rows::bf16_f32_narrow,
-        (DType::Bf16, DType::Bf16, false) => &rows::bf16_bf16_narrow,
-        (DType::Bf16, _, false) => &rows::bf16_e4m3_narrow,
-        (_, DType::F32, false) => &rows::e4m3_f32_narrow,
-        (_, DType::Bf16, false) => &rows::e4m3_bf16_narrow,
-        (_, _, false) => &rows::e4m3_e4m3_narrow,
+    if wide {
+        return wide_entry!(rows, x, out);
+    }
+    match (x, out) {
+        (DType::F32, DType::F32) => &rows::f32_f32_narrow,
+        (DType::F32, DType::Bf16) => &rows::f32_bf16_narrow,
+        (DType::F32, _) => &rows::f32_e4m3_narrow,
+        (DType::Bf16, DType::F32) => &rows::bf16_f32_narrow,
+        (DType::Bf16, DType::Bf16) => &rows::bf16_bf16_narrow,
+        (DType::Bf16, _) => &rows::bf16_e4m3_narrow,
+        (_, DType::F32) => &rows::e4m3_f32_narrow,
+        (_, DType::Bf16) => &rows::e4m3_bf16_narrow,
+        (_, _) => &rows::e4m3_e4m3_narrow,
     }
 }
 

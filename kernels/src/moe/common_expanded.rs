@@ -1,10 +1,15 @@
-//! What ops on the expanded buffer share: reading which rows belong to a token.
+//! What ops on the expanded buffer share: reading which rows belong to a token, and when warps take rows in chunks.
 
 use crate::device::*;
 use crate::unroll;
 
 /// Choices of a token whose rows are looked up at once.
 pub const CHOICES: usize = 8;
+
+/// Whether rows of `vectors` vectors leave at most a quarter of their chunks of `chunk` vectors empty.
+pub const fn fills_chunks(vectors: u32, chunk: u32) -> bool {
+    vectors as u64 * 4 >= ceil_div(vectors, chunk) as u64 * chunk as u64 * 3
+}
 
 /// Rows of the first choices in `positions`, -1 beyond `count` of them.
 #[inline(always)]

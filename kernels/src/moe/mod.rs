@@ -4,7 +4,7 @@
 
 pub mod aux_fi;
 pub(crate) mod common_count;
-mod common_expanded;
+pub mod common_expanded;
 pub mod common_gate;
 pub(crate) mod common_index;
 pub mod expand_to_fused;

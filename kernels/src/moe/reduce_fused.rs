@@ -3,10 +3,12 @@
 //! In    x f32, bf16 or e4m3 [p, h]; x_sf f32 \[p\]; topk_weights f32 [t, k]; token_topk_to_pos i32 [t, k]; sf f32 \[1\]
 //! Out   out f32, bf16 or e4m3 [t, h]
 //! Exact `acc = fma(x\[p\], topk_weights * x_sf\[p\], acc)` from 0 on in ascending order of the choices, `acc * sf`, then to nearest even.
-//! Map   one warp per chunk of a token: 4 vectors of 8 columns a lane (of 4 where a tensor is f32), a warp's width apart. Its lanes read
-//!       a choice each; then it walks those that have a row, mostly one or two of `k`, and loads the rows of two of them at a time.
+//! Map   one warp per chunk of a token: vectors of 8 columns (of 4 where a tensor is f32), a warp's width apart. Its lanes read a choice
+//!       each; then it walks those that have a row. Few rows a token: 32 columns a lane, the first row at once into its sum while the
+//!       others come to L2. Many, or chunks that are not full: 4 vectors a lane, the rows of two choices at a time.
 //!       Rows that are short or don't fill their chunks: one thread per vector, or per column where alignment wants it.
-//! Cost  a row of x read for each choice that has one, out written once; 2 to 3 instructions a byte: memory bound.
+//! Cost  a row of x read for each choice that has one, out written once; 2 to 3 instructions a byte: memory bound. With few rows a
+//!       token waits as long for its choices as for a row, so they are brought to L2 by a token [`AHEAD`] before it.
 
 use super::common_expanded::{CHOICES, has_row, load_choices};
 use crate::device::*;
@@ -15,12 +17,19 @@ use crate::{kernel, unroll};
 
 /// Threads of a block of [`rows`](mod@rows).
 pub const THREADS: u32 = 256;
-/// Threads of a block of [`chunks`](mod@chunks).
+/// Threads of a block of [`chunks`](mod@chunks) and [`whole`](mod@whole).
 pub const CHUNK_THREADS: u32 = 128;
 /// Vectors of a lane of [`chunks`](mod@chunks).
 pub const VECTORS: usize = 4;
-/// Vectors of a chunk.
+/// Vectors of a chunk of [`chunks`](mod@chunks).
 pub const CHUNK: u32 = 32 * VECTORS as u32;
+/// Values of a chunk of [`whole`](mod@whole).
+pub const WHOLE_CHUNK: u32 = 32 * 32;
+/// Most choices of a token for [`whole`](mod@whole): a lane has one.
+pub const WHOLE_CHOICES: u32 = 32;
+/// From a token to the one whose choices it brings to L2: one whose warps don't run yet, as 4224 chunks do at once on an H200, 603 tokens of
+/// 7168 values. Choices and weights of so many tokens are 64 KB at 8 choices, which stay in L2 until they are wanted.
+pub const AHEAD: u32 = 1024;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
 
@@ -39,9 +48,13 @@ pub const fn chunk_config(num_chunks: u32) -> LaunchConfig {
     LaunchConfig::new(ceil_div(num_chunks, CHUNK_THREADS / 32), CHUNK_THREADS)
 }
 
-/// Whether rows of `vectors` vectors leave at most a quarter of their chunks empty.
-pub const fn fills_chunks(vectors: u32) -> bool {
-    vectors as u64 * 4 >= ceil_div(vectors, CHUNK) as u64 * CHUNK as u64 * 3
+/// Whether [`whole`](mod@whole) takes rows of `hidden` values, `num_rows` of them for `num_tokens` tokens of `k` choices.
+///
+/// The host does not know which choices have a row, but how many rows there are. With one or two a token it takes 221 us where
+/// [`chunks`](mod@chunks) takes 241; with eight it takes 30 us more, because it waits for the others one after the other. Padding counts as
+/// rows: few tokens go to [`chunks`](mod@chunks), which is faster for them.
+pub const fn is_whole(hidden: u32, k: u32, num_rows: u32, num_tokens: u32) -> bool {
+    hidden.is_multiple_of(WHOLE_CHUNK) && k <= WHOLE_CHOICES && num_rows as u64 <= 2 * num_tokens as u64
 }
 
 /// An element type of rows. `N` neighbouring values are aligned to all of them; `N` is 1, 4 or 8.
@@ -191,6 +204,16 @@ fn with_row(positions: In<i32>, count: u32, num_rows: u32) -> u32 {
     bits
 }
 
+/// Bits that are known only when all of these loads are there.
+#[inline(always)]
+fn any_word<const V: usize>(held: &[[u32; 4]; V]) -> u32 {
+    let mut bits = 0;
+    unroll!(v in V {
+        bits |= held[v][0];
+    });
+    bits
+}
+
 /// `acc + x * factor`, one rounding a value.
 #[inline(always)]
 fn add<const N: usize>(acc: &mut [f32; 8], x: [f32; 8], factor: f32) {
@@ -265,6 +288,15 @@ kernel! {
         bf16_f32_narrow[Bf16, F32, 1], bf16_bf16_narrow[Bf16, Bf16, 1], bf16_e4m3_narrow[Bf16, E4m3, 1],
         e4m3_f32_narrow[E4m3, F32, 1], e4m3_bf16_narrow[E4m3, Bf16, 1], e4m3_e4m3_narrow[E4m3, E4m3, 1],
     }
+}
+
+/// `acc + x * factor` of vectors `first .. first + 4` of a lane, that many loads at once.
+#[inline(always)]
+#[track_caller]
+fn add_four<X: Element, const N: usize, const V: usize>(acc: &mut [[f32; 8]; V], from: In<u8>, first: usize, factor: f32) {
+    let mut held = [[0; 4]; 4];
+    unroll!(i in 4 { held[i] = X::load::<N>(from.at((32 * (first + i) * N) as u64 * X::BYTES as u64)); });
+    unroll!(i in 4 { add::<N>(&mut acc[first + i], X::decode(held[i]), factor); });
 }
 
 kernel! {
@@ -357,5 +389,104 @@ kernel! {
         f32_f32[F32, F32, 4], f32_bf16[F32, Bf16, 4], f32_e4m3[F32, E4m3, 4],
         bf16_f32[Bf16, F32, 4], bf16_bf16[Bf16, Bf16, 8], bf16_e4m3[Bf16, E4m3, 8],
         e4m3_f32[E4m3, F32, 4], e4m3_bf16[E4m3, Bf16, 8], e4m3_e4m3[E4m3, E4m3, 8],
+    }
+}
+
+kernel! {
+    op = reduce_fused;
+    threads = 128, blocks = 8;
+    /// As [`chunks`](mod@chunks), where all lanes of all chunks have `V` vectors and tokens at most 32 choices. The first row, mostly the only
+    /// one, is loaded at once into what becomes its sum; meanwhile the others are brought to L2, from where they are added four vectors at a
+    /// time. That takes few registers, so that eight blocks run at once instead of five.
+    pub fn whole[X: Element, O: Element, const N: usize, const V: usize](
+        x: In<u8>, x_sf: In<f32>, topk_weights: In<f32>, token_topk_to_pos: In<i32>, sf: In<f32>, out: Out<u8>,
+        k: u32, num_rows: u32, x_row: u32, num_chunks: u32, row_chunks: u32, row_vectors: u32, magic: u32, shift: u32, has: u32,
+    ) {
+        let chunk = block_idx_x() * (CHUNK_THREADS / 32) + warp_id();
+        if chunk >= num_chunks {
+            return;
+        }
+        let lane = lane_id();
+        let token = Divisor { magic, shift }.divide(chunk);
+        let first_vector = (chunk - token * row_chunks) * (32 * V as u32);
+        let start = first_vector + lane;
+        let vector_bytes = N as u32 * X::BYTES;
+        let choice = token as u64 * k as u64 + lane as u64;
+        // 0, which the compiler does not know.
+        let none = num_chunks >> 31;
+
+        let (mut row, mut weight, mut row_sf, mut scale) = (-1, 1.0, 1.0, 1.0);
+        if lane < k {
+            row = token_topk_to_pos.at(choice).get(0);
+            if has & 1 != 0 {
+                weight = topk_weights.at(choice).get(0);
+            }
+        }
+        if has & 4 != 0 {
+            // The same for all lanes, but a uniform register would be waited for here.
+            scale = sf.get(lane & none);
+        }
+        // One warp of a token asks for the choices of a token that runs later, so that they come from L2 then.
+        if first_vector == 0 && lane < k && lane.is_multiple_of(8) && chunk + AHEAD * row_chunks < num_chunks {
+            let later = choice + AHEAD as u64 * k as u64;
+            token_topk_to_pos.at(later).prefetch(0);
+            if has & 1 != 0 {
+                topk_weights.at(later).prefetch(0);
+            }
+        }
+        let used = has_row(row, num_rows);
+        if has & 2 != 0 && used {
+            row_sf = x_sf.get(row as u32);
+        }
+        let row = row as u32;
+        let row_of = |lane| x.at(warp_shuffle(row, lane) as u64 * x_row as u64);
+        let offset = start as u64 * vector_bytes as u64;
+        let mut rest = warp_ballot(used);
+        let mut acc = [[0.0; 8]; V];
+        if rest != 0 {
+            let first = rest.trailing_zeros();
+            rest &= rest - 1;
+            let from = row_of(first).at(offset);
+            let mut held = [[0; 4]; V];
+            unroll!(v in V { held[v] = X::load::<N>(from.at((32 * v as u32 * vector_bytes) as u64)); });
+            let mut later = rest;
+            while later != 0 {
+                rolled();
+                let from = row_of(later.trailing_zeros()).at(first_vector as u64 * vector_bytes as u64);
+                later &= later - 1;
+                // A chunk has at most 32 lines of 128 bytes.
+                if lane * 128 < 32 * V as u32 * vector_bytes {
+                    from.prefetch(lane * 128);
+                }
+            }
+            // Behind the loads, which would wait for weights and factors otherwise: all of them take part. Products with 1 change nothing.
+            let first = first ^ (any_word(&held) & none);
+            let factor = warp_shuffle(weight, first) * warp_shuffle(row_sf, first);
+            unroll!(v in V { add::<N>(&mut acc[v], X::decode(held[v]), factor); });
+            while rest != 0 {
+                rolled();
+                let next = rest.trailing_zeros();
+                rest &= rest - 1;
+                let from = row_of(next).at(offset);
+                let factor = warp_shuffle(weight, next) * warp_shuffle(row_sf, next);
+                unroll!(four in 2 {
+                    if 4 * four < V {
+                        add_four::<X, N, V>(&mut acc, from, 4 * four, factor);
+                    }
+                });
+            }
+        }
+        let bytes = (N as u32 * O::BYTES) as u64;
+        let out = out.at((token as u64 * row_vectors as u64 + start as u64) * bytes);
+        unroll!(v in V {
+            // A product, whose NaN is the same on both backends; with 1 it changes nothing.
+            unroll!(i in 8 { if i < N { acc[v][i] = fma(acc[v][i], scale, -0.0); } });
+            O::store::<N>(out.at(32 * v as u64 * bytes), acc[v]);
+        });
+    }
+    entries {
+        f32_f32[F32, F32, 4, 8], f32_bf16[F32, Bf16, 4, 8], f32_e4m3[F32, E4m3, 4, 8],
+        bf16_f32[Bf16, F32, 4, 8], bf16_bf16[Bf16, Bf16, 8, 4], bf16_e4m3[Bf16, E4m3, 8, 4],
+        e4m3_f32[E4m3, F32, 4, 8], e4m3_bf16[E4m3, Bf16, 8, 4], e4m3_e4m3[E4m3, E4m3, 8, 4],
     }
 }

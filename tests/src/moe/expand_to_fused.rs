@@ -327,6 +327,12 @@ fn small_places() -> Vec<Place> {
         // Rows of 16, 4 and 2 bytes in bf16.
         Place::dense(72),
         Place::dense(14),
+        // Chunks of 4 vectors a lane, the second one ragged or not; of 7, one a row and two. Cases of one and two choices without padding
+        // have two rows a token at most, for two chunks of padding a warp; that of one rank has seven, for one.
+        Place::dense(1800),
+        Place { h: 2048, stride: 2064, offsets: [0, 0] },
+        Place { h: 1792, stride: 1792, offsets: [16, 16] },
+        Place::dense(3584),
         Place { h: 64, stride: 80, offsets: [0, 0] },
         Place { h: 64, stride: 67, offsets: [0, 0] },
         Place { h: 64, stride: 64, offsets: [1, 0] },
@@ -362,6 +368,9 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
                     // 16 and 5 scales a row, in vectors if row-major; then narrow rows with one.
                     check_with_sf::<E4m3>(&stream, &maps, Place::dense(512), scales(32), &name)?;
                     check_with_sf::<E4m3>(&stream, &maps, Place::dense(576), scales(128), &name)?;
+                    // Data in chunks: ragged of 4 vectors a lane, and of 7.
+                    check_with_sf::<E4m3>(&stream, &maps, Place::dense(1920), scales(128), &name)?;
+                    check_with_sf::<E4m3>(&stream, &maps, Place::dense(7168), scales(128), &name)?;
                     if number == 1 {
                         check_with_sf::<E4m3>(&stream, &maps, Place::dense(36), scales(128), &name)?;
                         check_with_sf::<u8>(&stream, &maps, Place::dense(41), scales(7), &name)?;

@@ -10,6 +10,7 @@ use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use crate::support::value::Value;
 use ferrotile::moe::reduce_fused::{Args, reduce_fused};
 use ferrotile::{Buffer, Device, E4m3, Stream};
+use ferrotile_kernels::moe::reduce_fused as kernels;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -202,6 +203,13 @@ fn small_places() -> Vec<Place> {
         // Enough for the kernel of chunks: of some types a whole chunk and part of a second, part of one, or several.
         Place::dense(904),
         Place { h: 776, stride: 784, offsets: [16, 16] },
+        // Whole chunks of 1024 values, one and two. Cases of one and two choices have at most two rows a token, for the kernel of whole
+        // chunks; that of one rank has seven, for the kernel of any chunks.
+        Place { h: 1024, stride: 1040, offsets: [0, 0] },
+        Place { h: 2048, stride: 2064, offsets: [16, 16] },
+        // Whole chunks of 512 values, the last one half full for some types.
+        Place { h: 1792, stride: 1792, offsets: [16, 16] },
+        Place::dense(3584),
         Place { h: 32, stride: 48, offsets: [0, 0] },
         Place { h: 32, stride: 33, offsets: [0, 0] },
         Place { h: 32, stride: 32, offsets: [1, 0] },
@@ -250,6 +258,15 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
                 check_outputs(&stream, &data, place, options, name)?;
             }
         }
+    }
+    if ctx.case("tokens to ask for choices ahead") {
+        let t = kernels::AHEAD as u64 + 13;
+        let rows = (0..9 * t as i32).map(|i| if i % 9 == i / 9 % 9 { i / 9 } else { -1 }).collect();
+        let maps = Maps { t, k: 9, p: t, token_topk_to_pos: rows, pos_to_expert: vec![], pos_to_token: vec![] };
+        let place = Place::dense(kernels::WHOLE_CHUNK.into());
+        let options = Options { weights: true, x_sf: true, sf: true };
+        let data = Data::<bf16>::new(device, maps, place, "ahead", |rng, i| rng.normal(i))?;
+        check::<bf16, bf16>(&stream, &data, place, options, "tokens to ask for choices ahead")?;
     }
     if ctx.depth == Depth::Full {
         grid(ctx, &stream)?;
