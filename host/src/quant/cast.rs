@@ -110,16 +110,9 @@ pub fn cast(stream: &Stream, args: Args<'_>) -> Result<()> {
         (_, DType::Bf16) => &e::e4m3_bf16,
         (_, _) => &e::e4m3_f16,
     };
-    let variant = std::env::var("FT_CAST").unwrap_or_default();
-    let (entry, vectors) = match (variant.as_str(), from, to) {
-        ("2", DType::F32, DType::Bf16) => (&e::f32_bf16_2, 2),
-        ("4", DType::F32, DType::Bf16) => (&e::f32_bf16_4, 4),
-        ("2", DType::F32, DType::E4m3) => (&e::f32_e4m3_2, 2),
-        ("4", DType::F32, DType::E4m3) => (&e::f32_e4m3_4, 4),
-        _ => (entry, 1),
-    };
+    let vectors = if from == DType::F32 { k::F32_VECTORS } else { k::VECTORS };
     let args = e::Args { x: x.input(), out: out.output(), n };
-    stream.launch(OP, entry, &k::wide_config(vector * vectors, n), &args)
+    stream.launch(OP, entry, &k::wide_config(vector * vectors as u32, n), &args)
 }
 
 /// The kernels' number of a type.

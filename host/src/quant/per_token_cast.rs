@@ -291,8 +291,7 @@ fn cast_plain(op: &'static str, stream: &Stream, x: TensorRef<'_>, args: &Args<'
 
 /// Whether there are so few rows that blocks of several of them would leave multiprocessors idle.
 fn few(rows: &Rows) -> bool {
-    let limit = std::env::var("FT_TOKEN").ok().and_then(|limit| limit.parse().ok()).unwrap_or(FEW_ROWS);
-    rows.num_tokens <= limit
+    rows.num_tokens <= FEW_ROWS
 }
 
 /// Groups of `npc` channels; without `out` only the scales.

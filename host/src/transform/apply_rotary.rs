@@ -82,11 +82,6 @@ pub fn apply_rotary(stream: &Stream, args: Args<'_>) -> Result<()> {
     let Args { query, key, cos_sin_cache, positions, .. } = &args;
     let entry = entry(query.dtype(), args.interleaved, plan.wide, plan.single);
     let (items, length, vectors) = (Divisor::new(plan.token_items), Divisor::new(plan.length), Divisor::new(plan.vectors));
-    let threads = match variant() {
-        6 => kernels::THREADS,
-        7 => 64,
-        _ => 128,
-    };
     let most = (MAX_ITEMS / plan.token_items as u64) as u32;
     for first in (0..plan.num_tokens).step_by(most as usize) {
         let num_items = (plan.num_tokens - first).min(most) * plan.token_items;
@@ -121,14 +116,9 @@ pub fn apply_rotary(stream: &Stream, args: Args<'_>) -> Result<()> {
             vectors_magic: vectors.magic,
             vectors_shift: vectors.shift,
         };
-        stream.launch(OP, entry, &kernels::config(num_items, threads), &values)?;
+        stream.launch(OP, entry, &kernels::config(num_items, plan.wide), &values)?;
     }
     Ok(())
-}
-
-/// Of the experiment: 5 is one head a thread and blocks of 128 threads, 6 one and 256, 7 two and 64; 0, the usual one, two and 128.
-fn variant() -> u32 {
-    std::env::var("FT_ROPE").ok().and_then(|v| v.parse().ok()).unwrap_or(0)
 }
 
 fn entry(dtype: DType, interleaved: bool, wide: bool, single: bool) -> &'static Entry<rotate::Args> {
@@ -249,7 +239,7 @@ fn check(stream: &Stream, args: &Args<'_>) -> Result<Option<Plan>> {
         && cache.ptr().is_multiple_of(16)
         && cos_sin_row.is_multiple_of(4);
     let vectors = head_dim / 2 / if wide { values } else { 1 };
-    let single = wide && (of_query.heads.max(of_key.heads) == 1 || matches!(variant(), 5 | 6));
+    let single = wide && of_query.heads.max(of_key.heads) == 1;
     let groups = |heads: u32| heads.div_ceil(if single { 1 } else { HEADS }) as u64;
     let groups = groups(of_query.heads) + groups(of_key.heads);
     let token_items = groups.saturating_mul(vectors);

@@ -13,15 +13,16 @@ use crate::{kernel, unroll};
 use core::hint::cold_path;
 
 /// Most threads of a block.
-pub const THREADS: u32 = 256;
+pub const THREADS: u32 = 128;
 /// Heads of a thread, unless query and key have only one.
 pub const HEADS: u32 = 2;
 /// Most items of one launch. All threads are numbered below 2^31, see [`Divisor`].
 pub const MAX_ITEMS: u64 = (1 << 31) - THREADS as u64;
 
-/// Grid and block for a number of items; `threads` for many. Few items are spread over all multiprocessors.
-pub const fn config(num_items: u32, threads: u32) -> LaunchConfig {
-    let threads = if num_items <= 1 << 17 { 64 } else { threads };
+/// Grid and block for a number of items. Small blocks make the last ones short, and spread few items over all multiprocessors; those of
+/// narrow items, of which there are many more, would be too many.
+pub const fn config(num_items: u32, wide: bool) -> LaunchConfig {
+    let threads = if wide || num_items <= 1 << 17 { 64 } else { THREADS };
     LaunchConfig::new(ceil_div(num_items, threads), threads)
 }
 
@@ -162,7 +163,7 @@ fn rotated<T: Element, const INTERLEAVED: bool, const N: usize>(
 
 kernel! {
     op = apply_rotary;
-    threads = 256;
+    threads = 128;
     /// An item is a token's vector number `0..vectors` of `H` heads; a token has `token_items`, those of the query first. Strides count
     /// elements. `position_bytes` is 0 without positions; `flip` is the sign bit for the inverse rotation. The magic numbers divide by
     /// `token_items`, `length` and `vectors`. `N` is 1 where alignment wants it.
