@@ -98,58 +98,45 @@ pub fn expand_to_fused(stream: &Stream, args: Args<'_>) -> Result<()> {
     if out.is_empty() {
         return Ok(());
     }
-    if let Some(shape) = plan.chunks() {
-        let entry = if shape.vectors == kernels::WHOLE_VECTORS { &chunks::v7 } else { &chunks::v4 };
-        let divisor = Divisor::new(shape.row_chunks);
-        for part in plan.parts(plan.pieces) {
-            let values = chunks::Args {
-                x: plan.x.at(part.first as u64 * plan.x_row as u64),
-                token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
-                pos_to_expert: plan.pos_to_expert.at(part.first.into()),
-                out: plan.out,
-                k: plan.k,
-                num_tokens: part.tokens,
-                num_rows: part.rows,
-                first_row: part.first,
-                all_rows: plan.p,
-                x_row: plan.x_row,
-                out_row: plan.out_row,
-                pieces: plan.pieces,
-                row_chunks: shape.row_chunks,
-                magic: divisor.magic,
-                shift: divisor.shift,
-            };
-            let blocks = chunk_blocks(part.tokens, part.rows, shape.row_chunks);
-            stream.launch(OP, entry, &LaunchConfig::new(blocks, CHUNK_THREADS), &values)?;
-        }
-        return Ok(());
-    }
-    let entry = match plan.word {
-        16 => &rows::w16,
-        4 => &rows::w4,
-        2 => &rows::w2,
-        _ => &rows::w1,
-    };
-    let divisor = Divisor::new(plan.pieces);
+    let by_chunks = plan.chunks();
+    let divisor = Divisor::new(by_chunks.as_ref().map_or(plan.pieces, |shape| shape.row_chunks));
     for part in plan.parts(plan.pieces) {
-        let values = rows::Args {
-            x: plan.x.at(part.first as u64 * plan.x_row as u64),
-            token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
-            pos_to_expert: plan.pos_to_expert.at(part.first.into()),
-            out: plan.out,
-            k: plan.k,
-            num_tokens: part.tokens,
-            num_rows: part.rows,
-            first_row: part.first,
-            all_rows: plan.p,
-            x_row: plan.x_row,
-            out_row: plan.out_row,
-            pieces: plan.pieces,
-            magic: divisor.magic,
-            shift: divisor.shift,
-        };
-        let config = LaunchConfig::new(scatter_blocks(part.tokens, part.rows, plan.pieces, THREADS), THREADS);
-        stream.launch(OP, entry, &config, &values)?;
+        macro_rules! launch {
+            ($kernel:ident, $entry:expr, $config:expr $(, $field:ident: $value:expr)*) => {{
+                let values = $kernel::Args {
+                    x: plan.x.at(part.first as u64 * plan.x_row as u64),
+                    token_topk_to_pos: plan.token_topk_to_pos.at(part.first as u64 * plan.k as u64),
+                    pos_to_expert: plan.pos_to_expert.at(part.first.into()),
+                    out: plan.out,
+                    k: plan.k,
+                    num_tokens: part.tokens,
+                    num_rows: part.rows,
+                    first_row: part.first,
+                    all_rows: plan.p,
+                    x_row: plan.x_row,
+                    out_row: plan.out_row,
+                    pieces: plan.pieces,
+                    $($field: $value,)*
+                    magic: divisor.magic,
+                    shift: divisor.shift,
+                };
+                stream.launch(OP, $entry, &$config, &values)?;
+            }};
+        }
+        if let Some(shape) = &by_chunks {
+            let entry = if shape.vectors == kernels::WHOLE_VECTORS { &chunks::v7 } else { &chunks::v4 };
+            let blocks = chunk_blocks(part.tokens, part.rows, shape.row_chunks);
+            launch!(chunks, entry, LaunchConfig::new(blocks, CHUNK_THREADS), row_chunks: shape.row_chunks);
+        } else {
+            let entry = match plan.word {
+                16 => &rows::w16,
+                4 => &rows::w4,
+                2 => &rows::w2,
+                _ => &rows::w1,
+            };
+            let blocks = scatter_blocks(part.tokens, part.rows, plan.pieces, THREADS);
+            launch!(rows, entry, LaunchConfig::new(blocks, THREADS));
+        }
     }
     Ok(())
 }

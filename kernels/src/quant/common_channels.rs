@@ -1,8 +1,8 @@
 //! What the casts with a scale for each channel share: tiles of 128 rows and 64 or 128 channels that stay in registers between maximum
 //! and conversion.
 //!
-//! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, where one
-//! thread a channel makes the scales.
+//! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, from where
+//! all threads make the scales, some together; in tiles of 64 channels and from e4m3 one thread makes those of a channel.
 
 use super::common::{E4m3, Scale, SfLayout, Target, load_bf16s, load_bytes, load_f32s, load_sf, scale, store_sf, ue8m0};
 use super::common_swiglu::normal_quotient;
@@ -536,7 +536,7 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
     }
     block_sync();
 
-    // Blocks of few threads have few tiles, and then the shorter code counts.
+    // Tiles of 64 channels are for few rows, where the shorter code counts.
     if S::SHORT || COLS <= 64 {
         scales_by_channel::<S>(COLS, warps, tile, to);
     } else {

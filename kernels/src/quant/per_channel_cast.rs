@@ -2,7 +2,8 @@
 //!
 //! In   x  bf16, f32 [t, h], or e4m3 [t, h] with scales of 32 or 128 channels      Out  data  e4m3 [t, h];  sf  f32, ue8m0 [ceil(t/npt), h]
 //! Exact  bit for bit, quant.md 2; the last block takes the rows there are; NaN does not count for a scale.
-//! Map   a block per tile of 128 rows and 128 channels (64 from e4m3 with packed scales), held in registers between maximum and conversion; see `common_channels`.
+//! Map   a block per tile of 128 rows and 128 channels (64 from e4m3 with packed scales), held in registers between maximum and
+//!       conversion, eight rows a thread: 128 KB under way on a multiprocessor; see `common_channels`.
 //! Cost  x read once, data and sf written once; 6 instructions a value from bf16, 10 from e4m3: memory bound. From e4m3 instructions are
 //!       half of what a block's time goes to; so the code is short there, and codes are held rather than products (8 instructions, but
 //!       96 registers), which lets 32 warps with 64 KB of loads live on a multiprocessor.

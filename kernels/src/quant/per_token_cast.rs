@@ -9,7 +9,8 @@
 //! Cost  h * (4, 2, 1 or 1/2) bytes read and h * (1 or 1/2) written a token, and the scales; memory bound.
 //!
 //! Scales of a block meet in shared memory and leave last. Column by column they are one word a row, and a store of four bytes costs
-//! as much as one of 32, so a block has enough rows to fill sectors.
+//! as much as one of 32, so a block has enough rows to fill sectors. Where there are few rows in all, a block has one of them and its
+//! lanes write their scales at once: more blocks, less code and no barrier.
 
 use crate::device::*;
 use crate::quant::common::{self, Scale, Target, load_bf16s, load_bytes, load_f32s, scale, scale_e4m3, ue8m0};
