@@ -690,7 +690,7 @@ for aux in (0, 1):
     for t, pad in ((8001, 0), (8001, 10), *((t, 0) for t in SMALL), (65536, 0)):
         full_gate_backward(t, pad, aux)
     full_gate_backward(8001, 0, aux, 384, 6)
-for e, ep in MOE[1:]:
+for e, ep in MOE:
     @case('get_fused_mapping', e=e, ep=ep, k=8, send=4001, only='v1')
     def _(e=e, ep=ep):
         *maps, idx = mapped(4001, 8, e, ep, 128)
@@ -792,11 +792,28 @@ def moe_layer(t, e, data, h=H, k=8, alignment=128):
 for t, e in ((4096, 256), (4096, 32), (128, 256), (16, 256), (1, 256)):
     for data in ('bf16', 'e4m3'):
         moe_layer(t, e, data)
-for name in ('bf16', 'e4m3'):
-    @case('batched_transpose', b=8, dtype=name, h=H, t=T, only='v1')
-    def _(name=name):
-        x = randn(8, T, H).to(dtype(name))
+
+def batched_transpose(name, b, t=T, h=H):
+    @case('batched_transpose', b=b, dtype=name, h=h, t=t, only='v1')
+    def _():
+        x = randn(b, t, h).to(dtype(name))
         return lambda: tk.transpose.batched_transpose(x), x
+
+
+def transpose(name, t=T, h=H):
+    @case('transpose', dtype=name, h=h, t=t, only='v1')
+    def _():
+        x = randn(t, h).to(dtype(name))
+        return lambda: tk.transpose.transpose(x), x
+
+
+for b in (8, 32):
+    for name in ('bf16', 'e4m3', 'f32'):
+        batched_transpose(name, b)
+batched_transpose('e4m3', 8, 4032, 2048)
+transpose('bf16')
+transpose('e4m3')
+transpose('e4m3', 4032, 2048)
 
 
 @case('mhc_post_fwd', h=H, mult=4, t=8192, only='v2')
