@@ -793,6 +793,7 @@ for t, e in ((4096, 256), (4096, 32), (128, 256), (16, 256), (1, 256)):
     for data in ('bf16', 'e4m3'):
         moe_layer(t, e, data)
 
+
 def batched_transpose(name, b, t=T, h=H):
     @case('batched_transpose', b=b, dtype=name, h=h, t=t, only='v1')
     def _():

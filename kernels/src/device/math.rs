@@ -21,6 +21,18 @@ pub fn canonical(v: f32) -> f32 {
     backend::canonical(v)
 }
 
+/// The smaller one. Not `u32::min`, which leaves more than one instruction.
+#[inline(always)]
+pub fn min_u32(a: u32, b: u32) -> u32 {
+    if b < a { b } else { a }
+}
+
+/// The larger one, see [`min_u32`].
+#[inline(always)]
+pub fn max_u32(a: u32, b: u32) -> u32 {
+    if b > a { b } else { a }
+}
+
 /// The larger value; NaN loses against a number.
 #[inline(always)]
 pub fn max_total(a: f32, b: f32) -> f32 {

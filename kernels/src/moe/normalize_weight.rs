@@ -266,16 +266,6 @@ fn sum<const TREE: bool, const G: usize>(w: [[f32; 4]; G]) -> f32 {
     }
 }
 
-#[inline(always)]
-fn smaller(a: u32, b: u32) -> u32 {
-    if b < a { b } else { a }
-}
-
-#[inline(always)]
-fn larger(a: u32, b: u32) -> u32 {
-    if b > a { b } else { a }
-}
-
 /// Whether all quotients of these weights can be had from [`divide_by`]. The sum may be that of more weights, of which some are negative.
 #[inline(always)]
 fn ordinary<const G: usize>(w: &[[f32; 4]; G], sum: f32) -> bool {
@@ -283,9 +273,9 @@ fn ordinary<const G: usize>(w: &[[f32; 4]; G], sum: f32) -> bool {
     unroll!(g in G {
         let [a, b, c, d] = w[g].map(f32::to_bits);
         // Zeros come last.
-        least = smaller(smaller(smaller(smaller(least, a.wrapping_sub(1)), b.wrapping_sub(1)), c.wrapping_sub(1)), d.wrapping_sub(1));
+        least = min_u32(min_u32(min_u32(min_u32(least, a.wrapping_sub(1)), b.wrapping_sub(1)), c.wrapping_sub(1)), d.wrapping_sub(1));
         // Negative weights and NaN come after all others.
-        largest = larger(larger(larger(larger(largest, a), b), c), d);
+        largest = max_u32(max_u32(max_u32(max_u32(largest, a), b), c), d);
     });
     // Quotients other than 0 are normal: not below 2^-60 / 2^60, and not above 2^60 / 1e-20, which is less than 2^127. NaN is no such sum.
     least >= LEAST.to_bits() - 1 && largest <= MOST.to_bits() && (EPSILON..=MOST).contains(&sum)

@@ -67,7 +67,7 @@ type Held = [[[u32; 4]; 2]; TOKENS as usize];
 fn load<const ALIGNED: bool>(x: In<u16>, stride: u32, (token, channel): (u32, u32), (t, h): (u32, u32)) -> Held {
     let mut held = [[[0; 4]; 2]; TOKENS as usize];
     if ALIGNED {
-        let (token, channel) = (min(token, t - TOKENS), min(channel, h - CHANNELS));
+        let (token, channel) = (min_u32(t - TOKENS, token), min_u32(h - CHANNELS, channel));
         let mut gate = x.at(token as u64 * stride as u64 + channel as u64);
         unroll!(i in (TOKENS as usize) {
             gate = if i == 0 { gate } else { gate.at(stride as u64) };
@@ -75,7 +75,7 @@ fn load<const ALIGNED: bool>(x: In<u16>, stride: u32, (token, channel): (u32, u3
         });
     } else {
         unroll!(i in (TOKENS as usize) {
-            let row = x.at(min(token + i as u32, t - 1) as u64 * stride as u64);
+            let row = x.at(min_u32(t - 1, token + i as u32) as u64 * stride as u64);
             held[i] = [gather(row, channel, h), gather(row.at(h as u64), channel, h)];
         });
     }
@@ -85,7 +85,7 @@ fn load<const ALIGNED: bool>(x: In<u16>, stride: u32, (token, channel): (u32, u3
 /// Eight channels from `channel` on, one by one; those beyond the last are the last.
 #[inline(always)]
 fn gather(row: In<u16>, channel: u32, h: u32) -> [u32; 4] {
-    let value = |c: u32| row.at(min(channel + c, h - 1) as u64).get(0) as u32;
+    let value = |c: u32| row.at(min_u32(h - 1, channel + c) as u64).get(0) as u32;
     [value(0) | value(1) << 16, value(2) | value(3) << 16, value(4) | value(5) << 16, value(6) | value(7) << 16]
 }
 
@@ -250,11 +250,11 @@ fn cast_tile<const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAM
         unroll!(i in 16 {
             if (i as u32) < warps {
                 // Without the sign, which means nothing, bf16 order like integers.
-                amax = max(amax, maxima.get((block * warps + i as u32) * channels + c) as u32 & 0x7FFF);
+                amax = max_u32(maxima.get((block * warps + i as u32) * channels + c) as u32 & 0x7FFF, amax);
             }
         });
         // An infinite activation counts as the largest finite one.
-        let amax = f32::from_bits(min(amax, 0x7F7F) << 16);
+        let amax = f32::from_bits(min_u32(0x7F7F, amax) << 16);
         let scale = if round != 0 { scale::<E4m3, true>(amax) } else { plain_scale(amax) };
         inverses.set(thread, scale.inv);
         let (m, c) = (tile_token / NPT + block, tile_channel + c);
@@ -311,7 +311,7 @@ fn cast_tile<const LANES: u32, const NPT: u32, const TRANSPOSE: bool, const CLAM
         // One byte a step: neighbouring threads write neighbouring tokens, each thread those of one.
         let token = thread % tokens;
         if tile_token + token < t {
-            let end = min(channels, h - tile_channel);
+            let end = min_u32(h - tile_channel, channels);
             let mut c = thread / tokens;
             while c < end {
                 let swizzled = (token / 16) ^ (c / CHANNELS % chunks);
@@ -342,14 +342,4 @@ kernel! {
         t32_any[8, 32, true, true, false], t128_any[8, 128, true, true, false],
         n32_any[16, 32, false, true, false], n128_any[8, 128, false, true, false],
     }
-}
-
-/// `u32::min` and `max` as plain functions, which leave a single instruction.
-#[inline(always)]
-fn min(a: u32, b: u32) -> u32 {
-    if a < b { a } else { b }
-}
-#[inline(always)]
-fn max(a: u32, b: u32) -> u32 {
-    if a > b { a } else { b }
 }
