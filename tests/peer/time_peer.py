@@ -1,7 +1,8 @@
 """Times a TileKernels release on the cases of our benchmark: one JSON line a case, {peer, op, case, us, gbs}.
 
 Method, that of ../../../shared/peer/README.md and of tests/src/support/bench.rs: a 512 MiB buffer is zeroed before every call, so that
-inputs start outside L2 and the host runs ahead of the device; an event on either side of the call; the median of 31 calls. Case strings are
+inputs start outside L2 and the host runs ahead of the device; an event on either side of the call; the median of 31 calls, of what takes less
+than 20 us in three places each, as in bench.rs. Case strings are
 those of our benchmark, `key=value` with the keys in alphabetical order; where ../shared/peer/time_peer.py has the case it is the same there.
 A case that the release can't run is a line with `error`.
 
@@ -893,7 +894,7 @@ def measure(fn):
         after.record()
         torch.cuda.synchronize()
         times.append(before.elapsed_time(after) * 1e3)
-    return statistics.median(times)
+    return times
 
 
 def emit(op, name, peer=args.peer, **more):
@@ -901,9 +902,9 @@ def emit(op, name, peer=args.peer, **more):
 
 
 if not args.compile_only:
-    emit('events', '', us=round(measure(lambda: None), 2))
+    emit('events', '', us=round(statistics.median(measure(lambda: None)), 2))
     a, b = (torch.empty(1 << 30, dtype=torch.uint8, device=dev) for _ in range(2))
-    us = measure(lambda: b.copy_(a))
+    us = statistics.median(measure(lambda: b.copy_(a)))
     emit('copy', 'bytes=1GiB', 'copy', us=round(us, 2), gbs=round(2 * (1 << 30) / us / 1e3))
     del a, b
 called = 0
@@ -912,15 +913,24 @@ for op, name, build in chosen:
         emit(op, name, error='not reached')
         continue
     try:
-        # The same data in both releases.
-        torch.manual_seed(zlib.crc32(f'{op} {name}'.encode()))
-        fn, inputs = build()
-        out = fn()
-        torch.cuda.synchronize()
-        called += 1
-        if not args.compile_only:
-            total = nbytes(inputs) + nbytes(out)
-            us = measure(fn)
+        times = []
+        for place in range(1 if args.compile_only else 3):
+            spacers = [torch.empty(place * n, dtype=torch.uint8, device=dev) for n in (300_000, 3 << 20)]
+            # The same data in both releases.
+            torch.manual_seed(zlib.crc32(f'{op} {name}'.encode()))
+            fn, inputs = build()
+            out = fn()
+            torch.cuda.synchronize()
+            called += place == 0
+            if not args.compile_only:
+                total = nbytes(inputs) + nbytes(out)
+                times += measure(fn)
+            fn = inputs = out = spacers = None
+            torch.cuda.empty_cache()
+            if not times or statistics.mean(times) > 20:
+                break
+        if times:
+            us = statistics.median(times)
             emit(op, name, us=round(us, 2), gbs=round(total / us / 1e3))
     except Exception as error:  # a case that this release can't run is part of the answer
         emit(op, name, error=f'{type(error).__name__}: {error}'[:300])

@@ -116,7 +116,8 @@ pub fn moe_topk_gate_backward(stream: &Stream, args: Args<'_>) -> Result<()> {
         return stream.launch(OP, entry, &config, &values);
     };
     let entry = match vectors && aux.grad_scores_sum.ptr().is_multiple_of(16) {
-        true if e <= kernels::MAX_HELD => &with_loss::held_v4,
+        true if e <= kernels::max_held(2) => &with_loss::held_2_v4,
+        true if e <= kernels::max_held(4) => &with_loss::held_4_v4,
         true => &with_loss::v4,
         false => &with_loss::v1,
     };

@@ -110,7 +110,7 @@ pub fn cast(stream: &Stream, args: Args<'_>) -> Result<()> {
         (_, DType::Bf16) => &e::e4m3_bf16,
         (_, _) => &e::e4m3_f16,
     };
-    let vectors = if from == DType::F32 { k::F32_VECTORS } else { k::VECTORS };
+    let vectors = if from == DType::F32 || to == DType::E4m3 { k::MORE_VECTORS } else { k::VECTORS };
     let args = e::Args { x: x.input(), out: out.output(), n };
     stream.launch(OP, entry, &k::wide_config(vector * vectors as u32, n), &args)
 }

@@ -166,6 +166,7 @@ struct Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Path {
     Wide,
+    Staged,
     PerChannel,
     Narrow,
 }
@@ -175,6 +176,7 @@ impl Plan {
     fn values_per_item(&self) -> u32 {
         match self.path {
             Path::Narrow => 8 / self.bits(),
+            Path::Staged => k::PIECE,
             Path::Wide | Path::PerChannel => 16 / self.out.size() as u32,
         }
     }
@@ -235,7 +237,11 @@ fn check(op: &'static str, stream: &Stream, a: &Args<'_>) -> Result<Option<Plan>
     let scales_in_vectors = matches!(a.sf.layout, SfLayout::RowMajor | SfLayout::PerChannelPacked)
         && a.sf.tensor.ptr().is_multiple_of(16)
         && sf.row.is_multiple_of(4);
+    let in_pieces = [a.x.ptr(), x_stride.into(), hidden].iter().all(|v| v.is_multiple_of(k::PIECE.into()));
+    let large = num_tokens * hidden >= k::STAGED_LEAST;
+    let e4m3_to_bf16 = plan.format == Format::E4m3 && plan.out == DType::Bf16;
     plan.path = match (aligned, npc == 1) {
+        (true, false) if large && in_pieces && e4m3_to_bf16 => Path::Staged,
         (true, false) => Path::Wide,
         (true, true) if scales_in_vectors => Path::PerChannel,
         _ => Path::Narrow,
@@ -270,10 +276,10 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) ->
         };
         let sf = args.sf.tensor.input::<u8>().at(sf_row as u64 * plan.sf.row as u64 * args.sf.tensor.dtype().size());
         let out = args.out.output::<u8>().at(first_token as u64 * plan.hidden as u64 * plan.out.size());
-        // Both kernels number items through the tensor and take the same arguments, but for the last.
+        // These kernels number items through the tensor and take the same arguments, but for the last.
         macro_rules! launch {
-            ($kernel:ident, $entry:expr, $block_items:expr $(, $more:ident)?) => {{
-                let config = LaunchConfig::new(num_items.div_ceil($block_items), k::THREADS);
+            ($kernel:ident, $entry:expr, $config:expr $(, $more:ident)?) => {{
+                let config = $config;
                 let args = k::$kernel::Args {
                     x,
                     sf,
@@ -294,9 +300,12 @@ fn launch(op: &'static str, stream: &Stream, args: Args<'_>, max_tokens: u32) ->
             }};
         }
         if plan.path == Path::Narrow {
-            launch!(narrow, narrow_entry(&plan), k::THREADS * k::NARROW_ITEMS, first_block);
+            let blocks = num_items.div_ceil(k::THREADS * k::NARROW_ITEMS);
+            launch!(narrow, narrow_entry(&plan), LaunchConfig::new(blocks, k::THREADS), first_block);
+        } else if plan.path == Path::Staged {
+            launch!(staged, staged_entry(&plan), k::staged_config(num_items));
         } else {
-            launch!(wide, wide_entry(&plan), k::THREADS);
+            launch!(wide, wide_entry(&plan), LaunchConfig::new(num_items.div_ceil(k::THREADS), k::THREADS));
         }
         first_token += tokens;
     }
@@ -364,6 +373,14 @@ macro_rules! entries {
 fn wide_entry(plan: &Plan) -> &'static Entry<k::wide::Args> {
     // Blocks of one channel never come here, and no others have such scales.
     entries!(wide, plan, [&e::e4m3_bf16_f32, &e::e4m3_f32_f32, &e::e2m1_bf16_f32, &e::e2m1_f32_f32])
+}
+
+fn staged_entry(plan: &Plan) -> &'static Entry<k::staged::Args> {
+    match plan.layout {
+        SfLayout::RowMajorE4m3 | SfLayout::ColMajorE4m3 => &k::staged::e4m3,
+        layout if layout.is_packed() => &k::staged::ue8m0,
+        _ => &k::staged::f32,
+    }
 }
 
 fn narrow_entry(plan: &Plan) -> &'static Entry<k::narrow::Args> {

@@ -177,6 +177,30 @@ pub fn norm_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Resul
         | flag(packed, k::PACKED)
         | flag(mega_moe.is_some(), k::MEGA_MOE)
         | flag(args.round_sf, k::ROUND);
+    let plain = bf16
+        && matches!(rows.way(aligned), Way::Held)
+        && args.round_sf
+        && rows.num_tokens == rows.num_rows
+        && rows.lanes_log2() > 5
+        && parts & (k::RESIDUAL | k::OUT_BF16 | k::MEGA_MOE) == 0;
+    if plain {
+        let kernel_args = k::plain::Args {
+            x: x.input(),
+            weight: input(norm.weight),
+            out: args.out.output(),
+            sf: args.sf.tensor.output(),
+            rstd: output(norm.rstd),
+            x_stride: rows.x_strides.token,
+            sf_row_stride: sf.row,
+            sf_col_stride: sf.col,
+            hidden: rows.hidden,
+            parts,
+            inv_hidden: rows.inv_hidden(),
+            eps: args.eps,
+            out_scale: args.out_scale,
+        };
+        return stream.launch(OP, &k::plain::ENTRY, &rows.config(), &kernel_args);
+    }
     let mega_moe = mega_moe.unwrap_or(MegaMoe { stride: 0, block_m: 128 });
     let by_block_m = Divisor::new(mega_moe.block_m);
     let kernel_args = e::Args {

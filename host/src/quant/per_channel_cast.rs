@@ -149,8 +149,10 @@ impl<'a> Plan<'a> {
             Element::F32 => (16, 4),
             Element::E4m3 => (8, 8),
         };
+        // Kernels for whole vectors count the bytes from row to row with 32 bits.
         let pitch = self.stride as u64 * data.dtype().size();
-        self.hidden.is_multiple_of(channels) && data.ptr().is_multiple_of(bytes) && pitch.is_multiple_of(bytes)
+        let fits = pitch.is_multiple_of(bytes) && pitch <= u32::MAX as u64;
+        self.hidden.is_multiple_of(channels) && data.ptr().is_multiple_of(bytes) && fits
     }
 
     /// Checks the quantised values of `rows` rows; whether wide accesses will do for input and output.

@@ -251,7 +251,7 @@ const SF_LAYOUTS: &[SfLayout] = &[
 ];
 
 /// As many rows count as few.
-const FEW_ROWS: u32 = 32;
+const FEW_ROWS: u32 = 128;
 
 /// How the output is scaled.
 #[derive(Clone, Copy)]
@@ -462,8 +462,8 @@ fn cast_quantised(
         let (entry, config) = if from_e2m1 && format == Format::E2m1 && wide_32 && args.round_sf {
             let config = k::tile_config::<k::E2m1x32>(k::PAIRS_SHAPE, rows.num_tokens, rows.hidden);
             (&e::e2m1x32_e2m1_round, config)
-        } else if !from_e2m1 && format == Format::E4m3 && few(&rows) {
-            (if args.round_sf { &e::e4m3_e4m3_round_few } else { &e::e4m3_e4m3_few }, rows.config(k::FEW_E4M3_SHAPE))
+        } else if !from_e2m1 && format == Format::E4m3 {
+            (entry, rows.config(k::E4M3_SHAPE))
         } else {
             (entry, rows.config(k::QUANTISED_SHAPE))
         };

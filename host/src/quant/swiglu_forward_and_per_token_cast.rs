@@ -182,6 +182,29 @@ pub fn swiglu_forward_and_per_token_cast(stream: &Stream, args: Args<'_>) -> Res
         };
         return stream.launch(OP, entry, &config, &kernel_args!(rows {}));
     }
+    // All rows hold tokens and count as they are.
+    let plain = bf16 && !clamping && matches!((&args.rows, &args.weights), (ExpertRows::All, RowWeights::None));
+    if plain && num_rows as u64 * pieces as u64 <= k::MAX_FEW_PIECES.into() {
+        use k::few as e;
+        let entry = match (args.npc, args.round_sf) {
+            (128, false) => &e::g128,
+            (128, true) => &e::g128_round,
+            (_, false) => &e::g32,
+            (_, true) => &e::g32_round,
+        };
+        let kernel_args = e::Args {
+            x: args.x.input(),
+            out: args.out.output(),
+            sf: args.sf.tensor.output(),
+            x_stride: row_bytes(&args.x),
+            hidden,
+            amax_min,
+            packed: layout.is_packed().into(),
+            sf_row_stride: sf.row,
+            sf_col_stride: sf.col,
+        };
+        return stream.launch(OP, entry, &k::few_config(num_rows, hidden), &kernel_args);
+    }
     let steps = rows.steps(k::STEPS, counting);
     let divisor = Divisor::new(pieces);
     let config = k::cast_config(ceil_div(num_rows, steps) * pieces);

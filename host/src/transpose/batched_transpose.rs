@@ -156,12 +156,13 @@ fn run(op: &'static str, rank: usize, stream: &Stream, args: &Args<'_>) -> Resul
     let Some(plan) = check(op, rank, stream, args)? else { return Ok(()) };
     let Plan { batches, m, n, size, row_stride, batch_stride, access } = plan;
     let (x, out): (In<u8>, Out<u8>) = (args.x.input(), args.out.output());
-    let tiles = |entry: &'static Entry<k::tiles::Args>| {
-        let config = k::tiles_config(batches, m, n, 16 / size);
+    let few = k::tiles_config(batches, m, n, 16 / size, k::CELLS).grid[0] <= k::FEW_TILES;
+    let tiles = |entry: &'static Entry<k::tiles::Args>, cells: u32| {
+        let config = k::tiles_config(batches, m, n, 16 / size, cells);
         stream.launch(op, entry, &config, &k::tiles::Args { x, out, m, n, row_stride, batch_stride })
     };
     let ragged = |entry: &'static Entry<k::ragged::Args>| {
-        let config = k::tiles_config(batches, m, n, 16 / size);
+        let config = k::tiles_config(batches, m, n, 16 / size, k::CELLS);
         let start = (args.out.ptr() % 16) as u32 / size;
         stream.launch(op, entry, &config, &k::ragged::Args { x, out, m, n, row_stride, batch_stride, start })
     };
@@ -170,12 +171,14 @@ fn run(op: &'static str, rank: usize, stream: &Stream, args: &Args<'_>) -> Resul
         stream.launch(op, entry, &config, &k::any::Args { x, out, m, n, row_stride, batch_stride })
     };
     match (access, size) {
-        (Access::Wide, 1) => tiles(&k::tiles::b1),
-        (Access::Wide, 2) => tiles(&k::tiles::b2),
-        (Access::Narrow, 1) => tiles(&k::tiles::b1_narrow),
-        (Access::Narrow, 2) => tiles(&k::tiles::b2_narrow),
+        (Access::Wide, 1) if few => tiles(&k::tiles::b1_small, k::SMALL_CELLS),
+        (Access::Wide, 1) => tiles(&k::tiles::b1, k::CELLS),
+        (Access::Wide, 2) if few => tiles(&k::tiles::b2_small, k::SMALL_CELLS),
+        (Access::Wide, 2) => tiles(&k::tiles::b2, k::CELLS),
+        (Access::Narrow, 1) => tiles(&k::tiles::b1_narrow, k::CELLS),
+        (Access::Narrow, 2) => tiles(&k::tiles::b2_narrow, k::CELLS),
         // Four elements of 4 bytes are not narrow.
-        (Access::Wide | Access::Narrow, _) => tiles(&k::tiles::b4),
+        (Access::Wide | Access::Narrow, _) => tiles(&k::tiles::b4, k::CELLS),
         (Access::Ragged, 1) => ragged(&k::ragged::b1),
         (Access::Ragged, 2) => ragged(&k::ragged::b2),
         (Access::Ragged, _) => ragged(&k::ragged::b4),

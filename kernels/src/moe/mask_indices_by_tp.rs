@@ -10,6 +10,7 @@ pub use super::common_index::Divisor;
 use super::common_index::{NONE, index_or_none};
 use crate::device::*;
 use crate::kernel;
+use core::hint::cold_path;
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
@@ -60,6 +61,10 @@ kernel! {
             }
             out.store16(0, local_words);
         } else {
+            if V > 1 {
+                // Behind the rest, so that the usual way is straight on.
+                cold_path();
+            }
             let here = if len - first < V as u64 { (len - first) as u32 } else { V };
             for i in 0..here {
                 rolled();

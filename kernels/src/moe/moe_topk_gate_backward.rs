@@ -18,9 +18,10 @@ pub const WARPS: u32 = 8;
 /// Most choices: a lane each.
 pub const MAX_TOPK: u32 = WARP_SIZE;
 
-/// Longest rows that `with_loss` keeps in registers.
-pub const MAX_HELD: u32 = RUNS as u32 * WARP_SIZE * 4;
-const RUNS: usize = 2;
+/// Longest rows that an entry of `with_loss` keeps in registers, given its `HELD`.
+pub const fn max_held(held: usize) -> u32 {
+    held as u32 * WARP_SIZE * 4
+}
 
 /// Grid and block for `t` tokens.
 pub const fn config(t: u32) -> LaunchConfig {
@@ -45,19 +46,21 @@ kernel! {
         let row = token as u64 * e as u64;
         let (scores, out) = (scores.at(row), out.at(row));
         let token = token as u64;
-        let choice = Choice::load(idx.at(token * idx_stride), weights.at(token * weights_stride), grads.at(token * grads_stride), k, e);
+        let choice = Choice::load(idx.at(token * idx_stride), weights.at(token * weights_stride), grads.at(token * grads_stride), k);
+        let expert = choice.expert::<true>(e);
+        let score = if expert != NONE { scores.get(expert) } else { 0.0 };
 
-        // While those arrive.
+        // While that arrives.
         let mut i = lane_id() * V;
         while i < e {
             if V == 4 { out.store16(i, [0; 4]) } else { out.set(i, 0.0) }
             i += WARP_SIZE * V;
         }
-        let (score, gradient, writes) = choice.gradient(scores, k, factor);
+        let (gradient, writes) = choice.gradient(expert, score, k, factor);
         // Its element is written a second time.
         warp_sync();
         if writes {
-            out.set(choice.expert, times(slope(score), gradient));
+            out.set(expert, times(slope(score), gradient));
         }
     }
     entries { v4[4], v1[1] }
@@ -66,9 +69,9 @@ kernel! {
 kernel! {
     op = moe_topk_gate_backward;
     threads = 256;
-    /// With a loss on the scores. `HELD`: rows of up to [`MAX_HELD`] experts, `V` = 4. `sequence_magic` and so on are the [`Divisor`] for
-    /// the tokens of a sequence.
-    pub fn with_loss[const HELD: bool, const V: usize](
+    /// With a loss on the scores. Rows stay in registers with `HELD` > 0, which are rows of up to [`max_held`] experts, `V` = 4.
+    /// `sequence_magic` and so on are the [`Divisor`] for the tokens of a sequence.
+    pub fn with_loss[const HELD: usize, const V: usize](
         scores: In<f32>, idx: In<i64>, weights: In<f32>, grads: In<f32>, mask: In<u8>, h: In<f32>, out: Out<f32>,
         t: u32, e: u32, k: u32, idx_stride: u64, weights_stride: u64, grads_stride: u64, factor: f32,
         sequence_magic: u32, sequence_shift: u32,
@@ -83,7 +86,7 @@ kernel! {
         let (scores, out, h) = (scores.at(row), out.at(row), h.at(sequence as u64 * e as u64));
         let counts = mask.at(token as u64).get(0) != 0;
         let token = token as u64;
-        let choice = Choice::load(idx.at(token * idx_stride), weights.at(token * weights_stride), grads.at(token * grads_stride), k, e);
+        let choice = Choice::load(idx.at(token * idx_stride), weights.at(token * weights_stride), grads.at(token * grads_stride), k);
 
         // Sums over the row.
         let first = |run: usize| (run as u32 * WARP_SIZE + lane) * V as u32;
@@ -94,15 +97,21 @@ kernel! {
                 product = fma(h[i], u[i], product);
             }
         };
-        let mut held = [([0.0; V], [0.0; V]); RUNS];
-        if HELD {
-            unroll!(run in RUNS {
+        let mut held = [([0.0; V], [0.0; V]); HELD];
+        let of_choice = |expert: u32| if expert != NONE { (scores.get(expert), h.get(expert)) } else { (0.0, 0.0) };
+        let (expert, early);
+        if HELD > 0 {
+            unroll!(run in HELD {
                 if first(run) < e {
                     held[run] = (load::<V>(scores, first(run)), load::<V>(h, first(run)));
                 }
             });
-            unroll!(run in RUNS { add(held[run].0, held[run].1) });
+            // On its way while the row is added up.
+            expert = choice.expert::<true>(e);
+            early = of_choice(expert);
+            unroll!(run in HELD { add(held[run].0, held[run].1) });
         } else {
+            (expert, early) = (choice.expert::<false>(e), (0.0, 0.0));
             let mut i = first(0);
             while i < e {
                 add(load::<V>(scores, i), load::<V>(h, i));
@@ -119,8 +128,8 @@ kernel! {
         let write = |i: u32, u: [f32; V], h: [f32; V]| {
             store::<V>(out, i, core::array::from_fn(|j| times(slope(u[j]), of_loss(h[j]))));
         };
-        if HELD {
-            unroll!(run in RUNS {
+        if HELD > 0 {
+            unroll!(run in HELD {
                 if first(run) < e {
                     write(first(run), held[run].0, held[run].1);
                 }
@@ -135,20 +144,23 @@ kernel! {
             }
         }
 
-        let (score, gradient, writes) = choice.gradient(scores, k, factor);
+        // With long rows here, and `h` below: across two loops they would take more registers than there are.
+        let score = if HELD > 0 || expert == NONE { early.0 } else { scores.get(expert) };
+        let (gradient, writes) = choice.gradient(expert, score, k, factor);
         // Its element is written a second time.
         warp_sync();
         if writes {
-            out.set(choice.expert, times(slope(score), gradient + of_loss(h.get(choice.expert))));
+            let h = if HELD > 0 { early.1 } else { h.get(expert) };
+            out.set(expert, times(slope(score), gradient + of_loss(h)));
         }
     }
-    entries { held_v4[true, 4], v4[false, 4], v1[false, 1] }
+    entries { held_2_v4[2, 4], held_4_v4[4, 4], v4[0, 4], v1[0, 1] }
 }
 
 /// What a lane knows about its choice.
 struct Choice {
-    /// [`NONE`] beyond `k` and for -1.
-    expert: u32,
+    /// The words of its index, -1 beyond `k`.
+    index: [u32; 2],
     weight: f32,
     gradient: f32,
 }
@@ -157,23 +169,31 @@ impl Choice {
     /// From the rows of a token.
     #[inline(always)]
     #[track_caller]
-    fn load(idx: In<i64>, weights: In<f32>, grads: In<f32>, k: u32, e: u32) -> Self {
+    fn load(idx: In<i64>, weights: In<f32>, grads: In<f32>, k: u32) -> Self {
         let lane = lane_id();
         if lane < k {
-            Self { expert: index_or_none(idx.get(lane), e), weight: weights.get(lane), gradient: grads.get(lane) }
+            Self { index: idx.load8(lane), weight: weights.get(lane), gradient: grads.get(lane) }
         } else {
-            Self { expert: NONE, weight: 0.0, gradient: 0.0 }
+            Self { index: [u32::MAX; 2], weight: 0.0, gradient: 0.0 }
         }
     }
 
-    /// Score of the expert, the gradient with respect to it, summed over all choices of that expert, and whether this lane is the first with
-    /// that expert.
+    /// The expert, [`NONE`] beyond `k` and for -1. `LATER`: after the loads that come before this call.
     #[inline(always)]
     #[track_caller]
-    fn gradient(&self, scores: In<f32>, k: u32, factor: f32) -> (f32, f32, bool) {
-        let chosen = self.expert != NONE;
-        let score = if chosen { scores.get(self.expert) } else { 0.0 };
-        let same = warp_match_any(self.expert);
+    fn expert<const LATER: bool>(&self, e: u32) -> u32 {
+        // Opaque, or the compiler would do this where the index is read, and loads that come between would wait for it.
+        let [low, high] = if LATER { self.index.map(opaque) } else { self.index };
+        index_or_none((low as u64 | (high as u64) << 32) as i64, e)
+    }
+
+    /// Given the expert and its score, the gradient with respect to that, summed over all choices of the expert, and whether this lane is the
+    /// first with that expert.
+    #[inline(always)]
+    #[track_caller]
+    fn gradient(&self, expert: u32, score: f32, k: u32, factor: f32) -> (f32, bool) {
+        let chosen = expert != NONE;
+        let same = warp_match_any(expert);
         let dot = warp_sum::<WARP_SIZE>(if chosen { self.gradient * self.weight } else { 0.0 });
         // Without a fused multiply-add: a single choice has the weight `factor`, and the gradient 0.
         let mut gradient = factor * self.gradient - dot;
@@ -187,7 +207,7 @@ impl Choice {
             gradient = sum;
         }
         let denominator = warp_sum::<WARP_SIZE>(score) + EPSILON;
-        (score, gradient / denominator, chosen && same.trailing_zeros() == lane_id())
+        (gradient / denominator, chosen && same.trailing_zeros() == lane_id())
     }
 }
 

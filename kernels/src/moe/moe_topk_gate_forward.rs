@@ -12,6 +12,7 @@ use super::common_gate::*;
 use super::common_index::{NONE, index_or_none};
 use crate::device::*;
 use crate::{kernel, unroll};
+use core::hint::cold_path;
 
 /// There are masks: bit `i` belongs to the `i`th of the kernel's four flags of a token.
 pub const MASK: u32 = 1;
@@ -55,10 +56,11 @@ kernel! {
     op = moe_topk_gate_forward;
     threads = 256;
     /// `e` is a multiple of 4, `has` are flags of this module. `map_lines` and `count_lines` of 128 bytes of the maps are asked for ahead.
+    /// What is needed to ask for the logits comes first, in one line of the constant cache.
     pub fn gate(
-        logits: In<f32>, mask: In<u8>, random: In<u8>, fixed: In<u8>, image: In<u8>, bias: In<f32>, image_bias: In<f32>,
-        map: In<i32>, logical_count: In<i32>, unmapped: Out<i64>, idx: Out<i64>, weights: Out<f32>, scores_out: Out<f32>,
-        unmapped_stride: u64, t: u32, e: u32, k: u32, s: u32, has: u32, factor: f32, columns: u32, map_lines: u32, count_lines: u32,
+        t: u32, e: u32, has: u32, k: u32, logits: In<f32>, mask: In<u8>, random: In<u8>, fixed: In<u8>, image: In<u8>,
+        bias: In<f32>, image_bias: In<f32>, unmapped: Out<i64>, unmapped_stride: u64, idx: Out<i64>, weights: Out<f32>,
+        scores_out: Out<f32>, s: u32, factor: f32, map: In<i32>, logical_count: In<i32>, columns: u32, map_lines: u32, count_lines: u32,
         ep_rank: u32,
     ) {
         let (lane, warps) = (lane_id(), block_dim() / WARP_SIZE);
@@ -85,7 +87,9 @@ kernel! {
         let places = token as u64 * (k + s) as u64;
         let (idx, weights, scores_out) = (idx.at(places), weights.at(places), scores_out.at(row));
         let unmapped = unmapped.at(token as u64 * unmapped_stride);
-        if masked || flags & RANDOM != 0 {
+        if masked | (flags & RANDOM != 0) {
+            // Behind everything else, so that the usual way is straight on: code comes from memory too.
+            cold_path();
             if has & SCORES != 0 {
                 let mut i = lane * 4;
                 while i < e {

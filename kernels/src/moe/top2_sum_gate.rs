@@ -56,12 +56,12 @@ kernel! {
     /// `has` are flags of this module. `groups` is 0 without groups, of which `kept` are kept, each of `of_group` experts and ranked by
     /// `1 << log_lanes` lanes. A parallel rank has `rank_experts` physical experts (`rank_magic` and so on are a [`Divisor`]), and `tp_rank`
     /// of `tp_ranks` takes every `tp_ranks`th such rank. `map_lines` and `count_lines` of 128 bytes of the tables are asked for ahead.
+    /// What is needed to ask for the logits comes first, in one line of the constant cache.
     pub fn gate[const SCORING: u32](
-        logits: In<f32>, bias: In<f32>, mask: In<u8>, fixed: In<u8>, map: In<i32>, logical_count: In<i32>,
-        unmapped: Out<i64>, idx: Out<i64>, weights: Out<f32>, unmapped_stride: u64, t: u32, e: u32, k: u32, s: u32, has: u32,
-        scaling: f32, groups: u32, kept: u32, of_group: u32, log_lanes: u32,
-        columns: u32, map_lines: u32, count_lines: u32, ep_rank: u32, rank_experts: u32, rank_magic: u32, rank_shift: u32,
-        tp_rank: u32, tp_ranks: u32, tp_magic: u32, tp_shift: u32,
+        t: u32, e: u32, has: u32, k: u32, logits: In<f32>, bias: In<f32>, mask: In<u8>, fixed: In<u8>, s: u32, groups: u32,
+        unmapped: Out<i64>, unmapped_stride: u64, idx: Out<i64>, weights: Out<f32>, scaling: f32, kept: u32, of_group: u32, log_lanes: u32,
+        map: In<i32>, logical_count: In<i32>, columns: u32, map_lines: u32, count_lines: u32, ep_rank: u32,
+        rank_experts: u32, rank_magic: u32, rank_shift: u32, tp_rank: u32, tp_ranks: u32, tp_magic: u32, tp_shift: u32,
     ) {
         let (lane, warps) = (lane_id(), block_dim() / WARP_SIZE);
         let token = block_idx_x() * warps + warp_id();
@@ -100,6 +100,11 @@ kernel! {
             }
         }
         copy_commit();
+        // Never, as no shift is so large. The last arguments are in a line of their own of the constant cache, which is fetched for this
+        // while the logits are on their way, and not when everything else is done.
+        if (rank_shift | tp_shift) >> 5 != 0 {
+            return;
+        }
         let physical = Physical { map, logical_count, columns };
         if has & PHYSICAL != 0 {
             physical.prefetch(map_lines, count_lines);

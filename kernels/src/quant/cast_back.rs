@@ -210,6 +210,63 @@ kernel! {
     }
 }
 
+/// Values of a piece of `staged`: 16 bytes of e4m3.
+pub const PIECE: u32 = 16;
+/// Least values for `staged`. It takes two latencies more than `wide`, which is faster for few rows.
+pub const STAGED_LEAST: u64 = 1 << 20;
+
+/// Grid and block of `staged`: a thread a piece.
+pub fn staged_config(pieces: u32) -> LaunchConfig {
+    LaunchConfig::new(pieces.div_ceil(THREADS), THREADS).shared(&staged_shared().0)
+}
+
+/// Shared memory of `staged`: a piece a thread.
+#[inline(always)]
+const fn staged_shared() -> (SharedLayout, Shared<u8>) {
+    let mut layout = SharedLayout::new();
+    let pieces = layout.array(THREADS * PIECE);
+    (layout, pieces)
+}
+
+kernel! {
+    op = cast_back;
+    threads = 256, blocks = 8;
+    /// e4m3 to bf16, where rows are whole numbers of aligned pieces of 16 bytes. A thread reads one, and its scale; those of a warp pass
+    /// through shared memory, so that a warp writes 512 bytes in a row, twice. An item is a piece; arguments as of `wide`.
+    pub fn staged[S: Scales](
+        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
+        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
+    ) {
+        let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
+        let first = block_idx_x() * THREADS + warp_id() * WARP_SIZE;
+        if first >= num_items {
+            return;
+        }
+        // Beyond the end the last piece is read again: the warp stays together, and there is no branch around the loads.
+        let item = (first + lane_id()).min(num_items - 1);
+        let row = Divisor { magic: row_magic, shift: row_shift }.divide(item);
+        let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
+        let column = item - row * row_items;
+        let raw = x.at(row as u64 * x_stride as u64 + (column * PIECE) as u64).load16(0);
+        let scale = S::load(sf, layout, block, column >> k_shift);
+
+        let pieces = staged_shared().1.slice(warp_id() * (WARP_SIZE * PIECE), WARP_SIZE * PIECE);
+        pieces.store16(lane_id() * PIECE, raw);
+        warp_sync();
+        // A piece is two vectors of the output.
+        let out = out.at(first as u64 * (2 * PIECE) as u64);
+        unroll!(half in 2 {
+            let vector = half as u32 * WARP_SIZE + lane_id();
+            let scale = warp_shuffle(scale, vector / 2);
+            let product = product::<E4m3, Bf16>(pieces.load8(vector * 8), scale);
+            if vector < 2 * (num_items - first) {
+                out.at((vector * 16) as u64).store16(0, product);
+            }
+        });
+    }
+    entries { f32[SfF32], ue8m0[SfUe8m0], e4m3[SfE4m3] }
+}
+
 kernel! {
     op = cast_back;
     threads = 128;

@@ -2,7 +2,7 @@
 //! and conversion.
 //!
 //! A thread holds the same few channels of some neighbouring rows. Its maxima meet those of the other threads in shared memory, from where
-//! all threads make the scales, some together; in tiles of 64 channels and from e4m3 one thread makes those of a channel.
+//! all threads make the scales, some together; from e4m3 one thread makes those of a channel.
 
 use super::common::{E4m3, Scale, SfLayout, Target, load_bf16s, load_bytes, load_f32s, load_sf, scale, store_sf, ue8m0};
 use super::common_swiglu::normal_quotient;
@@ -31,9 +31,6 @@ pub trait Source: Copy {
     const SCALED: bool;
     /// Whether those are packed exponents.
     const PACKED: bool = false;
-    /// Whether instructions are what a block waits for: the code is shorter then. Plain input waits for memory, and what was measured for
-    /// it stays.
-    const SHORT: bool = false;
     /// A vector as it lies in memory.
     type Raw: Copy;
     /// A vector as it is held: products with their scale, if there is one.
@@ -47,22 +44,18 @@ pub trait Source: Copy {
     fn load_part(x: In<u8>, channels: u32) -> Self::Raw;
     /// What is held of a vector.
     fn hold(raw: Self::Raw, sf: f32) -> Self::Held;
-    /// The larger magnitudes of `max` and a vector; a NaN loses against what is in `max`. Signs in the result mean nothing.
+    /// The larger magnitudes of `max` and a vector; NaN where all are NaN. Signs in the result mean nothing.
     fn fold(max: [u32; 8], held: Self::Held) -> [u32; 8];
-    /// The magnitudes of the first vector, to fold others into; those that may be NaN are joined by [`larger`](Self::larger) in the end.
-    #[inline(always)]
-    fn start(held: Self::Held) -> [u32; 8] {
-        Self::fold([0; 8], held)
-    }
-    /// The same for two words of maxima.
+    /// The magnitudes of the first vector, to fold others into.
+    fn start(held: Self::Held) -> [u32; 8];
+    /// The larger magnitudes of two words of maxima.
     fn join(a: u32, b: u32) -> u32;
-    /// The bits of one channel's maximum out of words of maxima.
-    fn maximum(words: Shared<u32>, channel: u32) -> u32;
-    /// The larger of a maximum that is a number and one more.
+    /// The maximum of one of a word's channels. It may be NaN, which [`scale`] and [`short_scale`] take for nothing.
+    fn maximum(word: u32, channel: u32) -> f32;
+    /// The exact scale for a block whose largest magnitude is `amax`, as [`scale`] makes it, without the branches of its divisions.
     #[inline(always)]
-    fn larger(max: u32, one: u32) -> u32 {
-        // Magnitudes compare as integers do.
-        one.max(max)
+    fn exact_scale(amax: f32) -> Scale {
+        short_scale(amax)
     }
     /// The values of a vector; only the first [`CHANNELS`](Self::CHANNELS) mean something.
     fn values(held: Self::Held) -> [f32; 8];
@@ -108,6 +101,11 @@ impl Source for Bf16 {
     }
 
     #[inline(always)]
+    fn start([a, b, c, d]: [u32; 4]) -> [u32; 8] {
+        [a, b, c, d, 0, 0, 0, 0]
+    }
+
+    #[inline(always)]
     fn fold(mut max: [u32; 8], held: [u32; 4]) -> [u32; 8] {
         unroll!(w in 4 { max[w] = bf16x2_max_abs(max[w], held[w]); });
         max
@@ -119,10 +117,13 @@ impl Source for Bf16 {
     }
 
     #[inline(always)]
-    #[track_caller]
-    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
-        // Without the sign, which means nothing.
-        (words.cast::<u16>().get(channel) as u32) << 17 >> 1
+    fn maximum(word: u32, channel: u32) -> f32 {
+        f32::from_bits(if channel == 0 { word << 16 } else { word & 0xFFFF_0000 }).abs()
+    }
+
+    #[inline(always)]
+    fn exact_scale(amax: f32) -> Scale {
+        plain_scale(amax)
     }
 
     #[inline(always)]
@@ -159,6 +160,11 @@ impl Source for F32 {
     }
 
     #[inline(always)]
+    fn start([a, b, c, d]: [u32; 4]) -> [u32; 8] {
+        [a, b, c, d, 0, 0, 0, 0]
+    }
+
+    #[inline(always)]
     fn fold(mut max: [u32; 8], held: [u32; 4]) -> [u32; 8] {
         unroll!(w in 4 { max[w] = Self::join(max[w], held[w]); });
         max
@@ -170,9 +176,8 @@ impl Source for F32 {
     }
 
     #[inline(always)]
-    #[track_caller]
-    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
-        words.get(channel) & 0x7FFF_FFFF
+    fn maximum(word: u32, _: u32) -> f32 {
+        f32::from_bits(word).abs()
     }
 
     #[inline(always)]
@@ -187,7 +192,6 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     const WORDS: usize = 8;
     const SCALED: bool = true;
     const PACKED: bool = PACKED;
-    const SHORT: bool = true;
     type Raw = [u32; 2];
     type Held = [f32; 8];
     const ZERO: [u32; 2] = [0; 2];
@@ -227,14 +231,8 @@ impl<const PACKED: bool> Source for Quantised<PACKED> {
     }
 
     #[inline(always)]
-    #[track_caller]
-    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
-        words.get(channel)
-    }
-
-    #[inline(always)]
-    fn larger(max: u32, one: u32) -> u32 {
-        max_total(f32::from_bits(max), f32::from_bits(one).abs()).to_bits()
+    fn maximum(word: u32, _: u32) -> f32 {
+        f32::from_bits(word).abs()
     }
 
     #[inline(always)]
@@ -249,7 +247,6 @@ impl<const PACKED: bool> Source for Codes<PACKED> {
     const WORDS: usize = 8;
     const SCALED: bool = true;
     const PACKED: bool = PACKED;
-    const SHORT: bool = true;
     type Raw = [u32; 2];
     type Held = ([u32; 2], f32);
     const ZERO: [u32; 2] = [0; 2];
@@ -287,14 +284,8 @@ impl<const PACKED: bool> Source for Codes<PACKED> {
     }
 
     #[inline(always)]
-    #[track_caller]
-    fn maximum(words: Shared<u32>, channel: u32) -> u32 {
-        Quantised::<PACKED>::maximum(words, channel)
-    }
-
-    #[inline(always)]
-    fn larger(max: u32, one: u32) -> u32 {
-        Quantised::<PACKED>::larger(max, one)
+    fn maximum(word: u32, channel: u32) -> f32 {
+        Quantised::<PACKED>::maximum(word, channel)
     }
 
     #[inline(always)]
@@ -388,8 +379,8 @@ impl Place {
     pub fn new<S: Source>(tile: Tile, cols: u32, vectors: usize) -> Self {
         let lanes = row_lanes::<S>(cols);
         Self {
-            row: tile.index * ROWS + warp_id() * warp_rows::<S>(cols, vectors) + lane_id() / lanes * vectors as u32,
-            col: tile.col + lane_id() % lanes * S::CHANNELS,
+            row: tile.index * ROWS + thread_idx() / lanes * vectors as u32,
+            col: tile.col + thread_idx() % lanes * S::CHANNELS,
         }
     }
 }
@@ -432,22 +423,19 @@ impl Rows for SameRows {
 #[track_caller]
 pub fn load<S: Source, R: Rows, const N: usize, const WIDE: bool>(input: Input, rows: R, tile: Tile, at: Place) -> [S::Held; N] {
     let last = tile.t - 1;
-    let first = if at.row < last { at.row } else { last };
-    let sources: [Option<u32>; N] = core::array::from_fn(|i| {
-        let i = i as u32;
-        rows.source(if S::SHORT { (at.row + i).min(last) } else { first + i.min(last - first) })
-    });
+    let sources: [Option<u32>; N] = core::array::from_fn(|i| rows.source((at.row + i as u32).min(last)));
     // Narrow rows end where they end.
     let last = if WIDE { tile.h - S::CHANNELS } else { tile.h };
     let col = if at.col < last { at.col } else { last };
+    let from = input.x.at(col as u64 * S::BYTES as u64);
     let mut raw = [(S::ZERO, 0.0); N];
     unroll!(i in N {
         if let Some(row) = sources[i] {
-            let from = if S::SHORT {
-                // One instruction a row.
-                input.x.at(col as u64 * S::BYTES as u64).at(row as u64 * input.stride as u64 * S::BYTES as u64)
+            let from = if WIDE {
+                // One instruction a row. The launcher sees to it that the product of 32 bits does.
+                from.at(row as u64 * input.stride.wrapping_mul(S::BYTES) as u64)
             } else {
-                input.x.at((row as u64 * input.stride as u64 + col as u64) * S::BYTES as u64)
+                from.at(row as u64 * input.stride as u64 * S::BYTES as u64)
             };
             raw[i].0 = if WIDE { S::load(from) } else { S::load_part(from, tile.h - col) };
             // Channels beyond the end have no scale.
@@ -467,14 +455,19 @@ pub fn load<S: Source, R: Rows, const N: usize, const WIDE: bool>(input: Input, 
     held
 }
 
-/// Shared memory of a block of `warps` warps: words of maxima for each warp, and what the channels of each block of 32 rows are
-/// multiplied by.
+/// Shared memory of a block of `warps` warps: words of maxima, and what the channels of each block of 32 rows are multiplied by.
 #[inline(always)]
 pub const fn shared<S: Source>(cols: u32, warps: u32) -> (SharedLayout, Shared<u32>, Shared<f32>) {
     let mut layout = SharedLayout::new();
-    let maxima = layout.array(warps * maxima_words::<S>(cols));
+    let maxima = layout.array(maxima_at::<S>(cols, warps, groups::<S>(cols, warps)));
     let factors = layout.array(UNITS * cols);
     (layout, maxima, factors)
+}
+
+/// Groups of rows that have maxima of their own: the rows of a thread, or from e4m3 those of a warp.
+#[inline(always)]
+const fn groups<S: Source>(cols: u32, warps: u32) -> u32 {
+    if S::SCALED { warps } else { warps * (WARP_SIZE / row_lanes::<S>(cols)) }
 }
 
 /// Words of maxima of a row of a tile.
@@ -482,6 +475,22 @@ pub const fn shared<S: Source>(cols: u32, warps: u32) -> (SharedLayout, Shared<u
 const fn maxima_words<S: Source>(cols: u32) -> u32 {
     row_lanes::<S>(cols) * S::WORDS as u32
 }
+
+/// Where the maxima of a group are. A thread joins [`READS`] neighbouring groups and its neighbour the next ones: those lie a few words
+/// further, so that they are in other banks.
+#[inline(always)]
+const fn maxima_at<S: Source>(cols: u32, warps: u32, group: u32) -> u32 {
+    let first = group * maxima_words::<S>(cols);
+    if S::SCALED {
+        return first;
+    }
+    // As many words as a warp has of those, but a multiple of a vector.
+    let words = WARP_SIZE * READS / groups::<S>(cols, warps);
+    first + group / READS * if words < 4 { 4 } else { words }
+}
+
+/// Groups whose maxima a thread joins.
+const READS: u32 = 4;
 
 /// Where scales go: row-major f32, or packed exponents, four scaling blocks of a channel in a word.
 #[derive(Clone, Copy)]
@@ -516,31 +525,34 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
             max = S::fold(max, held[i]);
         }
     });
-    // A warp that has several rows side by side joins them first.
     let lanes = row_lanes::<S>(COLS);
-    let mut mask = lanes;
-    while mask < WARP_SIZE {
-        unroll!(w in 8 {
-            if w < S::WORDS {
-                max[w] = S::join(max[w], warp_shuffle_xor(max[w], mask));
-            }
-        });
-        mask *= 2;
-    }
-    if lane_id() < lanes {
-        let first = warp_id() * maxima_words::<S>(COLS) + lane_id() * S::WORDS as u32;
-        maxima.store16(first, [max[0], max[1], max[2], max[3]]);
-        if S::WORDS == 8 {
+    if S::SCALED {
+        // A warp that has several rows side by side joins them first.
+        let mut mask = lanes;
+        while mask < WARP_SIZE {
+            unroll!(w in 8 { max[w] = S::join(max[w], warp_shuffle_xor(max[w], mask)); });
+            mask *= 2;
+        }
+        if lane_id() < lanes {
+            let first = maxima_at::<S>(COLS, warps, warp_id()) + lane_id() * S::WORDS as u32;
+            maxima.store16(first, [max[0], max[1], max[2], max[3]]);
             maxima.store16(first + 4, [max[4], max[5], max[6], max[7]]);
         }
-    }
-    block_sync();
-
-    // Tiles of 64 channels are for few rows, where the shorter code counts.
-    if S::SHORT || COLS <= 64 {
-        scales_by_channel::<S>(COLS, warps, tile, to);
+        block_sync();
+        if thread_idx() < COLS {
+            scales_by_channel::<S>(COLS, warps, tile, to);
+        }
     } else {
-        scales_by_lanes::<S>(COLS, warps, tile, to);
+        let group = thread_idx() / lanes;
+        let first = maxima_at::<S>(COLS, warps, group) + thread_idx() % lanes * S::WORDS as u32;
+        maxima.store16(first, [max[0], max[1], max[2], max[3]]);
+        block_sync();
+        // Each with its constants.
+        if to.units == 1 {
+            scales_by_word::<S, 1>(COLS, warps, tile, to);
+        } else {
+            scales_by_word::<S, UNITS>(COLS, warps, tile, to);
+        }
     }
     block_sync();
 
@@ -552,95 +564,113 @@ pub fn tile_factors<S: Source, const COLS: u32, const N: usize>(
     [a, b, c, d, e, f, g, h].map(f32::from_bits)
 }
 
-/// The scales of a tile, a thread a channel.
+/// The scales of the calling thread's channel, one of `cols`.
 #[inline(always)]
 #[track_caller]
 fn scales_by_channel<S: Source>(cols: u32, warps: u32, tile: Tile, to: ScaleOutput) {
     let (_, maxima, factors) = shared::<S>(cols, warps);
-    if thread_idx() < cols {
-        let channel = thread_idx();
-        let per_unit = warps / UNITS;
-        let mut scales = Scales::new(to, tile, channel);
-        let mut max = 0;
-        // Units with rows, one after the other: unrolled, the divisions would take the driver long to compile.
-        let end = (ceil_div(tile.t, UNIT) - tile.index * UNITS).min(UNITS);
-        let mut unit = 0;
-        let words = |i: u32| maxima.slice(i * maxima_words::<S>(cols), maxima_words::<S>(cols));
-        let whole = S::SHORT && to.units == UNITS;
-        if whole {
-            // At once, with one latency. Units without rows have the maxima of the last row.
-            unroll!(i in 16 {
-                if (i as u32) < warps {
-                    max = S::larger(max, S::maximum(words(i as u32), channel));
-                }
-            });
-            unit = end - 1;
-        }
-        while unit < end {
-            let mut i = 0;
-            while i < per_unit && !whole {
-                max = S::larger(max, S::maximum(words(unit * per_unit + i), channel));
-                i += 1;
+    let channel = thread_idx();
+    let per_unit = warps / UNITS;
+    let mut scales = Scales::new(to, tile, channel);
+    let mut max = f32::NAN;
+    // Units with rows, one after the other: unrolled, the divisions would take the driver long to compile.
+    let end = (ceil_div(tile.t, UNIT) - tile.index * UNITS).min(UNITS);
+    let mut unit = 0;
+    let one = |i: u32| S::maximum(maxima.get(i * cols + channel), 0);
+    let whole = to.units == UNITS;
+    if whole {
+        // At once, with one latency. Units without rows have the maxima of the last row.
+        unroll!(i in 16 {
+            if (i as u32) < warps {
+                max = max_total(max, one(i as u32));
             }
-            unit += 1;
-            if to.units == 1 || unit == end {
-                let amax = f32::from_bits(max);
-                let scale = if to.round { scale::<E4m3, true>(amax) } else { short_scale(amax) };
-                let first = if to.units == 1 { (unit - 1) * cols } else { 0 };
-                factors.set(first + channel, scale.inv);
-                scales.push(scale.sf);
-                max = 0;
+        });
+        unit = end - 1;
+    }
+    while unit < end {
+        let mut i = 0;
+        while i < per_unit && !whole {
+            max = max_total(max, one(unit * per_unit + i));
+            i += 1;
+        }
+        unit += 1;
+        if to.units == 1 || unit == end {
+            let scale = if to.round { scale::<E4m3, true>(max) } else { short_scale(max) };
+            let first = if to.units == 1 { (unit - 1) * cols } else { 0 };
+            factors.set(first + channel, scale.inv);
+            scales.push(scale.sf);
+            max = f32::NAN;
+        }
+    }
+    scales.finish();
+}
+
+/// The same for blocks of `N` times 32 rows, all threads at once: neighbours share the channels of a word of maxima. Each joins four groups
+/// of rows.
+#[inline(always)]
+#[track_caller]
+fn scales_by_word<S: Source, const N: u32>(cols: u32, warps: u32, tile: Tile, to: ScaleOutput) {
+    let (_, maxima, factors) = shared::<S>(cols, warps);
+    // Lanes that share a word of a tile, or of 32 of its rows.
+    let parts = groups::<S>(cols, warps) / READS;
+    let (lanes, rows) = (parts / UNITS * N, UNIT * N);
+    let (word, part) = (thread_idx() / parts, thread_idx() % parts);
+    let first = maxima.slice(maxima_at::<S>(cols, warps, part * READS), READS * maxima_words::<S>(cols));
+    let read = |i: u32| first.get(i * maxima_words::<S>(cols) + word);
+    let mut max = S::join(S::join(read(0), read(1)), S::join(read(2), read(3)));
+    let mut mask = 1;
+    while mask < lanes {
+        max = S::join(max, warp_shuffle_xor(max, mask));
+        mask *= 2;
+    }
+    let (unit, first) = (part / lanes, part % lanes);
+    let block = tile.index * (ROWS / rows) + unit;
+    let channels = S::CHANNELS / S::WORDS as u32;
+    // A tile has rows, but not all of its units do.
+    let (sets, exists) = (first < channels, N == UNITS || block * rows < tile.t);
+    let last = tile.t.wrapping_sub(block * rows) <= rows;
+    let mut channel = first % channels;
+    loop {
+        rolled();
+        let amax = S::maximum(max, channel);
+        let scale = if to.round { scale::<E4m3, true>(amax) } else { S::exact_scale(amax) };
+        let i = word * channels + channel;
+        if sets {
+            factors.set(unit * cols + i, scale.inv);
+            if exists && tile.col + i < tile.h {
+                // The scales of a channel make a column.
+                let layout = SfLayout { row_stride: 1, col_stride: to.stride };
+                store_sf(to.sf, layout, to.packed, scale.sf, (tile.col + i, block), last);
             }
         }
-        scales.finish();
+        channel += lanes;
+        if lanes >= channels || channel >= channels {
+            break;
+        }
     }
 }
 
-/// The same, all threads at once: those that share a scale are neighbours, and each reads what some of the warps put down. Fewer steps
-/// that wait for each other than a thread a channel takes, of which other blocks must make good.
+/// `a / d`, given the reciprocal of `d` but for its last bits. One step of correction leaves an error of 2^-44, so this is the IEEE quotient
+/// unless that is as close to a halfway point. For the numbers that come here it is not, but next to a divisor of 2 with gates around 2^-23;
+/// tests run all of them. Subnormal quotients are by powers of two, whose reciprocals are exact.
+#[doc(hidden)]
 #[inline(always)]
-#[track_caller]
-fn scales_by_lanes<S: Source>(cols: u32, warps: u32, tile: Tile, to: ScaleOutput) {
-    let (_, maxima, factors) = shared::<S>(cols, warps);
-    let threads = warps * WARP_SIZE;
-    // Scales of a channel, and the warps that have a part in each.
-    let (units, rows) = if to.units == 1 { (UNITS, warps / UNITS) } else { (1, warps) };
-    let log2 = |units: u32| if threads > units * cols { (threads / (units * cols)).trailing_zeros() } else { 0 };
-    let lanes_log2 = if to.units == 1 { log2(UNITS) } else { log2(1) };
-    let reads = if threads >= UNITS * cols { warps * cols / threads } else { rows >> lanes_log2 };
-    let part = thread_idx() & ((1 << lanes_log2) - 1);
-    let blocks = ceil_div(tile.t, to.units * UNIT);
-    let mut number = thread_idx() >> lanes_log2;
-    while number < units * cols {
-        rolled();
-        let (unit, channel) = (number / cols, number % cols);
-        let first = unit * rows + part * reads;
-        let mut max = 0;
-        unroll!(i in 4 {
-            if (i as u32) < reads {
-                let words = maxima.slice((first + i as u32) * maxima_words::<S>(cols), maxima_words::<S>(cols));
-                max = S::larger(max, S::maximum(words, channel));
-            }
-        });
-        let mut mask = 1;
-        while mask >> lanes_log2 == 0 {
-            rolled();
-            max = S::larger(max, warp_shuffle_xor(max, mask));
-            mask *= 2;
-        }
-        let amax = f32::from_bits(max);
-        let scale = if to.round { scale::<E4m3, true>(amax) } else { short_scale(amax) };
-        let (block, col) = (tile.index * units + unit, tile.col + channel);
-        if part == 0 {
-            factors.set(number, scale.inv);
-            if block < blocks && col < tile.h {
-                // The scales of a channel make a column.
-                let layout = SfLayout { row_stride: 1, col_stride: to.stride };
-                store_sf(to.sf, layout, to.packed, scale.sf, (col, block), block + 1 == blocks);
-            }
-        }
-        number += threads >> lanes_log2;
-    }
+pub fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
+    let q = a * reciprocal;
+    // Exact. Where `a` or `d` is infinite it is NaN, and then a number that leaves the quotient as it is. If it is zero, its product with
+    // the reciprocal of a negative `d` keeps the sign of a zero quotient.
+    let remainder = min_total(fma(-d, q, a), f32::MAX);
+    fma(remainder, reciprocal, q)
+}
+
+/// [`scale`] without rounding, for a bf16: the exact quotients without the tests of IEEE division.
+#[doc(hidden)]
+#[inline(always)]
+pub fn plain_scale(amax: f32) -> Scale {
+    let amax = max_total(amax, E4m3::AMAX_MIN);
+    // Both scaled, so that the reciprocal of a huge number is not 0.
+    let (largest, scaled) = (E4m3::MAX / 256.0, amax / 256.0);
+    Scale { sf: short_quotient(amax, E4m3::MAX, 1.0 / E4m3::MAX), inv: short_quotient(largest, scaled, fast_rcp(scaled)) }
 }
 
 /// The exact scale for a block whose largest magnitude is `amax`, as [`scale`] makes it, without the branches of its divisions.
@@ -730,20 +760,21 @@ pub fn store<S: Source, const N: usize, const WIDE: bool>(
     let rows = tile.t.saturating_sub(at.row);
     let mut out = out.at(at.row as u64 * tile.h as u64 + at.col as u64);
     unroll!(i in N {
-        if (i as u32) >= rows {
-            return;
-        }
         out = if i == 0 { out } else { out.at(tile.h as u64) };
         let values = S::values(held[i]);
         let v: [f32; 8] = core::array::from_fn(|j| values[j] * factors[j]);
         let low = f32x4_to_e4m3x4([v[0], v[1], v[2], v[3]]);
         let high = if S::CHANNELS == 8 { f32x4_to_e4m3x4([v[4], v[5], v[6], v[7]]) } else { 0 };
-        if !WIDE {
-            store_part(out, [low, high], (tile.h - at.col).min(S::CHANNELS));
-        } else if S::CHANNELS == 8 {
-            out.store8(0, [low, high]);
-        } else {
-            out.store4(0, low);
+        // Not in the branch, so that nothing but the store depends on it.
+        let (low, high) = if WIDE { (opaque(low), opaque(high)) } else { (low, high) };
+        if (i as u32) < rows {
+            if !WIDE {
+                store_part(out, [low, high], (tile.h - at.col).min(S::CHANNELS));
+            } else if S::CHANNELS == 8 {
+                out.store8(0, [low, high]);
+            } else {
+                out.store4(0, low);
+            }
         }
     });
 }

@@ -160,8 +160,7 @@ impl Source for Bf16 {
     #[inline(always)]
     fn is_extreme<const N: usize>(raw: [[u32; 4]; N]) -> bool {
         let largest = |[a, b, c, d]: [u32; 4]| bf16x2_max_abs(bf16x2_max_abs(a, b), bf16x2_max_abs(c, d));
-        let [low, high] = bf16x2_to_f32(raw.map(largest).into_iter().fold(0, bf16x2_max_abs));
-        max_abs(low, high).abs() > MODERATE
+        bf16x2_is_extreme(raw.map(largest).into_iter().fold(0, bf16x2_max_abs))
     }
 
     #[inline(always)]
@@ -259,6 +258,13 @@ pub fn normal_quotient(a: f32, d: f32) -> f32 {
     quotient(a * (1.0 / 256.0), d * (1.0 / 256.0))
 }
 
+/// Whether the magnitude of one of two bf16 gates is beyond what [`moderate_silu`] takes; NaN is not.
+#[inline(always)]
+pub fn bf16x2_is_extreme(gates: u32) -> bool {
+    let [low, high] = bf16x2_to_f32(gates);
+    max_abs(low, high).abs() > MODERATE
+}
+
 /// Largest magnitude; NaN does not count unless all are NaN.
 #[inline(always)]
 pub fn amax([a, b, c, d, e, f, g, h]: [f32; 8]) -> f32 {
@@ -278,7 +284,8 @@ impl Clamp {
 }
 
 /// `silu(gate) * up`, times the weight if there is one, of eight channels a vector, and if `MODE` (one of [`Clamp`]'s) says so what
-/// [`Counters::count`] takes. `small` is a constant: less code, which takes somewhat longer.
+/// [`Counters::count`] takes. `small` is a constant: less code, which takes somewhat longer. Vectors that are not `used` are zeros, whose
+/// work is left out where they are all that a warp has of that vector.
 #[inline(always)]
 pub fn activate<S: Source, const MODE: u32, const N: usize>(
     gates: [S::Raw; N],
@@ -286,6 +293,7 @@ pub fn activate<S: Source, const MODE: u32, const N: usize>(
     clamp: f32,
     weight: Option<f32>,
     small: bool,
+    used: [bool; N],
 ) -> ([[f32; 8]; N], Clamped) {
     let clamped = if MODE == Clamp::COUNT { S::count(gates, ups, clamp) } else { Clamped::default() };
     // A clamp that bf16 cannot hold is a gate that it cannot hold.
@@ -298,11 +306,13 @@ pub fn activate<S: Source, const MODE: u32, const N: usize>(
         });
     } else {
         unroll!(n in N {
-            let [gate, up] = if MODE == Clamp::NONE { [gates[n], ups[n]] } else { S::limit(gates[n], ups[n], clamp) };
-            let (l, r) = (S::values(gate), S::values(up));
-            v[n] = core::array::from_fn(|i| {
-                (if S::SHORT { moderate_silu::<true>(l[i]) } else { moderate_silu::<false>(l[i]) }) * r[i]
-            });
+            if used[n] {
+                let [gate, up] = if MODE == Clamp::NONE { [gates[n], ups[n]] } else { S::limit(gates[n], ups[n], clamp) };
+                let (l, r) = (S::values(gate), S::values(up));
+                v[n] = core::array::from_fn(|i| {
+                    (if S::SHORT { moderate_silu::<true>(l[i]) } else { moderate_silu::<false>(l[i]) }) * r[i]
+                });
+            }
         });
     }
     if let Some(weight) = weight {

@@ -24,15 +24,15 @@ pub const TILE: u32 = 512;
 pub type Shape = (usize, u32);
 /// bf16 input: 8 rows a block, so that scales fill sectors.
 pub const BF16_SHAPE: Shape = (2, 256);
-/// f32 input: 8 rows a block.
-pub const F32_SHAPE: Shape = (2, 512);
+/// f32 input: 4 rows a block.
+pub const F32_SHAPE: Shape = (4, 128);
 /// A row a block, so that few rows make many blocks. Their scales go to memory directly: no barrier, and less code to fetch.
 pub const FEW_BF16_SHAPE: Shape = (1, 64);
 /// See [`FEW_BF16_SHAPE`].
 pub const FEW_F32_SHAPE: Shape = (1, 128);
-/// See [`FEW_BF16_SHAPE`].
-pub const FEW_E4M3_SHAPE: Shape = (1, 32);
-/// Quantised input: 16 rows a block.
+/// e4m3 to e4m3: 8 rows a block.
+pub const E4M3_SHAPE: Shape = (2, 128);
+/// Other quantised input: 16 rows a block.
 pub const QUANTISED_SHAPE: Shape = (2, 256);
 /// e2m1 to e2m1 where every lane's 32 channels share scales on both sides: 8 rows a block.
 pub const PAIRS_SHAPE: Shape = (1, 128);
@@ -566,10 +566,15 @@ impl<const N: usize, const THREADS: u32> Tile<N, THREADS> {
     }
 }
 
-/// Largest values over groups of `2^lanes_log2` neighbouring lanes, which hold 16 to 128 channels.
+/// Largest values over groups of `2^lanes_log2` neighbouring lanes, which hold 16 to 128 channels. `SHORT`: fewer steps for groups of a
+/// whole warp, by a branch that costs more than it gains where there is much other code.
 #[inline(always)]
 #[track_caller]
-pub(super) fn group_max<S: Source, const N: usize>(mut amax: [f32; N], lanes_log2: u32) -> [f32; N] {
+pub(super) fn group_max<S: Source, const N: usize, const SHORT: bool>(mut amax: [f32; N], lanes_log2: u32) -> [f32; N] {
+    // The whole warp: one instruction for five steps. A lane that has nothing but NaN has none to offer.
+    if SHORT && S::CHANNELS == 4 && lanes_log2 == 5 {
+        return amax.map(|m| warp_max_nonnegative(max_total(m, 0.0)));
+    }
     for step in 0..5 {
         let (always, never) = ((2 * S::CHANNELS) << step <= 16, (2 * S::CHANNELS) << step > 128);
         if always || (!never && lanes_log2 > step) {
@@ -695,7 +700,7 @@ impl SfOut {
 
 kernel! {
     op = per_token_cast;
-    threads = 512, blocks = 4;
+    threads = 256, blocks = 6;
     /// Plain input whose rows are whole numbers of aligned vectors. `x_stride` counts bytes. Groups of `2^npc_log2` channels share a
     /// scale. `with_data = 0`: only the scales are written. Strides of `sf` count its elements.
     pub fn cast[S: Source, T: Encode, const RULE: u32, const N: usize, const THREADS: u32](
@@ -769,7 +774,10 @@ fn cast_tile<S: Source, T: Encode, const RULE: u32, const STOCHASTIC: bool, cons
 ) {
     let tile = Tile::<N, THREADS>::of_block::<S>();
     let raw = tile.load::<S>(x, num_tokens, hidden, x_stride, wide);
-    let amax = group_max::<S, N>(raw.map(S::amax), to.npc_log2 - S::CHANNELS.trailing_zeros());
+    let lanes_log2 = to.npc_log2 - S::CHANNELS.trailing_zeros();
+    let amax = raw.map(S::amax);
+    let amax =
+        if RULE == AT_RUN_TIME { group_max::<S, N, false>(amax, lanes_log2) } else { group_max::<S, N, true>(amax, lanes_log2) };
     let scales = scales::<T, RULE, N>(amax, to.rule);
     let of_one_row = tile_rows::<S>(N, THREADS) == 1;
     if of_one_row {
@@ -805,27 +813,31 @@ struct SfIn {
 }
 
 impl SfIn {
-    /// The scales at a channel, by row; 0 outside the tensor.
+    /// What holds the scale of a row at a channel, as it lies in memory; outside the tensor, its first. There is no branch around the
+    /// load: ptxas would move it behind what waits for the data, and few rows would take two latencies instead of one.
     #[inline(always)]
     #[track_caller]
-    fn at_channel(self, channel: u32, num_tokens: u32, hidden: u32) -> impl Fn(u32) -> f32 {
+    fn load(self, row: u32, channel: u32, inside: bool) -> u32 {
         let block = channel >> self.npc_log2;
         let column = if self.kind == X_SF_PACKED { block / 4 } else { block };
+        let (row, column) = if inside { (row >> self.npt_log2, column) } else { (0, 0) };
         let offset = column as u64 * self.col_stride as u64;
-        let (words, bytes) = (self.sf.at(offset), self.sf.cast::<u8>().at(offset));
-        move |row| {
-            if row >= num_tokens || channel >= hidden {
-                return 0.0;
-            }
-            let at = (row >> self.npt_log2) * self.row_stride;
-            if self.kind == X_SF_E4M3 {
-                return e4m3x2_to_f32(bytes.get(at) as u32)[0];
-            }
-            // One word either way; of a packed one, a byte becomes the exponent.
-            let word = words.get(at);
-            let exponent = ((word >> (block % 4 * 8)) << 23) & 0x7f80_0000;
-            f32::from_bits(if self.kind == X_SF_PACKED { exponent } else { word })
-        }
+        let at = row * self.row_stride;
+        if self.kind == X_SF_E4M3 { self.sf.cast::<u8>().at(offset).get(at) as u32 } else { self.sf.at(offset).get(at) }
+    }
+
+    /// The scale at a channel in what was loaded; 0 outside the tensor.
+    #[inline(always)]
+    fn decode(self, raw: u32, channel: u32, inside: bool) -> f32 {
+        let block = channel >> self.npc_log2;
+        // One word either way; of a packed one, a byte becomes the exponent.
+        let exponent = ((raw >> (block % 4 * 8)) << 23) & 0x7f80_0000;
+        let value = match self.kind {
+            X_SF_E4M3 => e4m3x2_to_f32(raw)[0],
+            X_SF_PACKED => f32::from_bits(exponent),
+            _ => f32::from_bits(raw),
+        };
+        if inside { value } else { 0.0 }
     }
 }
 
@@ -850,16 +862,14 @@ kernel! {
         recast_tile::<S, T, RULE, false, N, THREADS>(x, from, out, to, x_stride, num_tokens, hidden, true);
     }
     entries {
-        e4m3_e4m3[E4m3, E4m3, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
-        e4m3_e4m3_round[E4m3, E4m3, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
+        e4m3_e4m3[E4m3, E4m3, EXACT, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }],
+        e4m3_e4m3_round[E4m3, E4m3, POWERS, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }],
         e4m3_e2m1[E4m3, E2m1, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e4m3_e2m1_round[E4m3, E2m1, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e4m3[E2m1, E4m3, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e4m3_round[E2m1, E4m3, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e2m1[E2m1, E2m1, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e2m1_round[E2m1, E2m1, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
-        e4m3_e4m3_few[E4m3, E4m3, EXACT, { FEW_E4M3_SHAPE.0 }, { FEW_E4M3_SHAPE.1 }],
-        e4m3_e4m3_round_few[E4m3, E4m3, POWERS, { FEW_E4M3_SHAPE.0 }, { FEW_E4M3_SHAPE.1 }],
         e2m1x32_e2m1_round[E2m1x32, E2m1, POWERS, { PAIRS_SHAPE.0 }, { PAIRS_SHAPE.1 }],
     }
 }
@@ -910,17 +920,15 @@ fn recast_tile<S: Source, T: Encode, const RULE: u32, const STOCHASTIC: bool, co
     wide: bool,
 ) {
     let tile = Tile::<N, THREADS>::of_block::<S>();
-    let raw = tile.load::<S>(x, num_tokens, hidden, x_stride, wide);
     // Warps start at the first channel of a row, so all vectors of a lane have the same channels.
-    let input_scale = from.at_channel(tile.channel::<S>(0), num_tokens, hidden);
-    // The rows of a lane are among four aligned ones, so they share a block of four rows and more.
-    let x_sf: [f32; N] = if N == 1 || from.npt_log2 >= 2 {
-        [input_scale(tile.row::<S>(0)); N]
-    } else {
-        core::array::from_fn(|i| input_scale(tile.row::<S>(i)))
-    };
+    let channel = tile.channel::<S>(0);
+    let inside = |i: usize| tile.row::<S>(i) < num_tokens && channel < hidden;
+    // Rows of a lane may share a scale; loading it again costs less than a branch, which would wait for it.
+    let words: [u32; N] = core::array::from_fn(|i| from.load(tile.row::<S>(i), channel, inside(i)));
+    let raw = tile.load::<S>(x, num_tokens, hidden, x_stride, wide);
+    let x_sf: [f32; N] = core::array::from_fn(|i| from.decode(words[i], channel, inside(i)));
     let products = core::array::from_fn(|i| S::amax(raw[i]) * x_sf[i]);
-    let amax = group_max::<S, N>(products, to.npc_log2 - S::CHANNELS.trailing_zeros());
+    let amax = group_max::<S, N, false>(products, to.npc_log2 - S::CHANNELS.trailing_zeros());
     let scales = scales::<T, RULE, N>(amax, to.rule);
     let of_one_row = tile_rows::<S>(N, THREADS) == 1;
     if of_one_row {

@@ -162,7 +162,7 @@ fn items<S: Element, T: Decode, const RULE: u32>(
     let at = x.at(row as u64 * x_stride + (channel * (S::BITS / 8)) as u64);
     let channels = if item < num_items && channel < hidden { hidden - channel } else { 0 };
     let raw = if channels == 0 { S::ZERO } else { load::<S>(at, channels, wide) };
-    let amax = group_max::<S, 1>([S::amax(raw)], npc_log2 - S::CHANNELS.trailing_zeros());
+    let amax = group_max::<S, 1, false>([S::amax(raw)], npc_log2 - S::CHANNELS.trailing_zeros());
     if channels > 0 {
         let scale = scales::<T, RULE, 1>(amax, rule)(0);
         let codes = if RULE == POWERS { S::encode::<T, true>(raw, scale.inv) } else { S::encode::<T, false>(raw, scale.inv) };

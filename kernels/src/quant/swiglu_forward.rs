@@ -95,7 +95,7 @@ kernel! {
             used &= used - 1;
             let x = x.at(row as u64 * x_stride + channel as u64 * S::BYTES as u64);
             let (gate, up) = if inside { (S::load(x), S::load(x.at(hidden as u64 * S::BYTES as u64))) } else { (S::ZERO, S::ZERO) };
-            let ([v], count) = activate::<S, MODE, 1>([gate], [up], clamp, weights.of(row), false);
+            let ([v], count) = activate::<S, MODE, 1>([gate], [up], clamp, weights.of(row), false, [true]);
             if MODE == Clamp::COUNT {
                 clamped.add(count);
             }

@@ -8,7 +8,8 @@
 //!       shared memory too.
 //! Cost  4 bytes read and 1 written a value, 4/npt for its scale; about 29 instructions a value: memory bound, but not by far.
 
-use super::common::{E4m3, Scale, Target, scale};
+use super::common::{E4m3, scale};
+use super::common_channels::{plain_scale, short_quotient};
 use super::common_swiglu::{clamp_gate, clamp_up, silu};
 use crate::device::*;
 use crate::{kernel, unroll};
@@ -122,19 +123,6 @@ pub fn silu_of_bf16(gate: f32) -> f32 {
     short_quotient(gate * -0.25, divisor, fast_rcp(divisor))
 }
 
-/// `a / d`, given the reciprocal of `d` but for its last bits. One step of correction leaves an error of 2^-44, so this is the IEEE quotient
-/// unless that is as close to a halfway point. For the numbers that come here it is not, but next to a divisor of 2 with gates around 2^-23;
-/// tests run all of them. Subnormal quotients are by powers of two, whose reciprocals are exact.
-#[doc(hidden)]
-#[inline(always)]
-pub fn short_quotient(a: f32, d: f32, reciprocal: f32) -> f32 {
-    let q = a * reciprocal;
-    // Exact. Where `a` or `d` is infinite it is NaN, and then a number that leaves the quotient as it is. If it is zero, its product with
-    // the reciprocal of a negative `d` keeps the sign of a zero quotient.
-    let remainder = min_total(fma(-d, q, a), f32::MAX);
-    fma(remainder, reciprocal, q)
-}
-
 /// `silu(gate) * up` of two channels, rounded to bf16.
 #[inline(always)]
 fn activate<S: Silu, const CLAMP: bool>(gate: u32, up: u32, clamp: f32) -> u32 {
@@ -174,16 +162,6 @@ fn activate_all<S: Silu, const CLAMP: bool, const N: usize>(held: &Held, clamp: 
         });
     }
     core::array::from_fn(|i| core::array::from_fn(|w| gates[4 * i + w]))
-}
-
-/// [`scale`] without rounding, for a bf16: the exact quotients without the tests of IEEE division.
-#[doc(hidden)]
-#[inline(always)]
-pub fn plain_scale(amax: f32) -> Scale {
-    let amax = max_total(amax, E4m3::AMAX_MIN);
-    // Both scaled, so that the reciprocal of a huge number is not 0.
-    let (largest, scaled) = (E4m3::MAX / 256.0, amax / 256.0);
-    Scale { sf: short_quotient(amax, E4m3::MAX, 1.0 / E4m3::MAX), inv: short_quotient(largest, scaled, fast_rcp(scaled)) }
 }
 
 /// The first `exist` of eight bytes, one by one.

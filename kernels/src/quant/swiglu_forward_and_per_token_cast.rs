@@ -4,17 +4,20 @@
 //! In    x bf16, f32 [p, 2 h], gate left and up right    Out  data e4m3 [p, h], sf [p, ceil(h/npc)]
 //! Exact bitwise the specification's (quant.md 5.10, 6.8): each step one f32 operation, `exp` is CUDA's.  NaN never is the amax.
 //! Map   a warp takes 512 channels of a row, a lane two vectors of 8 (`cast`), of several rows one after the other where rows may be
-//!       padding, which then costs little; or a block takes a row (`rows`).
+//!       padding, which then costs little; or a block takes a row (`rows`); or, of few rows, a warp takes 128 channels (`few`).
 //! Cost  4 h bytes read (bf16) and h written a row; about 27 instructions a value: memory bound.
 //!
 //! Two vectors a lane have scales in two groups. The first step of their maxima lets half of the lanes go on with the one and half with
 //! the other, so that everything about scales is done once.
 
-use super::common::{Divisor, E4m3, Scale, Target, scale_at_least, ue8m0};
+use super::common::{Divisor, E4m3, Scale, SfLayout, Target, scale_at_least, ue8m0};
 pub use super::common_swiglu::{Bf16, Clamp, F32, Source};
-use super::common_swiglu::{Clamped, Counters, Rows, Weights, activate, amax, normal_quotient};
+use super::common_swiglu::{
+    Clamped, Counters, Rows, Weights, activate, amax, bf16x2_is_extreme, moderate_silu, normal_quotient, silu,
+};
 use crate::device::*;
 use crate::{kernel, unroll};
+use core::hint::cold_path;
 
 /// Channels of a warp of `cast`: whole packed words of every group.
 pub const PIECE: u32 = 2 * HALF;
@@ -147,7 +150,7 @@ fn cast_pieces<S: Source, const MODE: u32, const NPC: u32>(
             [one(0), one(1)]
         };
         let (gates, ups) = (load(x), load(up));
-        let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row), small);
+        let (v, count) = activate::<S, MODE, 2>(gates, ups, clamp, weights.of(row), small, [true, inside[1]]);
         clamped.add(count);
 
         let (low, high) = (amax(v[0]), amax(v[1]));
@@ -245,6 +248,77 @@ pieces! {
     cast_f32_count(2) { g128[F32, { Clamp::COUNT }, 128], g32[F32, { Clamp::COUNT }, 32] }
 }
 
+/// Channels of a lane of `few`.
+const FEW_CHANNELS: u32 = 4;
+/// Threads of a block of `few`: they take a piece.
+const FEW_THREADS: u32 = PIECE / FEW_CHANNELS;
+/// Most pieces that `few` takes: not more than the GPU holds at once.
+pub const MAX_FEW_PIECES: u32 = 132 * 8;
+
+/// Grid and block of `few`.
+pub fn few_config(num_rows: u32, hidden: u32) -> LaunchConfig {
+    LaunchConfig::grid([ceil_div(hidden, PIECE), num_rows, 1], FEW_THREADS)
+}
+
+/// The largest of the magnitudes of `NPC` channels, four a lane, and of `amax_min`.
+#[inline(always)]
+#[track_caller]
+fn largest_of_few<const NPC: u32>([a, b, c, d]: [f32; 4], amax_min: f32) -> f32 {
+    let largest = max_total(max_abs(max_abs(a, b), max_abs(c, d)).abs(), amax_min);
+    if NPC == 128 { warp_max_nonnegative(largest) } else { warp_max::<8>(largest) }
+}
+
+kernel! {
+    op = swiglu_forward_and_per_token_cast;
+    threads = 128, blocks = 8;
+    /// Few rows of bf16, which all hold tokens and count as they are; a block takes a piece of a row. Fetching the code takes most of the
+    /// time then, so there is little of it, and no jump on the way of moderate gates. Arguments as for `cast`.
+    pub fn few[const NPC: u32, const ROUND: bool](
+        x: In<u8>, out: Out<u8>, sf: Out<u8>, x_stride: u64, hidden: u32, amax_min: f32,
+        packed: u32, sf_row_stride: u32, sf_col_stride: u32,
+    ) {
+        let row = block_idx_y();
+        let channel = (block_idx_x() * FEW_THREADS + thread_idx()) * FEW_CHANNELS;
+        let x = x.at(row as u64 * x_stride + channel as u64 * 2);
+        let inside = channel < hidden;
+        let gates = if inside { x.load8(0) } else { [0; 2] };
+        let ups = if inside { x.at(hidden as u64 * 2).load8(0) } else { [0; 2] };
+        let floats = |v: [u32; 2]| {
+            let [a, b] = v.map(bf16x2_to_f32);
+            [a[0], a[1], b[0], b[1]]
+        };
+        let (l, r) = (floats(gates), floats(ups));
+
+        let finish = |v: [f32; 4]| {
+            let Scale { sf: value, inv } = scale_of(largest_of_few::<NPC>(v, amax_min), amax_min, ROUND);
+            if inside {
+                let out = out.at(row as u64 * hidden as u64 + channel as u64);
+                out.store4(0, f32x4_to_e4m3x4(v.map(|v| v * inv)));
+            }
+            let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
+            let group = channel / NPC;
+            if channel.is_multiple_of(NPC) {
+                if packed == 0 {
+                    if inside {
+                        sf.cast::<f32>().set(layout.index(row, group), value);
+                    }
+                } else if channel / (4 * NPC) * (4 * NPC) < hidden {
+                    // Groups that do not exist count as 0.
+                    sf.set(layout.byte(row, group), if inside { ue8m0(value) as u8 } else { 0 });
+                }
+            }
+        };
+        // The rest a second time rather than after both: the way without a jump is the usual one.
+        if warp_any(bf16x2_is_extreme(bf16x2_max_abs(gates[0], gates[1]))) {
+            cold_path();
+            finish(core::array::from_fn(|i| silu(l[i]) * r[i]));
+        } else {
+            finish(core::array::from_fn(|i| moderate_silu::<true>(l[i]) * r[i]));
+        }
+    }
+    entries { g128[128, false], g128_round[128, true], g32[32, false], g32_round[32, true] }
+}
+
 /// The body of `rows`.
 #[inline(always)]
 #[track_caller]
@@ -279,7 +353,7 @@ fn cast_rows<S: Source, const MODE: u32>(
                     let at = half as u64 * hidden as u64 + channel as u64;
                     if channel < hidden { S::load(x.at(at * S::BYTES as u64)) } else { S::ZERO }
                 };
-                let ([v], clamped) = activate::<S, MODE, 1>([load(0)], [load(1)], clamp, weight, !S::SHORT);
+                let ([v], clamped) = activate::<S, MODE, 1>([load(0)], [load(1)], clamp, weight, !S::SHORT, [true]);
                 (v, clamped)
             };
             // The warp's channels; the last ones stay in registers. A row longer than what the threads can hold is worked out

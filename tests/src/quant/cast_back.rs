@@ -338,6 +338,16 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             both_outputs(ctx, &[Format::E4m3, Format::E2m1], shape, &[(way, block, layout)])?;
         }
     }
+    // So many values that e4m3 goes to bf16 through shared memory, with a last warp that is not whole.
+    for (block, layout) in [
+        ((1, 128), SfLayout::RowMajor),
+        ((1, 16), SfLayout::ColMajorPacked),
+        ((3, 128), SfLayout::RowMajorE4m3),
+        ((1, 1040), SfLayout::ColMajor),
+        ((7, 32), SfLayout::RowMajorPacked),
+    ] {
+        both_outputs(ctx, &[Format::E4m3], (1011, 1040), &[(Way::Block, block, layout)])?;
+    }
     placements(ctx)?;
     parts(ctx)?;
     if ctx.depth == Depth::Full {

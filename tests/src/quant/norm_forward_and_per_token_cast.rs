@@ -72,6 +72,8 @@ struct Options {
     layout: SfLayout,
     /// `out_bf16`, and the other optional outputs.
     all: bool,
+    /// Without `out_bf16` though with `all`.
+    no_bf16: bool,
     mega_moe: Option<u32>,
     /// What the outputs are off from where their buffers start.
     offset: u64,
@@ -81,7 +83,7 @@ struct Options {
 
 impl Options {
     fn new(round: bool, layout: SfLayout) -> Self {
-        Self { round, layout, all: true, mega_moe: None, offset: 0, pad: 0 }
+        Self { round, layout, all: true, no_bf16: false, mega_moe: None, offset: 0, pad: 0 }
     }
 }
 
@@ -133,7 +135,7 @@ impl Outputs {
             mega_moe: device.alloc((mega_moe_shape[1] * (mega_moe_rows + o.pad) + GUARD) as usize).map_err(text)?,
             mega_moe_shape,
             mega_moe_strides: [1, mega_moe_rows + o.pad],
-            out_bf16: if o.all { Some(optional(DType::Bf16, &p.shape)?) } else { None },
+            out_bf16: if o.all && !o.no_bf16 { Some(optional(DType::Bf16, &p.shape)?) } else { None },
             residual_out: if o.all && p.residual.is_some() { Some(optional(p.dtype, &p.shape)?) } else { None },
             rstd: if o.all { Some(optional(DType::F32, &p.shape[..rank - 1])?) } else { None },
         };
@@ -293,6 +295,15 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
             check_problem(ctx, &Problem::new(dtype, &shape, (false, true, false)).awkward(), Gaps::default(), &all[..4])?;
             check_problem(ctx, &Problem::new(dtype, &shape, (true, false, false)).awkward(), Gaps::default(), &all[3..])?;
         }
+        // A block a row, and no output but the scales' and `rstd`; the last shape is the longest that is held.
+        let rstd: Vec<Options> = all.iter().map(|o| Options { no_bf16: true, ..*o }).collect();
+        let even = Gaps { row: 8, batch: 0, offset: 8 };
+        for (shape, gaps) in [([3, 1032], even), ([2, 1184], Gaps::default()), ([3, 2048], even), ([1, 16384], Gaps::default())] {
+            for parts in [PARTS[0], PARTS[2]] {
+                check_problem(ctx, &Problem::new(dtype, &shape, parts), gaps, &rstd)?;
+            }
+        }
+        check_problem(ctx, &Problem::new(dtype, &[3, 2048], PARTS[2]).awkward(), Gaps::default(), &rstd)?;
         for (shape, block_m, layout) in [
             ([133, 128], 32, SfLayout::RowMajorPacked),
             ([70, 384], 64, SfLayout::ColMajorPacked),
@@ -315,6 +326,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
                 check_problem(ctx, &Problem::new(dtype, &[1, h], PARTS[1]), Gaps::default(), &all)?;
                 check_problem(ctx, &Problem::new(dtype, &[512, h], PARTS[0]), Gaps::default(), &all)?;
                 check_problem(ctx, &Problem::new(dtype, &[7, 73, h], PARTS[1]), Gaps::default(), &all)?;
+                let rstd: Vec<Options> = all.iter().map(|o| Options { no_bf16: true, ..*o }).collect();
+                check_problem(ctx, &Problem::new(dtype, &[2001, h], PARTS[2]), Gaps::default(), &rstd)?;
                 let large = if h % 128 == 0 { [mega_moe, all[1], all[4]] } else { [packed, all[1], all[4]] };
                 // The largest take seconds each, most of them for the reference.
                 let large = if h == 192 || h == 7168 { &large[..] } else { &large[..1] };

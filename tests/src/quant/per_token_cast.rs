@@ -907,6 +907,9 @@ fn check_plain_edges(ctx: &Ctx) -> Result<(), String> {
         // Ragged last group (576 = 4.5 * 128), whole rows, all layouts.
         let plan = Plan { npcs: &all(&[576]), variants: true, stochastic: true, ..Plan::default() };
         check_source(ctx, &source("awkward", (19, 576), (576, 0))?, &FORMATS, &plan)?;
+        // So many rows that blocks have several, the last one fewer.
+        let plan = Plan { npcs: &all(&[]), ..Plan::default() };
+        check_source(ctx, &source("awkward", (131, 576), (576, 0))?, &FORMATS, &plan)?;
         // Several warp tiles a row, the last one cut; rows apart but aligned.
         let plan = Plan { npcs: &[32, 128, 2176], configs: &EXTENDED, stochastic: true, ..Plan::default() };
         check_source(ctx, &source("normal", (3, 2176), (4352, 8))?, &FORMATS, &plan)?;

@@ -508,7 +508,7 @@ pub fn bench() -> Vec<Row> {
 mod tests {
     use super::*;
     use ferrotile::{DType, Error, TensorMut};
-    use ferrotile_kernels::quant::swiglu_forward_and_per_channel_cast_and_transpose::{plain_scale, short_quotient};
+    use ferrotile_kernels::quant::common_channels::{plain_scale, short_quotient};
     use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
 
     #[test]

@@ -245,6 +245,13 @@ fn options(counting: bool) -> Vec<Options> {
     all
 }
 
+/// All layouts and groups for rows that all hold tokens and count as they are, without a clamp: `few` takes them if they are few.
+fn plain() -> Vec<Options> {
+    let (rows, weights) = (RowsKind::All, WeightsKind::None);
+    let all = options(false).into_iter().filter(|o| o.clamp.is_none() && o.npc != 0);
+    all.map(|o| Options { rows, weights, ..o }).collect()
+}
+
 /// Counts of experts with an empty first, inner and last one.
 const COUNTS: [u64; 9] = [0, 5, 0, 0, 13, 8, 1, 16, 0];
 
@@ -263,12 +270,20 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         let awkward = input(Layout::new(&COUNTS, 8, 3), 648, 0, "awkward")?;
         check_input(ctx, &awkward, &every, "awkward")?;
         check_input(ctx, &awkward, &counting, "awkward")?;
+        check_input(ctx, &awkward, &plain(), "awkward")?;
         // More than a warp's share of experts, an alignment that is no power of two, ragged rows far apart.
         let counts: Vec<u64> = (0..70).map(|e| [1, 0, 2][e % 3]).collect();
         let apart = input(Layout::new(&counts, 3, 1), 320, 24, "normal, apart")?;
         let some: Vec<Options> = every.iter().step_by(4).copied().collect();
         check_input(ctx, &apart, &some, "normal, apart")?;
         check_input(ctx, &apart, &counting[..4], "normal, apart")?;
+        check_input(ctx, &apart, &plain(), "normal, apart")?;
+        // Words with more or less than a group that exists; more rows than count as few.
+        for (t, h) in [(1, 8), (2, 72), (1, 2048), (1100, 40)] {
+            let step = if t > 2 { 5 } else { 1 };
+            let some: Vec<Options> = plain().into_iter().step_by(step).collect();
+            check_input(ctx, &input(Layout::new(&[t], 1, 0), h, 0, "normal")?, &some, "normal, plain")?;
+        }
         check_input(ctx, &input(Layout::new(&[1], 1, 0), 8, 0, "normal")?, &every[..18], "normal")?;
         // Longer than the threads of a block hold at once.
         check_input(ctx, &input(Layout::new(&[2], 1, 0), 8968, 0, "normal")?, &every[12..20], "normal")?;
@@ -279,6 +294,9 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
         check_input(ctx, &input(Layout::new(&[3], 4, 0), 0, 0, "empty")?, &every[..12], "empty")?;
         if ctx.depth == Depth::Small {
             continue;
+        }
+        for (t, h) in [(1, 1280), (16, 2048), (128, 3584), (264, 2048), (8001, 1280)] {
+            check_input(ctx, &input(Layout::new(&[t], 1, 0), h, 0, "normal")?, &plain(), "normal, plain")?;
         }
         for t in [1, 512, 8001] {
             for h in [64, 128, 192, 384, 1024, 1280, 1536, 2048, 3072, 3584] {

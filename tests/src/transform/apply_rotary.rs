@@ -336,6 +336,17 @@ fn unusual() -> Vec<Problem> {
     for interleaved in [false, true] {
         problems.push(Problem { interleaved, spare_heads: 1, key_heads: 2, ..Problem::new(280, 121, 128) });
     }
+    // Of the query alone, heads of 64, as the plain kernel takes them: even and odd numbers of heads.
+    for heads in [1, 2, 4, 8, 24, 33] {
+        for flags in 0..8 {
+            let positions = if flags & 4 == 0 { Positions::I32 } else { Positions::None };
+            let p = Problem { spare_heads: heads % 2, columns: 8, offset: 3, positions, ..Problem::new(21, heads, 64) };
+            problems.push(Problem { interleaved: flags & 1 != 0, conjugate: flags & 2 != 0, rows: 40, ..p });
+        }
+        // Sequences that follow each other, and such that share their positions.
+        problems.push(Problem { batch: 3, interleaved: true, ..Problem::new(5, heads, 64) });
+        problems.push(Problem { batch: 3, positions: Positions::Shared, ..Problem::new(5, heads, 64) });
+    }
     // Nothing to do.
     problems.push(Problem { key_heads: 0, ..Problem::new(0, 3, 64) });
     problems.push(Problem { key_heads: 2, ..Problem::new(4, 0, 64) });
@@ -484,12 +495,16 @@ fn check_joint(ctx: &Ctx) -> Result<(), String> {
 
 /// Positions outside of the cache: without checks their tokens stay as they are, with checks they are reported.
 fn check_range(ctx: &Ctx) -> Result<(), String> {
-    for (positions, outside, heads) in [
-        (Positions::I32, vec![-1, 29, i32::MAX as i64, i32::MIN as i64], 3),
-        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN, 1 << 32, (1 << 32) - 1, -(1 << 32)], 3),
-        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN], 1),
+    let of_i32 = || vec![-1, 29, i32::MAX as i64, i32::MIN as i64];
+    for (positions, outside, heads, key_heads) in [
+        (Positions::I32, of_i32(), 3, 1),
+        (Positions::I32, of_i32(), 1, 0),
+        (Positions::I32, of_i32(), 2, 0),
+        (Positions::I32, of_i32(), 8, 0),
+        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN, 1 << 32, (1 << 32) - 1, -(1 << 32)], 3, 1),
+        (Positions::I64, vec![-1, 29, i64::MAX, i64::MIN], 1, 1),
     ] {
-        let p = Problem { positions, key_heads: 1, ..Problem::new(20, heads, 64) };
+        let p = Problem { positions, key_heads, ..Problem::new(20, heads, 64) };
         let name = format!("kind=range,{}", p.name());
         if !ctx.case(&name) {
             continue;

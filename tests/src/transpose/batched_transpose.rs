@@ -9,6 +9,7 @@ use crate::support::suite::{Ctx, Report, Suite, ensure, text};
 use bytemuck::cast_slice;
 use ferrotile::transpose::batched_transpose::{Args, DTYPES, batched_transpose, transpose};
 use ferrotile::{Buffer, DType, Device, Stream, TensorMut, TensorRef};
+use ferrotile_kernels::transpose::batched_transpose::FEW_TILES;
 use rayon::prelude::*;
 
 /// The op's checks.
@@ -249,6 +250,10 @@ fn small_cases() -> Vec<Case> {
             Case { batch_stride: 64 * 64 + 16, ..case([3, 64, 64]) },
             Case { batch_stride: 64 * 64 + 1, ..case([3, 64, 64]) },
             Case { batch_stride: 0, row_stride: 0, ..case([2, 64, 64]) },
+            // More large tiles than are few: one and a bit in each dimension.
+            case([FEW_TILES as u64 / 2 + 1, 17 * wide, 2 * wide]),
+            case([FEW_TILES as u64 / 2 + 1, 2 * wide, 18 * wide]).rows(18 * wide + 16),
+            case([FEW_TILES as u64 + 1, wide, wide]),
             // Any size.
             case([1, 1, 1]),
             case([3, 1, 67]),
@@ -294,7 +299,8 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     let pool = Pool::new(&ctx.device, bytes as usize)?;
     for case in &cases {
         if ctx.case(&case.name()) {
-            let few = case.numel() * case.dtype.size() < 4 << 30 && case.shape[0] < 32;
+            let bytes = case.numel() * case.dtype.size();
+            let few = bytes < 64 << 20 || bytes < 4 << 30 && case.shape[0] < 32;
             if few { check(&stream, &pool, case)? } else { check_some(&stream, &pool, case)? }
         }
     }
@@ -438,20 +444,20 @@ mod tests {
     #[test]
     fn shared_accesses_of_cells_meet_in_no_bank() {
         use std::collections::BTreeSet;
-        fn of<const V: usize>() {
-            let (threads, cell) = (k::CELLS * k::CELLS, V as u32);
+        fn of<const V: usize, const C: u32>() {
+            let (threads, cell) = (C * C, V as u32);
             let free = |chunk: &dyn Fn(u32) -> u32, what: &str| {
                 for quarter in (0..threads).step_by(8) {
                     let chunks: BTreeSet<u32> = (quarter..quarter + 8).map(chunk).collect();
                     let groups: BTreeSet<u32> = chunks.iter().map(|chunk| chunk % 8).collect();
-                    assert_eq!(groups.len(), chunks.len(), "{what} of threads from {quarter} on, V = {V}");
+                    assert_eq!(groups.len(), chunks.len(), "{what} of threads from {quarter} on, V = {V}, {C} cells");
                 }
             };
             let mut used = vec![0; (threads * cell) as usize];
             for step in 0..cell {
-                let write = |t: u32| k::tile_chunk::<V>(t % k::CELLS * cell + step, t / k::CELLS);
-                let read = |t: u32| k::tile_chunk::<V>(t / k::CELLS + step * k::CELLS, t % k::CELLS);
-                let next = |t: u32| k::tile_chunk::<V>(t / k::CELLS + step * k::CELLS, (t % k::CELLS + 1).min(k::CELLS - 1));
+                let write = |t: u32| k::tile_chunk::<V, C>(t % C * cell + step, t / C);
+                let read = |t: u32| k::tile_chunk::<V, C>(t / C + step * C, t % C);
+                let next = |t: u32| k::tile_chunk::<V, C>(t / C + step * C, (t % C + 1).min(C - 1));
                 free(&write, "writes");
                 free(&read, "reads");
                 free(&next, "second reads of shifted pieces");
@@ -460,9 +466,11 @@ mod tests {
             }
             assert!(used.iter().all(|n| *n == 2), "every chunk is written once and read once");
         }
-        of::<4>();
-        of::<8>();
-        of::<16>();
+        of::<4, { k::CELLS }>();
+        of::<8, { k::CELLS }>();
+        of::<16, { k::CELLS }>();
+        of::<8, { k::SMALL_CELLS }>();
+        of::<16, { k::SMALL_CELLS }>();
     }
 
     /// Rows and columns of the tile of single elements: threads of a warp meet in a bank only if they share the word.
