@@ -50,7 +50,7 @@ pub trait Source: Copy {
     fn start(held: Self::Held) -> [u32; 8];
     /// The larger magnitudes of two words of maxima.
     fn join(a: u32, b: u32) -> u32;
-    /// The maximum of one of a word's channels. It may be NaN, which [`scale`] and [`short_scale`] take for nothing.
+    /// The maximum of one of a word's channels. It may be NaN, which [`scale`] and `short_scale` take for nothing.
     fn maximum(word: u32, channel: u32) -> f32;
     /// The exact scale for a block whose largest magnitude is `amax`, as [`scale`] makes it, without the branches of its divisions.
     #[inline(always)]
