@@ -112,10 +112,12 @@ fn launch(stream: &Stream, a: Args<'_>, max_tokens: u32) -> Result<()> {
     while first_token < tokens {
         let tokens = k::launch_tokens(first_token, tokens, npt, limit);
         let num_items = tokens * row_items;
-        // All kernels number items through the tensor and take the same arguments.
+        let config = LaunchConfig::new(num_items.div_ceil(k::THREADS), k::THREADS);
+        // Both kernels number items through the tensor and take the same arguments.
         macro_rules! launch {
-            ($kernel:ident, $entry:expr, $config:expr) => {{
-                let args = k::$kernel::Args {
+            ($kernel:ident) => {{
+                use k::$kernel as e;
+                let args = e::Args {
                     x: a.x.input::<u8>().at(first_token as u64 * x_stride as u64),
                     sf: a.sf.tensor.input::<u8>().at((first_token / npt) as u64 * sf.row as u64 * 4),
                     out: a.out.output::<u8>().at(first_token as u64 * hidden as u64 * size),
@@ -130,23 +132,15 @@ fn launch(stream: &Stream, a: Args<'_>, max_tokens: u32) -> Result<()> {
                     block_shift: block.shift,
                     k_shift,
                 };
-                stream.launch(op, $entry, &$config, &args)?
+                let all = [&e::bf16_f32, &e::f32_f32, &e::bf16_ue8m0, &e::f32_ue8m0];
+                let at = 2 * a.sf.layout.is_packed() as usize + (a.out.dtype() == DType::F32) as usize;
+                stream.launch(op, all[at], &config, &args)?
             }};
         }
-        let one_each = LaunchConfig::new(num_items.div_ceil(k::THREADS), k::THREADS);
-        let (packed, to_f32) = (a.sf.layout.is_packed(), a.out.dtype() == DType::F32);
-        macro_rules! one_of_four {
-            ($kernel:ident) => {{
-                use k::$kernel as e;
-                [&e::bf16_f32, &e::f32_f32, &e::bf16_ue8m0, &e::f32_ue8m0][2 * packed as usize + to_f32 as usize]
-            }};
-        }
-        if wide && !to_f32 && num_items >= k::LARGE_LEAST {
-            launch!(large, if packed { &k::large::ue8m0 } else { &k::large::f32 }, k::large_config(num_items))
-        } else if wide {
-            launch!(wide, one_of_four!(wide), one_each)
+        if wide {
+            launch!(wide)
         } else {
-            launch!(narrow, one_of_four!(narrow), one_each)
+            launch!(narrow)
         }
         first_token += tokens;
     }

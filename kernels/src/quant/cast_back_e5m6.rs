@@ -3,14 +3,14 @@
 //! In    x e5m6, 12 bytes for 8 values [t, 3h/2], any row stride; sf f32 or ue8m0 of blocks (npt, npc)    Out  out bf16 or f32 [t, h]
 //! Exact `out = fp32(q) * sf`, one f32 multiplication, then to bf16 by round to nearest even; bitwise the specification's.
 //! Map   `wide`: 16 bytes of output a thread, items numbered through the whole tensor, so that every warp store is 512 bytes in a
-//!       row; `large`: four of those to bf16; `narrow`: 8 values a step, whatever their alignment.
+//!       row; `narrow`: 8 values a step, whatever their alignment.
 //! Cost  h * 3 / 2 bytes read and h * (2 or 4) written a token, and the scales; memory bound.
 
 use crate::device::*;
+use crate::kernel;
 use crate::quant::cast_back::Output;
 pub use crate::quant::cast_back::{Bf16, Divisor, F32, MAX_ITEMS, THREADS, launch_tokens};
 use crate::quant::common::{SfLayout, load_sf};
-use crate::{kernel, unroll};
 
 /// Values that are packed together.
 pub const CHANNELS: u32 = 8;
@@ -60,49 +60,6 @@ kernel! {
     entries {
         bf16_f32[Bf16, false], f32_f32[F32, false], bf16_ue8m0[Bf16, true], f32_ue8m0[F32, true],
     }
-}
-
-/// Threads of a block of `large`, and items of a thread.
-pub const LARGE_THREADS: u32 = 128;
-/// See [`LARGE_THREADS`].
-pub const LARGE_ITEMS: usize = 4;
-/// Least items for `large`; fewer are faster with one a thread.
-pub const LARGE_LEAST: u32 = 1 << 16;
-
-/// Grid and block of `large`.
-pub fn large_config(num_items: u32) -> LaunchConfig {
-    LaunchConfig::new(num_items.div_ceil(LARGE_THREADS * LARGE_ITEMS as u32), LARGE_THREADS)
-}
-
-kernel! {
-    op = cast_back_e5m6;
-    threads = 128, blocks = 8;
-    /// As `wide` to bf16, several items a thread: an item is only 12 bytes on their way.
-    pub fn large[const PACKED: bool](
-        x: In<u8>, sf: In<u8>, out: Out<u8>, x_stride: u32, sf_row_stride: u32, sf_col_stride: u32,
-        num_items: u32, row_items: u32, row_magic: u32, row_shift: u32, block_magic: u32, block_shift: u32, k_shift: u32,
-    ) {
-        let layout = SfLayout { row_stride: sf_row_stride, col_stride: sf_col_stride };
-        let first = block_idx_x() * (LARGE_THREADS * LARGE_ITEMS as u32) + thread_idx();
-        // Beyond the end the last item once more: there is no branch around the loads, and all that write it write the same.
-        let item = |i: usize| (first + i as u32 * LARGE_THREADS).min(num_items - 1);
-        let mut raw = [[0; 3]; LARGE_ITEMS];
-        let mut scales = [0.0; LARGE_ITEMS];
-        unroll!(i in LARGE_ITEMS {
-            let item = item(i);
-            let row = Divisor { magic: row_magic, shift: row_shift }.divide(item);
-            let block = Divisor { magic: block_magic, shift: block_shift }.divide(item);
-            let column = item - row * row_items;
-            let x = x.at(row as u64 * x_stride as u64 + column as u64 * BYTES as u64);
-            raw[i] = [x.load4(0), x.load4(4), x.load4(8)];
-            scales[i] = load_sf::<PACKED>(sf, layout, block, column >> k_shift);
-        });
-        unroll!(i in LARGE_ITEMS {
-            let values = e5m6x8_to_f32(raw[i]).map(|q| q * scales[i]);
-            out.at(item(i) as u64 * 16).store16(0, Bf16::pack(values));
-        });
-    }
-    entries { f32[false], ue8m0[true] }
 }
 
 kernel! {

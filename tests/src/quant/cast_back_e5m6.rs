@@ -251,9 +251,6 @@ fn run(ctx: &Ctx) -> Result<Report, String> {
     check_all(ctx, (0, 384), (1, 384), aligned)?;
     check_all(ctx, (5, 0), (1, 128), aligned)?;
     check_all(ctx, (1, 8), (1, 8), aligned)?;
-    // Several items a thread, and fewer for the last block.
-    check_all(ctx, (513, 1032), (1, 1032), aligned)?;
-    check_all(ctx, (513, 1032), (5, 64), Placement { gap: 4, offset: 8, sf_gap: 1, out_offset: 0 })?;
     check_round_trip(ctx)?;
     if ctx.depth == Depth::Full {
         for h in HIDDENS {
