@@ -2,7 +2,8 @@
 //!
 //! In   x  [b, m, n], rows and matrices at any stride      Out  out  [b, n, m] contiguous
 //! Bytes are copied, so the result is exact for every element type, NaN payloads included.
-//! Map   one block per tile of 16 x 16 cells, of 8 x 8 for small matrices, tiles along the rows of x; a cell is V x V elements of one thread, V of them 16 bytes.
+//! Map   one block per tile of 16 x 16 cells, of 8 x 8 for small matrices, tiles along the rows of x; a cell is V x V elements of one
+//!       thread, V of them 16 bytes.
 //! Cost  2·b·m·n·size bytes; a cell costs V loads, V stores, 2·V shared accesses and 0 (4 bytes), 4·V (2), 8·V (1) permutes.
 //! Ragged m adds V shared accesses, about 15·V moves and permutes and V²/16 stores of one element to a cell; ragged n goes by element.
 
