@@ -75,29 +75,22 @@ pub fn mask_indices_by_tp(stream: &Stream, args: Args<'_>) -> Result<()> {
         (_, true) => (&mask::i32_v4, 4),
         (_, false) => (&mask::i32_v1, 1),
     };
-    let (by_size, by_ranks) = (Divisor::new(sizes.size), Divisor::new(sizes.ranks));
-    let values = mask::Args {
-        indices: args.indices.input(),
-        out: args.out.output(),
-        len,
-        n: sizes.n,
-        size: sizes.size,
-        size_magic: by_size.magic,
-        size_shift: by_size.shift,
-        ranks: sizes.ranks,
-        ranks_magic: by_ranks.magic,
-        ranks_shift: by_ranks.shift,
-        rank: sizes.rank,
-    };
+    let Sizes { n, first_expert, size, period } = sizes;
+    let Divisor { magic: period_magic, shift: period_shift } = Divisor::new(period);
+    let (indices, out) = (args.indices.input(), args.out.output());
+    let values = mask::Args { indices, out, len, n, first_expert, size, period, period_magic, period_shift };
     stream.launch(OP, entry, &kernels::config(len, per_thread), &values)
 }
 
 /// What the kernels count with.
 struct Sizes {
     n: u32,
+    /// Of this rank, or more than any expert.
+    first_expert: u32,
+    /// Experts of a group.
     size: u32,
-    ranks: u32,
-    rank: u32,
+    /// Experts of a group of each rank, or more than there are.
+    period: u32,
 }
 
 fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
@@ -114,10 +107,13 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::in_range(OP, "tp_rank", args.tp_rank, 0, args.num_tp_ranks - 1)?;
     check::same_device(OP, stream, &[("indices", indices), ("out", out)])?;
     check::no_overlap(OP, ("indices", indices), ("out", out))?;
+    let size = args.num_experts / args.num_ep_ranks;
+    // Below 2^62. Experts are below `MOST`, for which the numbers that are cut to it might be anything.
+    let at_most = |experts: u64| experts.min(MOST) as u32;
     Ok(Sizes {
-        n: args.num_experts as u32,
-        size: (args.num_experts / args.num_ep_ranks) as u32,
-        ranks: args.num_tp_ranks as u32,
-        rank: args.tp_rank as u32,
+        n: at_most(args.num_experts),
+        first_expert: at_most(args.tp_rank * size),
+        size: at_most(size),
+        period: at_most(args.num_tp_ranks * size),
     })
 }

@@ -252,6 +252,8 @@ const SF_LAYOUTS: &[SfLayout] = &[
 
 /// As many rows count as few.
 const FEW_ROWS: u32 = 128;
+/// The same for e4m3 on its way to e4m3: of 128 rows, blocks of one take longer.
+const FEW_E4M3_ROWS: u32 = 32;
 
 /// How the output is scaled.
 #[derive(Clone, Copy)]
@@ -463,7 +465,11 @@ fn cast_quantised(
             let config = k::tile_config::<k::E2m1x32>(k::PAIRS_SHAPE, rows.num_tokens, rows.hidden);
             (&e::e2m1x32_e2m1_round, config)
         } else if !from_e2m1 && format == Format::E4m3 {
-            (entry, rows.config(k::E4M3_SHAPE))
+            match (rows.num_tokens <= FEW_E4M3_ROWS, args.round_sf) {
+                (true, false) => (&e::e4m3_e4m3_few, rows.config(k::FEW_E4M3_SHAPE)),
+                (true, true) => (&e::e4m3_e4m3_round_few, rows.config(k::FEW_E4M3_SHAPE)),
+                (false, _) => (entry, rows.config(k::E4M3_SHAPE)),
+            }
         } else {
             (entry, rows.config(k::QUANTISED_SHAPE))
         };

@@ -57,22 +57,10 @@ pub fn sigmoid(x: f32) -> f32 {
     if x < 0.0 { small * inverse } else { inverse }
 }
 
-/// The larger one.
-#[inline(always)]
-pub fn larger(a: u32, b: u32) -> u32 {
-    if a > b { a } else { b }
-}
-
-/// The smaller one.
-#[inline(always)]
-pub fn smaller(a: u32, b: u32) -> u32 {
-    if a < b { a } else { b }
-}
-
 /// What an expert is ranked by: orders as the value does, NaN below -inf, and 0 is left for experts that must not be chosen.
 #[inline(always)]
 pub fn rank_key(value: f32) -> u32 {
-    larger(ordered_key(value), 1)
+    max_u32(ordered_key(value), 1)
 }
 
 /// `V` neighbouring values, 4 of which are aligned.
@@ -139,7 +127,7 @@ pub fn select(keys: Shared<u32>, e: u32, k: u32, best: u32, list: Shared<u32>) -
             key = 0;
         }
     }
-    let low = larger(bound & !31, 1) - 1;
+    let low = max_u32(bound & !31, 1) - 1;
 
     // Gather in ascending order of the experts.
     list.set(lane, 0);
@@ -246,11 +234,12 @@ impl Physical {
         }
     }
 
-    /// The physical expert that `token` goes to on this rank. A number of columns out of range counts as 1; the checked emulator reports it.
+    /// The physical expert that `token` goes to on this rank, given the number of valid columns of its logical one. A number out of range
+    /// counts as 1; the checked emulator reports it.
     #[inline(always)]
     #[track_caller]
-    pub fn expert(self, logical: u32, token: u32, ep_rank: u32) -> i32 {
-        let count = self.logical_count.get(logical) as u32;
+    pub fn expert(self, logical: u32, count: i32, token: u32, ep_rank: u32) -> i32 {
+        let count = count as u32;
         let count = if index_below(count.wrapping_sub(1), self.columns) { count } else { 1 };
         // In 64 bits: the peers' 32 overflow from 92 037 tokens on.
         let turn = ep_rank as u64 + token as u64 * 23_333;

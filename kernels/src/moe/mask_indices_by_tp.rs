@@ -2,12 +2,14 @@
 //!
 //! In    indices i64 or i32 `[len]`, below `n` or negative        Out   of the same type
 //! Exact with groups of `size` experts that the ranks take in turn: expert `v` of group `r = v / size` is on rank `r % ranks`, where it has
-//!       the index `r / ranks * size + v % size`.
+//!       the index `r / ranks * size + v % size`. That is, experts of a rank are the first `size` of each `period = ranks * size`,
+//!       counted from the first one of the rank.
 //! Map   16 bytes a thread; one index a thread where an address is not a multiple of 16.
-//! Cost  16 (8) bytes an index moved, two divisions as multiplications; latency bound.
+//! Cost  16 (8) bytes an index moved, one division as a multiplication; latency bound. All arguments are in one line of the constant
+//!       cache (docs/performance.md, "Few tokens").
 
 pub use super::common_index::Divisor;
-use super::common_index::{NONE, index_or_none};
+use super::common_index::index_or_none;
 use crate::device::*;
 use crate::kernel;
 use core::hint::cold_path;
@@ -26,20 +28,18 @@ pub const fn config(len: u64, per_thread: u64) -> LaunchConfig {
 kernel! {
     op = mask_indices_by_tp;
     threads = 256;
-    /// An index has `WORDS` 32-bit words, a thread `V` indices. `size_magic` and so on are a [`Divisor`].
+    /// An index has `WORDS` 32-bit words, a thread `V` indices. The first expert of the rank is `first_expert`, or more than all experts if the
+    /// rank has none. `period_magic` and so on are a [`Divisor`].
     pub fn mask[const WORDS: u32, const V: u32](
-        indices: In<u32>, out: Out<u32>, len: u64, n: u32, size: u32, size_magic: u32, size_shift: u32,
-        ranks: u32, ranks_magic: u32, ranks_shift: u32, rank: u32,
+        indices: In<u32>, out: Out<u32>, len: u64, n: u32, first_expert: u32, size: u32, period: u32, period_magic: u32, period_shift: u32,
     ) {
-        let by_size = Divisor { magic: size_magic, shift: size_shift };
-        let by_ranks = Divisor { magic: ranks_magic, shift: ranks_shift };
+        let by_period = Divisor { magic: period_magic, shift: period_shift };
         let local = |index: i64| {
-            let expert = index_or_none(index, n);
-            let group = by_size.divide(expert);
-            let round = by_ranks.divide(group);
-            // In place of the groups of all ranks before it stand those of this rank. Wrapping, because NONE is no expert.
-            let here = expert != NONE && group.wrapping_sub(round.wrapping_mul(ranks)) == rank;
-            if here { expert.wrapping_sub(group.wrapping_sub(round).wrapping_mul(size)) as i32 } else { -1 }
+            // Negative for experts before the first one of the rank, and for NONE.
+            let from_first = index_or_none(index, n).wrapping_sub(first_expert);
+            let round = by_period.divide(from_first);
+            let place = from_first.wrapping_sub(round.wrapping_mul(period));
+            if (from_first as i32 >= 0) & (place < size) { round.wrapping_mul(size).wrapping_add(place) as i32 } else { -1 }
         };
         let first = (block_idx_x() as u64 * THREADS as u64 + thread_idx() as u64) * V as u64;
         if first >= len {

@@ -11,6 +11,7 @@ pub use super::common_index::Divisor;
 use super::common_index::{NONE, index_or_none};
 use crate::device::*;
 use crate::{kernel, unroll};
+use core::hint::cold_path;
 
 /// Tokens, that is warps, of a block.
 pub const WARPS: u32 = 8;
@@ -36,31 +37,32 @@ kernel! {
     threads = 256;
     /// Without a loss on the scores: all but the choices of a token are 0. `V` is 4 where rows start at multiples of 16 bytes, else 1.
     pub fn routed[const V: u32](
-        scores: In<f32>, idx: In<i64>, weights: In<f32>, grads: In<f32>, out: Out<f32>,
-        t: u32, e: u32, k: u32, idx_stride: u64, weights_stride: u64, grads_stride: u64, factor: f32,
+        t: u32, k: u32, idx: In<i64>, idx_stride: u64, weights: In<f32>, weights_stride: u64, grads: In<f32>, grads_stride: u64, e: u32,
+        scores: In<f32>, out: Out<f32>, factor: f32,
     ) {
         let token = block_idx_x() * WARPS + warp_id();
         if token >= t {
             return;
         }
-        let row = token as u64 * e as u64;
+        let of_token = |stride: u64| token as u64 * stride;
+        let choice = Choice::load(idx.at(of_token(idx_stride)), weights.at(of_token(weights_stride)), grads.at(of_token(grads_stride)), k);
+        let row = of_token(e as u64);
         let (scores, out) = (scores.at(row), out.at(row));
-        let token = token as u64;
-        let choice = Choice::load(idx.at(token * idx_stride), weights.at(token * weights_stride), grads.at(token * grads_stride), k);
         let expert = choice.expert::<true>(e);
         let score = if expert != NONE { scores.get(expert) } else { 0.0 };
 
         // While that arrives.
         let mut i = lane_id() * V;
         while i < e {
+            rolled();
             if V == 4 { out.store16(i, [0; 4]) } else { out.set(i, 0.0) }
             i += WARP_SIZE * V;
         }
-        let (gradient, writes) = choice.gradient(expert, score, k, factor);
+        let (gradient, slope, writes) = choice.gradient(expert, score, k, factor);
         // Its element is written a second time.
         warp_sync();
         if writes {
-            out.set(expert, times(slope(score), gradient));
+            out.set(expert, times(slope, gradient));
         }
     }
     entries { v4[4], v1[1] }
@@ -72,21 +74,20 @@ kernel! {
     /// With a loss on the scores. Rows stay in registers with `HELD` > 0, which are rows of up to [`max_held`] experts, `V` = 4.
     /// `sequence_magic` and so on are the [`Divisor`] for the tokens of a sequence.
     pub fn with_loss[const HELD: usize, const V: usize](
-        scores: In<f32>, idx: In<i64>, weights: In<f32>, grads: In<f32>, mask: In<u8>, h: In<f32>, out: Out<f32>,
-        t: u32, e: u32, k: u32, idx_stride: u64, weights_stride: u64, grads_stride: u64, factor: f32,
-        sequence_magic: u32, sequence_shift: u32,
+        t: u32, k: u32, idx: In<i64>, idx_stride: u64, weights: In<f32>, weights_stride: u64, grads: In<f32>, grads_stride: u64, e: u32,
+        scores: In<f32>, mask: In<u8>, h: In<f32>, sequence_magic: u32, sequence_shift: u32, out: Out<f32>, factor: f32,
     ) {
         let token = block_idx_x() * WARPS + warp_id();
         if token >= t {
             return;
         }
         let lane = lane_id();
+        let of_token = |stride: u64| token as u64 * stride;
+        let choice = Choice::load(idx.at(of_token(idx_stride)), weights.at(of_token(weights_stride)), grads.at(of_token(grads_stride)), k);
         let sequence = Divisor { magic: sequence_magic, shift: sequence_shift }.divide(token);
-        let row = token as u64 * e as u64;
+        let row = of_token(e as u64);
         let (scores, out, h) = (scores.at(row), out.at(row), h.at(sequence as u64 * e as u64));
         let counts = mask.at(token as u64).get(0) != 0;
-        let token = token as u64;
-        let choice = Choice::load(idx.at(token * idx_stride), weights.at(token * weights_stride), grads.at(token * grads_stride), k);
 
         // Sums over the row.
         let first = |run: usize| (run as u32 * WARP_SIZE + lane) * V as u32;
@@ -146,12 +147,12 @@ kernel! {
 
         // With long rows here, and `h` below: across two loops they would take more registers than there are.
         let score = if HELD > 0 || expert == NONE { early.0 } else { scores.get(expert) };
-        let (gradient, writes) = choice.gradient(expert, score, k, factor);
+        let (gradient, slope, writes) = choice.gradient(expert, score, k, factor);
         // Its element is written a second time.
         warp_sync();
         if writes {
             let h = if HELD > 0 { early.1 } else { h.get(expert) };
-            out.set(expert, times(slope(score), gradient + of_loss(h)));
+            out.set(expert, times(slope, gradient + of_loss(h)));
         }
     }
     entries { held_2_v4[2, 4], held_4_v4[4, 4], v4[0, 4], v1[0, 1] }
@@ -187,17 +188,18 @@ impl Choice {
         index_or_none((low as u64 | (high as u64) << 32) as i64, e)
     }
 
-    /// Given the expert and its score, the gradient with respect to that, summed over all choices of the expert, and whether this lane is the
-    /// first with that expert.
+    /// Given the expert and its score: the gradient with respect to that, summed over all choices of the expert; the [`slope`] of the score; and
+    /// whether this lane is the first with that expert.
     #[inline(always)]
     #[track_caller]
-    fn gradient(&self, expert: u32, score: f32, k: u32, factor: f32) -> (f32, bool) {
+    fn gradient(&self, expert: u32, score: f32, k: u32, factor: f32) -> (f32, f32, bool) {
         let chosen = expert != NONE;
         let same = warp_match_any(expert);
         let dot = warp_sum::<WARP_SIZE>(if chosen { self.gradient * self.weight } else { 0.0 });
         // Without a fused multiply-add: a single choice has the weight `factor`, and the gradient 0.
         let mut gradient = factor * self.gradient - dot;
-        if warp_any(chosen && !same.is_power_of_two()) {
+        if warp_any(chosen & (same & same.wrapping_sub(1) != 0)) {
+            cold_path();
             let mut sum = 0.0;
             for choice in 0..k {
                 rolled();
@@ -206,8 +208,11 @@ impl Choice {
             }
             gradient = sum;
         }
+        // Opaque, so that it is computed here, between the steps of the sum, and not by the lanes that need it after that.
+        let slope = f32::from_bits(opaque(slope(score).to_bits()));
         let denominator = warp_sum::<WARP_SIZE>(score) + EPSILON;
-        (gradient / denominator, chosen && same.trailing_zeros() == lane_id())
+        let before = (1 << lane_id()) - 1;
+        (gradient / denominator, slope, chosen & (same & before == 0))
     }
 }
 

@@ -156,12 +156,12 @@ kernel! {
         }
         warp_sync();
 
-        // A lane is a slot from here on.
-        let mut score = 0.0;
-        if lane < k {
-            expert = list.get(lane);
-            score = if expert == NONE { 0.0 } else { scores.get(expert) };
-        }
+        // A lane is a slot from here on; those behind the chosen experts have the shared ones.
+        expert = if lane < k { list.get(lane) } else { e + lane - k };
+        let maps = (has & PHYSICAL != 0) & (expert != NONE) & (lane < k + s);
+        // On its way while the scores are added up.
+        let count = if maps { logical_count.get(expert) } else { 0 };
+        let score = if lane < k && expert != NONE { scores.get(expert) } else { 0.0 };
         let sum = warp_sum::<WARP_SIZE>(score) + 1e-20;
         if lane >= k + s {
             return;
@@ -172,13 +172,11 @@ kernel! {
             if has & UNMAPPED != 0 && !is_fixed {
                 unmapped.set(lane, expert as i64);
             }
-        } else {
-            expert = e + lane - k;
         }
         weights.set(lane, weight);
         let mut place = expert as i32;
-        if has & PHYSICAL != 0 && expert != NONE {
-            place = physical.expert(expert, token, ep_rank);
+        if maps {
+            place = physical.expert(expert, count, token, ep_rank);
         }
         idx.set(lane, place as i64);
     }

@@ -278,7 +278,7 @@ fn ordinary<const G: usize>(w: &[[f32; 4]; G], sum: f32) -> bool {
         largest = max_u32(max_u32(max_u32(max_u32(largest, a), b), c), d);
     });
     // Quotients other than 0 are normal: not below 2^-60 / 2^60, and not above 2^60 / 1e-20, which is less than 2^127. NaN is no such sum.
-    least >= LEAST.to_bits() - 1 && largest <= MOST.to_bits() && (EPSILON..=MOST).contains(&sum)
+    (least >= LEAST.to_bits() - 1) & (largest <= MOST.to_bits()) & (sum >= EPSILON) & (sum <= MOST)
 }
 
 /// `k` weights divided by the sum, whatever they are.

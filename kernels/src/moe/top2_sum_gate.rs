@@ -155,7 +155,7 @@ kernel! {
             let of_rank: [u32; 4] = core::array::from_fn(|j| ordered_key(of_expert[j] + bias[j]));
             keys.store16(i, of_rank);
             for j in 0..4 {
-                best = larger(best, of_rank[j]);
+                best = max_u32(best, of_rank[j]);
                 largest = max_total(largest, x[j]);
             }
             if SCORING != SOFTMAX {
@@ -197,7 +197,14 @@ kernel! {
         }
         warp_sync();
 
-        // A lane is a slot from here on.
+        // A lane is a slot from here on; those behind the chosen experts have the shared ones.
+        if lane >= k + s {
+            return;
+        }
+        let expert = if lane < k { list.get(lane) } else { e + lane - k };
+        let maps = (has & PHYSICAL != 0) & (expert != NONE);
+        // On its way while the weights are added up.
+        let count = if maps { logical_count.get(expert) } else { 0 };
         let mut sum = 1e-20;
         let mut first = 0;
         while first < k {
@@ -207,28 +214,24 @@ kernel! {
             }
             first += 4;
         }
-        if lane >= k + s {
-            return;
-        }
-        let (mut expert, mut weight) = (e + lane - k, 1.0);
+        let mut weight = 1.0;
         if lane < k {
-            expert = list.get(lane);
             weight = divide_normal(powers.get(lane), sum) * scaling;
-            if has & UNMAPPED != 0 && !is_fixed {
+            if (has & UNMAPPED != 0) & !is_fixed {
                 unmapped.set(lane, expert as i32 as i64);
             }
         }
         weights.set(lane, weight);
         let mut place = expert as i32;
-        if has & PHYSICAL != 0 && expert != NONE {
-            place = physical.expert(expert, token, ep_rank);
+        if maps {
+            place = physical.expert(expert, count, token, ep_rank);
         }
         let by_rank = Divisor { magic: rank_magic, shift: rank_shift };
         let by_ranks = Divisor { magic: tp_magic, shift: tp_shift };
         let rank = by_rank.divide(place as u32);
         let round = by_ranks.divide(rank);
         // In place of the experts of all ranks before it stand those of this rank's.
-        let here = place >= 0 && rank.wrapping_sub(round.wrapping_mul(tp_ranks)) == tp_rank;
+        let here = (place >= 0) & (rank.wrapping_sub(round.wrapping_mul(tp_ranks)) == tp_rank);
         let local = (place as u32).wrapping_sub(rank.wrapping_sub(round).wrapping_mul(rank_experts));
         idx.set(lane, if here { local as i32 as i64 } else { -1 });
     }
@@ -254,11 +257,11 @@ fn keep_groups(keys: Shared<u32>, e: u32, groups: u32, kept: u32, of_group: u32,
     while first < of_group {
         rolled();
         let at = [first, first + lanes];
-        let held = at.map(|at| keys.get(smaller(group * of_group + at, e - 1)));
+        let held = at.map(|at| keys.get(min_u32(group * of_group + at, e - 1)));
         for i in 0..2 {
             let key = if at[i] < mine { held[i] } else { 0 };
-            second = larger(second, smaller(best, key));
-            best = larger(best, key);
+            second = max_u32(second, min_u32(best, key));
+            best = max_u32(best, key);
         }
         first += 2 * lanes;
     }
@@ -266,12 +269,12 @@ fn keep_groups(keys: Shared<u32>, e: u32, groups: u32, kept: u32, of_group: u32,
     while distance > 0 {
         rolled();
         let (other, other_second) = (warp_shuffle_xor(best, distance), warp_shuffle_xor(second, distance));
-        second = larger(larger(second, other_second), smaller(best, other));
-        best = larger(best, other);
+        second = max_u32(max_u32(second, other_second), min_u32(best, other));
+        best = max_u32(best, other);
         distance >>= 1;
     }
     if place == 0 && group < groups {
-        list.set(group, larger(ordered_key(ordered_float(best) + ordered_float(second)), 1));
+        list.set(group, max_u32(ordered_key(ordered_float(best) + ordered_float(second)), 1));
     }
     warp_sync();
     let rank = rank(list, groups, list.get(lane));
@@ -290,7 +293,7 @@ fn keep_groups(keys: Shared<u32>, e: u32, groups: u32, kept: u32, of_group: u32,
     while i < e {
         rolled();
         for key in keys.load16(i).iter() {
-            best = larger(best, *key);
+            best = max_u32(best, *key);
         }
         i += STEP;
     }

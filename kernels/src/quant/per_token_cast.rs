@@ -32,6 +32,8 @@ pub const FEW_BF16_SHAPE: Shape = (1, 64);
 pub const FEW_F32_SHAPE: Shape = (1, 128);
 /// e4m3 to e4m3: 8 rows a block.
 pub const E4M3_SHAPE: Shape = (2, 128);
+/// See [`FEW_BF16_SHAPE`].
+pub const FEW_E4M3_SHAPE: Shape = (1, 32);
 /// Other quantised input: 16 rows a block.
 pub const QUANTISED_SHAPE: Shape = (2, 256);
 /// e2m1 to e2m1 where every lane's 32 channels share scales on both sides: 8 rows a block.
@@ -864,6 +866,8 @@ kernel! {
     entries {
         e4m3_e4m3[E4m3, E4m3, EXACT, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }],
         e4m3_e4m3_round[E4m3, E4m3, POWERS, { E4M3_SHAPE.0 }, { E4M3_SHAPE.1 }],
+        e4m3_e4m3_few[E4m3, E4m3, EXACT, { FEW_E4M3_SHAPE.0 }, { FEW_E4M3_SHAPE.1 }],
+        e4m3_e4m3_round_few[E4m3, E4m3, POWERS, { FEW_E4M3_SHAPE.0 }, { FEW_E4M3_SHAPE.1 }],
         e4m3_e2m1[E4m3, E2m1, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e4m3_e2m1_round[E4m3, E2m1, POWERS, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
         e2m1_e4m3[E2m1, E4m3, EXACT, { QUANTISED_SHAPE.0 }, { QUANTISED_SHAPE.1 }],
