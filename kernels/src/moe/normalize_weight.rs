@@ -267,6 +267,8 @@ fn sum<const TREE: bool, const G: usize>(w: [[f32; 4]; G]) -> f32 {
 }
 
 /// Whether all quotients of these weights can be had from [`divide_by`]. The sum may be that of more weights, of which some are negative.
+// As one value: `contains` would be two branches.
+#[allow(clippy::manual_range_contains)]
 #[inline(always)]
 fn ordinary<const G: usize>(w: &[[f32; 4]; G], sum: f32) -> bool {
     let (mut least, mut largest) = (u32::MAX, 0);
