@@ -108,12 +108,11 @@ fn check_args(stream: &Stream, args: &Args<'_>) -> Result<Sizes> {
     check::same_device(OP, stream, &[("indices", indices), ("out", out)])?;
     check::no_overlap(OP, ("indices", indices), ("out", out))?;
     let size = args.num_experts / args.num_ep_ranks;
-    // Below 2^62. Experts are below `MOST`, for which the numbers that are cut to it might be anything.
-    let at_most = |experts: u64| experts.min(MOST) as u32;
+    // Products below 2^62. Experts are below `MOST`: what is more may as well be that.
     Ok(Sizes {
-        n: at_most(args.num_experts),
-        first_expert: at_most(args.tp_rank * size),
-        size: at_most(size),
-        period: at_most(args.num_tp_ranks * size),
+        n: args.num_experts as u32,
+        first_expert: (args.tp_rank * size).min(MOST) as u32,
+        size: size as u32,
+        period: (args.num_tp_ranks * size).min(MOST) as u32,
     })
 }

@@ -5,8 +5,7 @@
 //!       the index `r / ranks * size + v % size`. That is, experts of a rank are the first `size` of each `period = ranks * size`,
 //!       counted from the first one of the rank.
 //! Map   16 bytes a thread; one index a thread where an address is not a multiple of 16.
-//! Cost  16 (8) bytes an index moved, one division as a multiplication; latency bound. All arguments are in one line of the constant
-//!       cache (docs/performance.md, "Few tokens").
+//! Cost  16 (8) bytes an index moved, one division as a multiplication; latency bound.
 
 pub use super::common_index::Divisor;
 use super::common_index::index_or_none;

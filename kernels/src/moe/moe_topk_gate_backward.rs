@@ -11,7 +11,6 @@ pub use super::common_index::Divisor;
 use super::common_index::{NONE, index_or_none};
 use crate::device::*;
 use crate::{kernel, unroll};
-use core::hint::cold_path;
 
 /// Tokens, that is warps, of a block.
 pub const WARPS: u32 = 8;
@@ -199,7 +198,6 @@ impl Choice {
         // Without a fused multiply-add: a single choice has the weight `factor`, and the gradient 0.
         let mut gradient = factor * self.gradient - dot;
         if warp_any(chosen & (same & same.wrapping_sub(1) != 0)) {
-            cold_path();
             let mut sum = 0.0;
             for choice in 0..k {
                 rolled();
@@ -208,7 +206,7 @@ impl Choice {
             }
             gradient = sum;
         }
-        // Opaque, so that it is computed here, between the steps of the sum, and not by the lanes that need it after that.
+        // Opaque, or the compiler would put it behind the division and its rare branch, where the two do not overlap.
         let slope = f32::from_bits(opaque(slope(score).to_bits()));
         let denominator = warp_sum::<WARP_SIZE>(score) + EPSILON;
         let before = (1 << lane_id()) - 1;
