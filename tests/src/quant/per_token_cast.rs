@@ -955,6 +955,11 @@ fn check_quantised_edges(ctx: &Ctx) -> Result<(), String> {
                 check_source(ctx, &source, &FORMATS, &Plan { npcs, configs: &configs, stochastic, ..Plan::default() })?;
             }
         }
+        // So many rows that blocks have several, the last one fewer.
+        for layout in [SfLayout::RowMajor, SfLayout::ColMajorPacked] {
+            let source = make((37, 576), (32, 32), layout, true, (columns(576), 0))?;
+            check_source(ctx, &source, &FORMATS, &Plan { npcs: &GROUPS, ..Plan::default() })?;
+        }
         // Scales that are no powers of two: the order of the factors shows.
         for layout in [SfLayout::RowMajor, SfLayout::ColMajor] {
             let source = make((6, 576), (2, 32), layout, false, (columns(576), 0))?;
